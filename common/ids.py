@@ -1,0 +1,35 @@
+"""Identifiers that cross module and process borders.
+
+A chunk id is 24 bytes: the inode (8, big-endian) and 16 bytes that are the chunk's index in a file (big-endian) or a KV-cache block's key digest.
+Big-endian, so that the byte order of ids is the order of a file's chunks, and a range of ids is a range of chunks.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+InodeId = NewType("InodeId", int)
+"""64 bits. 0 is no inode, 1 the root directory; the top four bits are zero (3FS tools take those for virtual inodes)."""
+ChainId = NewType("ChainId", int)
+TargetId = NewType("TargetId", int)
+NodeId = NewType("NodeId", int)
+ClientId = NewType("ClientId", bytes)
+"""16 random bytes, one per client process."""
+ChunkId = NewType("ChunkId", bytes)
+
+ROOT_INODE = InodeId(1)
+CHUNK_ID_BYTES = 24
+MAX_INODE = (1 << 60) - 1
+
+
+def chunk_id(inode: int, index: int) -> ChunkId:
+    """The id of chunk `index` (from 0) of a file."""
+    return ChunkId(inode.to_bytes(8, "big") + index.to_bytes(16, "big"))
+
+
+def chunk_inode(chunk: bytes) -> InodeId:
+    return InodeId(int.from_bytes(chunk[:8], "big"))
+
+
+def chunk_index(chunk: bytes) -> int:
+    return int.from_bytes(chunk[8:24], "big")
