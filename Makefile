@@ -1,0 +1,34 @@
+# The commands of the house; HACKING.md says more about each.
+.PHONY: demo test test-slow check format bench clean setup
+
+PYTHON ?= python3
+BIN = .venv/bin
+export PYTHON
+
+setup:
+	@deploy/bootstrap.sh
+
+demo: setup  ## the main job on real input: a cluster, a mount, copies, a kill, a recovery
+	@$(BIN)/kvfs demo
+
+test: setup check  ## everything but the tests marked slow
+	@$(BIN)/pytest -m "not slow"
+
+test-slow: setup
+	@$(BIN)/pytest -m slow
+
+check: setup  ## style, types, the import table
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q tests/unit/test_house.py
+
+format: setup
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: setup  ## ratios to the local disk, measured in the same run
+	@$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name '*_pb2.py*' -delete -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Makes ./.venv with everything `make demo` and `make test` need. Run again it does nothing, unless a pinned version changed.
+# Debian or Ubuntu; root or sudo is used for apt packages when they are missing, else this says exactly what to install.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=.venv
+stamp=$venv/.kvfs-ready
+key=$(cat pyproject.toml setup.py deploy/constraints.txt common/wire/*.proto | sha256sum | cut -d' ' -f1)
+if [ -x $venv/bin/kvfs ] && [ "$(cat $stamp 2>/dev/null)" = "$key" ]; then exit 0; fi
+
+say() { printf 'bootstrap: %s\n' "$*" >&2; }
+
+python=${PYTHON:-python3}
+need=()
+command -v gcc >/dev/null || need+=(gcc libc6-dev)
+command -v pkg-config >/dev/null || need+=(pkg-config)
+command -v fusermount3 >/dev/null || need+=(fuse3)
+{ command -v pkg-config >/dev/null && pkg-config --exists fuse3; } || need+=(libfuse3-dev)
+command -v "$python" >/dev/null || need+=(python3)
+if command -v "$python" >/dev/null; then
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || need+=(python3-venv)
+    # pyfuse3 is compiled: the headers of this very interpreter must be there.
+    "$python" -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || need+=(python3-dev)
+else
+    need+=(python3-venv python3-dev)
+fi
+if [ ${#need[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ]; then sudo=""; elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo=sudo; else
+        say "these Debian packages are missing: ${need[*]}"
+        say "install them as root, then run this again:  apt-get update && apt-get install -y ${need[*]}"
+        exit 1
+    fi
+    say "installing Debian packages: ${need[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    $sudo apt-get update -qq >/dev/null || say "apt-get update failed; trying with the lists there are"
+    $sudo apt-get install -y -qq "${need[@]}" >/dev/null
+fi
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    say "kvfs needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Set PYTHON to a newer one: make PYTHON=python3.12 ..."
+    exit 1
+}
+
+say "installing kvfs into $venv (a minute or two the first time: pyfuse3 is compiled)"
+[ -x $venv/bin/python ] || "$python" -m venv $venv
+$venv/bin/python -m pip --disable-pip-version-check install -q -c deploy/constraints.txt -e '.[fuse,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+[ -x $venv/bin/kvfs ] || { say "pip did not install the kvfs command: see its messages above"; exit 1; }
+printf '%s' "$key" > $stamp

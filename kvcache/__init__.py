@@ -1,0 +1,1 @@
+"""KV-cache spaces and blocks. Nothing is built here yet; ARCHITECTURE.md says what will be."""
