@@ -1,0 +1,103 @@
+"""What goes into the chunk engine and what comes out of it, apart from chunk metas (chunk.py).
+
+Plain values: none of them holds a lock, a file or a buffer that outlives the call it is passed to.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class UpdateKind(enum.IntEnum):
+    """The numbers are those of `UpdateKind` in common/wire/storage.proto, and stand in the index: never renumber."""
+
+    WRITE = 0
+    """Bytes at an offset; past the end, the gap reads as zeros."""
+    TRUNCATE = 1
+    """The chunk gets `length` bytes: cut, or extended with zeros."""
+    REMOVE = 2
+    REPLACE = 3
+    """The whole chunk, with its versions, as the predecessor has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One change of one chunk.
+
+    `update_version` is the version the chunk has once committed: its committed version + 1 (0: the engine takes exactly that; only the head
+    of a chain may). `checksums` are of `data`, one per fragment (common/checksum.py); for WRITE and REPLACE `length` is len(data).
+    `chunk_size` bounds the chunk's length.
+    """
+
+    chunk_id: bytes
+    kind: UpdateKind = UpdateKind.WRITE
+    offset: int = 0
+    length: int = 0
+    data: memoryview | None = None
+    checksums: bytes = b""
+    update_version: int = 0
+    chunk_size: int = 1 << 20
+    chain_version: int = 0
+    """REPLACE only: the chain version that goes with `update_version` (others get it at commit)."""
+    mtime_ns: int = 0
+    """0: the engine's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """An idempotency record: the last update of (client, channel) had this sequence number and this result (opaque bytes, at most 1 KiB)."""
+
+    client_id: bytes
+    channel: int
+    sequence: int
+    result: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOutcome:
+    """A read that was served. `length` bytes lie at the start of the caller's buffer; less than asked at the chunk's end (beyond is a hole)."""
+
+    length: int
+    checksums: bytes
+    """8 bytes per fragment of [offset, offset + length), as common/checksum.py cuts it."""
+    version: int
+    """The version whose bytes these are."""
+    chunk_length: int
+    pending_version: int
+    """0: none was pending when the read began; else the reader may have to ask the tail which version is the committed one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedRange:
+    chunk_ids: list[bytes]
+    more: bool
+    """More chunks of the range are left: call again."""
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LastChunk:
+    index: int
+    length: int
+    chunks: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    capacity_bytes: int
+    used_bytes: int
+    """In blocks that chunks hold."""
+    free_bytes: int
+    """What new blocks may still take; capacity = used + free, the reserve taken off."""
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """fsck of one target: every problem is a sentence that names the chunk or the block."""
+
+    chunks: int
+    bytes: int
+    problems: list[str]
