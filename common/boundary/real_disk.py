@@ -1,0 +1,336 @@
+"""The real Disk: a directory of the local file system, with LMDB for its ordered maps.
+
+Must never hide an error: every OSError becomes a class of the tree through `from_os`, every sign of damage in an LMDB file IndexCorrupt, and neither
+is followed by a repair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+
+from kvfs.common.boundary.disk import Disk, DiskFile, OrderedMap
+from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, NoSpace, from_os
+
+_IOV_MAX: Final = 1024
+_KEEP_SIZE: Final = 0x01
+_PUNCH_HOLE: Final = 0x02
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_CORRUPT: Final = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.IncompatibleError)
+
+
+class RealDisk(Disk):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock_fd = -1
+
+    def _at(self, name: str) -> str:
+        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            raise InvalidArgument(f"{name!r} is not a name inside {self.path}")
+        return str(self.path / name)
+
+    def open(self, name: str, *, create: bool = False) -> DiskFile:
+        path = self._at(name)
+        try:
+            return RealFile(os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600), path)
+        except OSError as error:
+            raise from_os(error, f"open {path}") from error
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(self._at(name))
+
+    def list(self, name: str = "") -> list[str]:
+        path = self._at(name)
+        with _typed(f"list {path}"):
+            return sorted(os.listdir(path))
+
+    def makedirs(self, name: str) -> None:
+        path = Path(self._at(name))
+        with _typed(f"make directory {path}"):
+            missing = []
+            while not path.is_dir():
+                missing.append(path)
+                path = path.parent
+            for folder in reversed(missing):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                _sync_directory(str(folder.parent))
+
+    def rename(self, old: str, new: str) -> None:
+        with _typed(f"rename {self._at(old)} to {new}"):
+            os.rename(self._at(old), self._at(new))
+
+    def unlink(self, name: str) -> None:
+        with _typed(f"remove {self._at(name)}"):
+            os.unlink(self._at(name))
+
+    def sync_directory(self, name: str = "") -> None:
+        path = self._at(name)
+        with _typed(f"sync directory {path}"):
+            _sync_directory(path)
+
+    def read_file(self, name: str) -> bytes:
+        path = self._at(name)
+        with _typed(f"read {path}"), open(path, "rb") as file:
+            return file.read()
+
+    def write_file(self, name: str, data: bytes) -> None:
+        path = self._at(name)
+        temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
+        with _typed(f"write {path}"):
+            try:
+                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                with open(fd, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(fd)
+                os.rename(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            _sync_directory(os.path.dirname(path))
+
+    def space(self) -> tuple[int, int]:
+        with _typed(f"statvfs {self.path}"):
+            found = os.statvfs(self.path)
+            return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+    def lock(self) -> None:
+        if self._lock_fd >= 0:
+            return
+        path = self._at("LOCK")
+        with _typed(f"open {path}"):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(fd)
+            who = f"process {holder}" if holder else "another process"
+            raise DirectoryInUse(f"{self.path} is open in {who}: stop it first, or use another directory") from None
+        except OSError as error:
+            os.close(fd)
+            raise from_os(error, f"lock {path}") from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._lock_fd = fd
+
+    def open_map(self, name: str, *, size_bytes: int) -> OrderedMap:
+        path = self._at(name)
+        self.makedirs(name)
+        return LmdbMap(path, size_bytes)
+
+    def close(self) -> None:
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+class RealFile(DiskFile):
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self._path = path
+        self._nowait = True
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        total = 0
+        rest = list(buffers)
+        try:
+            while rest:
+                batch = rest[:_IOV_MAX]
+                count = os.preadv(self._fd, batch, offset + total)
+                total += count
+                wanted = sum(part.nbytes for part in batch)
+                if count == wanted:
+                    del rest[:_IOV_MAX]
+                elif count == 0:
+                    break
+                else:
+                    rest = _after(rest, count)
+        except OSError as error:
+            raise from_os(error, f"read {self._path}") from error
+        return total
+
+    def try_read_into(self, buffers: Sequence[memoryview], offset: int) -> int | None:
+        if not self._nowait or len(buffers) > _IOV_MAX:
+            return None
+        try:
+            count = os.preadv(self._fd, buffers, offset, os.RWF_NOWAIT)
+            if count == sum(part.nbytes for part in buffers) or offset + count >= os.fstat(self._fd).st_size:
+                return count
+            return None
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._nowait = False
+                return None
+            raise from_os(error, f"read {self._path}") from error
+
+    def write(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
+        rest: list[Any] = list(buffers)
+        try:
+            while rest:
+                batch = rest[:_IOV_MAX]
+                count = os.pwritev(self._fd, batch, offset)
+                offset += count
+                if count == sum(len(part) for part in batch):
+                    del rest[:_IOV_MAX]
+                elif count == 0:
+                    raise InputOutput(f"write {self._path}: the device takes no bytes")
+                else:
+                    rest = _after([memoryview(part).cast("B") for part in rest], count)
+        except OSError as error:
+            raise from_os(error, f"write {self._path}") from error
+
+    def allocate(self, offset: int, length: int) -> None:
+        with _typed(f"allocate {self._path}"):
+            os.posix_fallocate(self._fd, offset, length)
+
+    def punch(self, offset: int, length: int) -> None:
+        if length and _LIBC.fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length) != 0:
+            code = ctypes.get_errno()
+            if code != errno.EOPNOTSUPP:
+                raise from_os(OSError(code, os.strerror(code)), f"punch {self._path}")
+            self._write_zeros(offset, length)  # this file system cannot give the space back; the bytes must still read as zeros
+
+    def _write_zeros(self, offset: int, length: int) -> None:
+        end = min(offset + length, self.size())
+        zeros = bytes(1 << 20)
+        while offset < end:
+            step = min(len(zeros), end - offset)
+            self.write([zeros[:step]], offset)
+            offset += step
+
+    def truncate(self, length: int) -> None:
+        with _typed(f"truncate {self._path}"):
+            os.ftruncate(self._fd, length)
+
+    def size(self) -> int:
+        with _typed(f"stat {self._path}"):
+            return os.fstat(self._fd).st_size
+
+    def sync(self) -> None:
+        with _typed(f"sync {self._path}"):
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with _typed(f"close {self._path}"):
+                os.close(fd)
+
+
+class LmdbMap(OrderedMap):
+    """One LMDB environment. Its map is address space: a size far above what is ever stored costs nothing."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        self._path = path
+        with self._typed("open"):
+            self._env = lmdb.open(path, map_size=size_bytes, subdir=True, max_readers=512, max_spare_txns=8, readahead=False, mode=0o600)
+
+    def get(self, key: bytes) -> bytes | None:
+        with self._typed("read"), self._env.begin() as txn:
+            found: bytes | None = txn.get(key)
+            return found
+
+    def range(self, begin: bytes, end: bytes | None, *, limit: int = 0, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        rows: list[tuple[bytes, bytes]] = []
+        with self._typed("read"), self._env.begin() as txn, txn.cursor() as cursor:
+            if not reverse:
+                if not (cursor.set_range(begin) if begin else cursor.first()):
+                    return rows
+                for key, value in cursor.iternext(keys=True, values=True):
+                    if end is not None and key >= end:
+                        break
+                    rows.append((key, value))
+                    if len(rows) == limit:
+                        break
+                return rows
+            if end is not None and cursor.set_range(end):
+                if not cursor.prev():
+                    return rows
+            elif not cursor.last():
+                return rows
+            for key, value in cursor.iterprev(keys=True, values=True):
+                if key < begin:
+                    break
+                rows.append((key, value))
+                if len(rows) == limit:
+                    break
+        return rows
+
+    def commit(self, writes: Mapping[bytes, bytes | None]) -> None:
+        with self._typed("commit"), self._env.begin(write=True) as txn:
+            for key in sorted(writes):
+                value = writes[key]
+                if value is None:
+                    txn.delete(key)
+                else:
+                    txn.put(key, value)
+
+    def count(self) -> int:
+        with self._typed("read"):
+            return int(self._env.stat()["entries"])
+
+    def close(self) -> None:
+        self._env.close()
+
+    @contextlib.contextmanager
+    def _typed(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except _CORRUPT as error:
+            raise IndexCorrupt(
+                f"{what} index {self._path}: damaged ({error}). Nothing was changed; restore this directory from a copy, "
+                "or empty it and let the replicas refill it"
+            ) from error
+        except lmdb.MapFullError as error:
+            raise NoSpace(f"{what} index {self._path}: its configured size is full") from error
+        except lmdb.BadValsizeError as error:
+            raise InvalidArgument(f"{what} index {self._path}: {error}") from error
+        except lmdb.Error as error:
+            raise from_os(OSError(_lmdb_errno(error), str(error)), f"{what} index {self._path}") from error
+
+
+def _lmdb_errno(error: Any) -> int:
+    if isinstance(error, lmdb.DiskError):
+        return errno.ENOSPC if "space" in str(error).lower() else errno.EIO
+    for code in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOMEM):
+        if os.strerror(code) in str(error):
+            return code
+    return errno.EIO
+
+
+def _after(rest: list[Any], count: int) -> list[Any]:
+    for index, part in enumerate(rest):
+        if count < part.nbytes:
+            return [part[count:], *rest[index + 1 :]]
+        count -= part.nbytes
+    return []
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _typed(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_os(error, what) from error
