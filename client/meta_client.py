@@ -1,0 +1,270 @@
+"""The metadata service, one method per call, by inode number.
+
+Owns the request ids: a change keeps its own over all retries, so that it happens once. Failures of the connection or of the service are retried with
+backoff until the deadline; what the file system itself answers (NotFound, AccessDenied, ...) comes out at once.
+Replies are the protobuf messages of meta.proto. It caches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from kvfs.client.user import User
+from kvfs.common.boundary.random import Random
+from kvfs.common.wire import base_pb2
+from kvfs.common.wire import meta_pb2 as pb
+
+Reply = TypeVar("Reply")
+Layout = pb.Layout
+
+
+class MetaCaller(Protocol):
+    """One request to the metadata service, with retries: `caller.RetryingCaller`."""
+
+    async def __call__(self, method: str, request: Any, *, deadline_s: float | None = None) -> Any: ...
+
+
+class MetaClient:
+    """Every call takes `user`: who asks. `user=None` is the client's own user."""
+
+    def __init__(self, call: MetaCaller, random: Random, user: User) -> None:
+        self._call = call
+        self._random = random
+        self.user = user
+
+    def _read(self, user: User | None) -> pb.Context:
+        return pb.Context(user=(user or self.user).wire)
+
+    def _change(self, user: User | None) -> pb.Context:
+        return pb.Context(user=(user or self.user).wire, request_id=self._random.bytes(16))
+
+    async def lookup(
+        self, parent: int, names: Sequence[bytes], *, user: User | None = None, follow: bool = False, follow_last: bool = False
+    ) -> pb.LookupReply:
+        """Walk `names` from `parent` in one call. Fewer inodes than names in the reply: the next component does not exist."""
+        request = pb.LookupRequest(context=self._read(user), parent=parent, names=names, follow=follow, follow_last=follow_last)
+        reply: pb.LookupReply = await self._call("Lookup", request)
+        return reply
+
+    async def get_attr(self, inodes: Sequence[int], *, user: User | None = None) -> list[pb.Inode]:
+        """Attributes, in order; an inode that is gone has type TYPE_INVALID."""
+        reply: pb.GetAttrReply = await self._call("GetAttr", pb.GetAttrRequest(context=self._read(user), inodes=inodes))
+        return list(reply.inodes)
+
+    async def set_attr(
+        self,
+        inode: int,
+        *,
+        user: User | None = None,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        ctime_ns: int | None = None,
+        atime_now: bool = False,
+        mtime_now: bool = False,
+        length: int | None = None,
+        session: bytes = b"",
+    ) -> pb.Inode:
+        """Change what is given. `length` truncates or extends: use AsyncClient.truncate, which also flushes and drops what this client holds."""
+        request = pb.SetAttrRequest(
+            context=self._change(user),
+            inode=inode,
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            atime_ns=atime_ns,
+            mtime_ns=mtime_ns,
+            ctime_ns=ctime_ns,
+            atime_now=atime_now,
+            mtime_now=mtime_now,
+            length=length,
+            session=session,
+        )
+        reply: pb.InodeReply = await self._call("SetAttr", request)
+        return reply.inode
+
+    async def create(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        *,
+        user: User | None = None,
+        session: bytes = b"",
+        read: bool = False,
+        write: bool = False,
+        exclusive: bool = False,
+        truncate: bool = False,
+        layout: pb.Layout | None = None,
+    ) -> pb.CreateReply:
+        """Create and open (or only open, unless `exclusive`) a regular file. `session`: 16 random bytes that name the open file when `write`."""
+        request = pb.CreateRequest(
+            context=self._change(user),
+            parent=parent,
+            name=name,
+            mode=mode,
+            exclusive=exclusive,
+            truncate=truncate,
+            read=read,
+            write=write,
+            session=session,
+            layout=layout,
+        )
+        reply: pb.CreateReply = await self._call("Create", request)
+        return reply
+
+    async def open(
+        self, inode: int, *, user: User | None = None, session: bytes = b"", read: bool = True, write: bool = False, truncate: bool = False
+    ) -> pb.Inode:
+        """Check permissions, make the write session, and give attributes true at this moment."""
+        request = pb.OpenRequest(context=self._change(user), inode=inode, read=read, write=write, truncate=truncate, session=session)
+        reply: pb.InodeReply = await self._call("Open", request)
+        return reply.inode
+
+    async def close(
+        self,
+        inode: int,
+        session: bytes,
+        *,
+        user: User | None = None,
+        wrote: bool = False,
+        length: int = 0,
+        truncate_version: int = 0,
+        mtime_ns: int = 0,
+        still_open: bool = False,
+    ) -> pb.Inode:
+        """Report what was written through the session; end it unless `still_open`."""
+        request = pb.CloseRequest(
+            context=self._change(user),
+            inode=inode,
+            session=session,
+            wrote=wrote,
+            length=length,
+            truncate_version=truncate_version,
+            mtime_ns=mtime_ns,
+            still_open=still_open,
+        )
+        reply: pb.InodeReply = await self._call("Close", request)
+        return reply.inode
+
+    async def append(self, inode: int, session: bytes, length: int, *, user: User | None = None) -> pb.AppendReply:
+        """Reserve `length` bytes at the end of the file: [reply.offset, reply.offset + length) is the caller's alone."""
+        reply: pb.AppendReply = await self._call("Append", pb.AppendRequest(context=self._change(user), inode=inode, session=session, length=length))
+        return reply
+
+    async def make(
+        self,
+        parent: int,
+        name: bytes,
+        type: pb.InodeType.ValueType,
+        mode: int,
+        *,
+        user: User | None = None,
+        rdev: int = 0,
+        symlink: bytes = b"",
+        layout: pb.Layout | None = None,
+    ) -> pb.Inode:
+        """mkdir, symlink and mknod (also of an empty regular file)."""
+        request = pb.MakeRequest(
+            context=self._change(user), parent=parent, name=name, type=type, mode=mode, rdev=rdev, symlink=symlink, layout=layout
+        )
+        reply: pb.InodeReply = await self._call("Make", request)
+        return reply.inode
+
+    async def link(self, inode: int, parent: int, name: bytes, *, user: User | None = None) -> pb.Inode:
+        reply: pb.InodeReply = await self._call("Link", pb.LinkRequest(context=self._change(user), inode=inode, parent=parent, name=name))
+        return reply.inode
+
+    async def remove(
+        self, parent: int, name: bytes, *, user: User | None = None, directory: bool = False, recursive: bool = False
+    ) -> pb.Inode:
+        """unlink, rmdir (`directory`), or the whole tree (`recursive`). Gives the inode as it is after, with its new nlink."""
+        request = pb.RemoveRequest(context=self._change(user), parent=parent, name=name, directory=directory, recursive=recursive)
+        reply: pb.RemoveReply = await self._call("Remove", request)
+        return reply.inode
+
+    async def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        *,
+        user: User | None = None,
+        no_replace: bool = False,
+        exchange: bool = False,
+    ) -> pb.RenameReply:
+        request = pb.RenameRequest(
+            context=self._change(user),
+            parent=parent,
+            name=name,
+            new_parent=new_parent,
+            new_name=new_name,
+            no_replace=no_replace,
+            exchange=exchange,
+        )
+        reply: pb.RenameReply = await self._call("Rename", request)
+        return reply
+
+    async def read_dir(
+        self, inode: int, *, user: User | None = None, after: bytes = b"", limit: int = 0, attributes: bool = False
+    ) -> pb.ReadDirReply:
+        """One page of entries behind `after`, in the byte order of names."""
+        request = pb.ReadDirRequest(context=self._read(user), inode=inode, after=after, limit=limit, attributes=attributes)
+        reply: pb.ReadDirReply = await self._call("ReadDir", request)
+        return reply
+
+    async def set_xattr(
+        self, inode: int, name: bytes, value: bytes, *, user: User | None = None, create: bool = False, replace: bool = False
+    ) -> pb.Inode:
+        request = pb.XattrRequest(context=self._change(user), inode=inode, name=name, value=value, create=create, replace=replace)
+        reply: pb.InodeReply = await self._call("SetXattr", request)
+        return reply.inode
+
+    async def get_xattr(self, inode: int, name: bytes, *, user: User | None = None) -> bytes:
+        reply: pb.XattrReply = await self._call("GetXattr", pb.XattrRequest(context=self._read(user), inode=inode, name=name))
+        return reply.value
+
+    async def list_xattr(self, inode: int, *, user: User | None = None) -> list[bytes]:
+        reply: pb.XattrReply = await self._call("ListXattr", pb.XattrRequest(context=self._read(user), inode=inode))
+        return list(reply.names)
+
+    async def remove_xattr(self, inode: int, name: bytes, *, user: User | None = None) -> pb.Inode:
+        reply: pb.InodeReply = await self._call("RemoveXattr", pb.XattrRequest(context=self._change(user), inode=inode, name=name))
+        return reply.inode
+
+    async def stat_fs(self, *, user: User | None = None) -> pb.StatFsReply:
+        reply: pb.StatFsReply = await self._call("StatFs", pb.StatFsRequest(context=self._read(user)))
+        return reply
+
+    async def set_layout(self, inode: int, layout: pb.Layout, *, user: User | None = None) -> pb.Inode:
+        """A directory's layout for new files."""
+        reply: pb.InodeReply = await self._call("SetLayout", pb.SetLayoutRequest(context=self._change(user), inode=inode, layout=layout))
+        return reply.inode
+
+    async def watch(self, *, acknowledged: int, epoch: int, wait_ms: int, user: User | None = None) -> pb.WatchReply:
+        """Long poll for revoked leases; `watch.Watcher` is its one caller."""
+        request = pb.WatchRequest(context=self._read(user), acknowledged=acknowledged, wait_ms=wait_ms, epoch=epoch)
+        reply: pb.WatchReply = await self._call("Watch", request, deadline_s=wait_ms / 1000 + 10)
+        return reply
+
+    async def fsck(self, *, cursor: bytes = b"", limit: int = 0, user: User | None = None) -> pb.FsckReply:
+        """One page of all inodes with what is wrong in the metadata itself."""
+        reply: pb.FsckReply = await self._call("Fsck", pb.FsckRequest(context=self._read(user), cursor=cursor, limit=limit))
+        return reply
+
+    async def status(self) -> pb.MetaStatusReply:
+        reply: pb.MetaStatusReply = await self._call("Status", base_pb2.Empty())
+        return reply
+
+    async def collect_garbage(self) -> pb.MetaStatusReply:
+        """Run the queue of deleted files to its end now."""
+        reply: pb.MetaStatusReply = await self._call("CollectGarbage", base_pb2.Empty())
+        return reply
+
+
+Revoked = Callable[[int, bytes], Awaitable[None]]
+"""A callback of the watcher: (inode, entry name or empty)."""
