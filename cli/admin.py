@@ -1,0 +1,92 @@
+"""`kvfs admin`: lists of nodes, chains, targets and clients, by the names that 3FS's operators know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import trio
+
+from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
+from kvfs.cli.manager_calls import manager_addresses, manager_calls
+from kvfs.cli.status import describe_chains, describe_client, describe_node, describe_target
+from kvfs.common.wire import base_pb2, cluster_pb2
+
+
+@click.group()
+def admin() -> None:
+    """Nodes, chains, targets, clients."""
+
+
+def ask(options: Options, name: str, request: Any) -> Any:
+    async def call() -> Any:
+        managers, cluster_id = manager_addresses(options.cluster_spec())
+        async with manager_calls(managers, cluster_id) as manager:
+            return await manager.call(name, request)
+
+    return trio.run(call)
+
+
+def routing_of(options: Options) -> cluster_pb2.RoutingInfo:
+    routing: cluster_pb2.RoutingInfo = ask(options, "GetRouting", cluster_pb2.GetRoutingRequest()).routing
+    return routing
+
+
+def show(options: Options, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Rows as JSON, or as a table of {heading: key}; keys that end in _bytes are printed for people."""
+    if options.as_json:
+        print_json(rows)
+        return
+    made = table(*columns, right=tuple(heading for heading, key in columns.items() if key.endswith("_bytes")))
+    for row in rows:
+        made.add_row(*(human_bytes(row[key]) if key.endswith("_bytes") else str(row[key]) for key in columns.values()))
+    console.print(made)
+
+
+@admin.command("list-nodes")
+@common_options
+def list_nodes(options: Options) -> None:
+    """Registered services."""
+    rows = [describe_node(node) for node in routing_of(options).nodes]
+    show(options, rows, {"node": "node_id", "role": "role", "state": "state", "pid": "pid", "host": "hostname", "address": "address"})
+
+
+@admin.command("list-chains")
+@common_options
+def list_chains(options: Options) -> None:
+    """Chains with their targets, head first."""
+    rows = describe_chains(routing_of(options))
+    if options.as_json:
+        print_json(rows)
+        return
+    show(
+        options,
+        [row | {"text": "  ".join(f"{t['id']}:{t['state']}" for t in row["targets"])} for row in rows],
+        {"chain": "id", "version": "version", "targets": "text"},
+    )
+
+
+@admin.command("list-targets")
+@common_options
+def list_targets(options: Options) -> None:
+    """Targets with their states and space."""
+    rows = [describe_target(target) for target in routing_of(options).targets]
+    columns = {
+        "target": "id",
+        "node": "node",
+        "disk": "disk",
+        "chain": "chain",
+        "state": "state",
+        "local": "local_state",
+        "used": "used_bytes",
+        "free": "free_bytes",
+    }
+    show(options, rows, columns)
+
+
+@admin.command("list-clients")
+@common_options
+def list_clients(options: Options) -> None:
+    """Mounts and native clients that are alive."""
+    rows = [describe_client(client) for client in ask(options, "ListClients", base_pb2.Empty()).clients]
+    show(options, rows, {"client": "id", "role": "role", "host": "hostname", "pid": "pid", "what": "description"})

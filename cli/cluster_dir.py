@@ -1,0 +1,178 @@
+"""The directory of a cluster made by `kvfs up DIR`: what is remembered between runs.
+
+    DIR/cluster.json    cluster id, manager addresses, sizes (also read by the native client, client/locate.py)
+    DIR/etc/*.toml      one configuration file a process; written once, then the operator's to edit
+    DIR/manager DIR/meta DIR/storage-N    data
+    DIR/log/*.log       what each process says
+    DIR/run/            sockets of the running cluster (elsewhere, when DIR is too long for a socket's address)
+
+Invariants: cluster.json is replaced atomically and never rewritten by a plain start; an existing directory is only ever completed, not changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import socket
+import tempfile
+import uuid
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from kvfs.common.errors import AddressInUse, ClusterNotFound, FormatTooNew, WrongDataDirectory
+
+FORMAT = 1
+SOCKET_PATH_MAX = 90  # sun_path holds 107 bytes; leave room for the longest file name below run/
+META_NODE = 100
+STORAGE_NODE = 10001
+PORTS = (20000, 32000)
+
+
+def default_directory() -> Path:
+    """Where `kvfs up` without a directory keeps its cluster: $XDG_DATA_HOME/kvfs or ~/.local/share/kvfs."""
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "kvfs" / "cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterDir:
+    """One remembered cluster. Ports are fixed at creation so that the addresses in cluster.json stay true."""
+
+    path: Path
+    cluster_id: str
+    managers: tuple[str, ...]
+    storage: int
+    replicas: int
+    manager_port: int
+    meta_port: int
+    mount: str | None = None
+    chunk_size_bytes: int = 1 << 20
+    lease_ms: int = 2000
+    format: int = FORMAT
+    extra: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        inside = self.path / "run"
+        if len(os.fsencode(inside)) <= SOCKET_PATH_MAX:
+            return inside
+        digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"kvfs-{os.getuid()}-{digest}"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.run_dir / "control.sock"
+
+    def log_file(self, name: str) -> Path:
+        return self.path / "log" / f"{name}.log"
+
+    def config_file(self, name: str) -> Path:
+        return self.path / "etc" / f"{name}.toml"
+
+    def storage_names(self) -> list[str]:
+        return [f"storage-{number}" for number in range(1, self.storage + 1)]
+
+    def save(self) -> None:
+        """Write cluster.json atomically: a torn one would lose the cluster's name."""
+        values = asdict(self)
+        values["path"] = str(self.path)
+        temporary = self.path / "cluster.json.tmp"
+        with open(temporary, "w") as out:
+            json.dump(values, out, indent=2)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, self.path / "cluster.json")
+
+    def with_mount(self, mount: str | None) -> ClusterDir:
+        return replace(self, mount=mount)
+
+
+def is_cluster_dir(path: Path) -> bool:
+    return (path / "cluster.json").is_file()
+
+
+def load(path: Path) -> ClusterDir:
+    """Raises ClusterNotFound, WrongDataDirectory (not such a file) or FormatTooNew."""
+    file = path / "cluster.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ClusterNotFound(f"no cluster in {path}: make one with `kvfs up {path}`, or name another with --cluster or KVFS_CLUSTER") from None
+    except (OSError, ValueError) as error:
+        raise WrongDataDirectory(f"{file} cannot be read ({error}): restore it from a backup, nothing was touched") from None
+    if not isinstance(values, dict) or "cluster_id" not in values:
+        raise WrongDataDirectory(f"{file} is not a cluster's file: name another directory")
+    if int(values.get("format", 0)) > FORMAT:
+        raise FormatTooNew(f"{file} was written by a newer kvfs (format {values['format']}, this one knows {FORMAT}): upgrade kvfs")
+    known = ClusterDir.__dataclass_fields__
+    return ClusterDir(**{**{key: value for key, value in values.items() if key in known}, "path": path, "managers": tuple(values["managers"])})
+
+
+def create(path: Path, *, storage: int, replicas: int, mount: str | None, chunk_size_bytes: int, lease_ms: int, base_port: int | None) -> ClusterDir:
+    """Make a new cluster's directory. `base_port`: manager there, meta one above; None: two free ports of the loopback."""
+    if path.exists() and any(path.iterdir()):
+        raise WrongDataDirectory(f"{path} is not empty and holds no cluster.json: name an empty or a new directory")
+    for name in ("etc", "log", "run", "manager", "meta"):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    manager_port, meta_port = (base_port, base_port + 1) if base_port else free_ports(2)
+    made = ClusterDir(
+        path=path,
+        cluster_id=f"kvfs-{uuid.uuid4().hex[:12]}",
+        managers=(f"tcp://127.0.0.1:{manager_port}",),
+        storage=storage,
+        replicas=replicas,
+        manager_port=manager_port,
+        meta_port=meta_port,
+        mount=mount,
+        chunk_size_bytes=chunk_size_bytes,
+        lease_ms=lease_ms,
+    )
+    write_configs(made)
+    made.save()
+    return made
+
+
+def write_configs(cluster: ClusterDir) -> None:
+    """The configuration files that are not there yet: what is there is the operator's."""
+    managers = json.dumps(list(cluster.managers))
+    cluster_id = json.dumps(cluster.cluster_id)
+
+    def write(name: str, text: str) -> None:
+        file = cluster.config_file(name)
+        if not file.exists():
+            file.write_text(f"# kvfs {name}; `kvfs config dump` lists every key with its default\n{text}")
+
+    write(
+        "manager",
+        f"[manager]\ndata = {json.dumps(str(cluster.path / 'manager'))}\nlisten = {managers}\n"
+        f"cluster_id = {cluster_id}\nlease_ms = {cluster.lease_ms}\n",
+    )
+    write(
+        "meta",
+        f'[meta]\ndata = {json.dumps(str(cluster.path / "meta"))}\nlisten = ["tcp://127.0.0.1:{cluster.meta_port}"]\n'
+        f"cluster_id = {cluster_id}\nmanagers = {managers}\nchunk_size_bytes = {cluster.chunk_size_bytes}\n",
+    )
+    for name in cluster.storage_names():
+        data = cluster.path / name
+        data.mkdir(exist_ok=True)
+        listen = json.dumps(["tcp://127.0.0.1:0", f"unix://{cluster.run_dir / name}.sock"])
+        write(name, f"[storage]\ndata = [{json.dumps(str(data))}]\nlisten = {listen}\ncluster_id = {cluster_id}\nmanagers = {managers}\n")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on now, below the range from which the kernel takes the ports of outgoing connections: a
+    remembered port must still be free at the next start."""
+    found: list[int] = []
+    for port in random.sample(range(*PORTS), 2000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise AddressInUse(f"no {count} free ports between {PORTS[0]} and {PORTS[1]} on 127.0.0.1: choose some with --port")

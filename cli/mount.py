@@ -1,0 +1,170 @@
+"""`kvfs mount` and `kvfs umount`. A mount is one process; without --foreground it is started detached and this returns once the mount answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvfs.cli import process
+from kvfs.cli.context import Options, common_options, print_json
+from kvfs.cli.supervisor import kvfs_argv
+from kvfs.common.errors import DeadlineExceeded, MountError
+
+MOUNT_TIMEOUT_S = 60.0
+UMOUNT_TIMEOUT_S = 60.0
+
+
+def mounted_types(path: str) -> list[str]:
+    """File system types mounted at exactly that path, in order."""
+    found = []
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[1].encode().decode("unicode_escape") == path:
+                found.append(fields[2])
+    return found
+
+
+def check_mount_point(path: str) -> None:
+    """Raises MountError, with what to do, for a mount point that is not there, not a directory, not empty or in use, and without /dev/fuse."""
+    if not os.path.exists("/dev/fuse"):
+        raise MountError(
+            "/dev/fuse is not there: load the fuse module (`modprobe fuse`), or give the container --device /dev/fuse --cap-add SYS_ADMIN"
+        )
+    if any(kind.startswith("fuse") for kind in mounted_types(path)):
+        raise MountError(f"{path}: something is mounted there already; `kvfs umount {path}` first")
+    try:
+        if os.listdir(path):
+            raise MountError(f"{path} is not empty: mount on an empty directory")
+    except FileNotFoundError:
+        raise MountError(f"{path} does not exist: `mkdir -p {path}` first") from None
+    except NotADirectoryError:
+        raise MountError(f"{path} is not a directory") from None
+    except PermissionError:
+        raise MountError(f"{path} cannot be read by you: choose a directory of your own") from None
+
+
+@click.command()
+@click.argument("mount_point", type=click.Path(path_type=Path))
+@click.option("--foreground", is_flag=True, help="Stay in the foreground.")
+@click.option("-o", "mount_options", default="", help="Comma-separated: ro, allow_other, noallow_other, and key=value of the [mount] configuration.")
+@click.option("--config", "config_file", type=click.Path(dir_okay=False, path_type=Path), default=None, help="TOML file with a [mount] section.")
+@common_options
+def mount(options: Options, mount_point: Path, foreground: bool, mount_options: str, config_file: Path | None) -> None:
+    """Mount the cluster at MOUNT_POINT, an empty directory."""
+    path = str(mount_point.expanduser().absolute())
+    spec = options.cluster_spec()
+    options.directory()  # a wrong name is found before anything is started
+    check_mount_point(path)
+    if foreground:
+        sys.exit(run_mount(spec, path, mount_options, config_file))
+    arguments = ["mount", path, "--foreground", "--cluster", spec]
+    if mount_options:
+        arguments += ["-o", mount_options]
+    if config_file:
+        arguments += ["--config", str(config_file.absolute())]
+    pid = start_detached(kvfs_argv(*arguments), path)
+    if options.as_json:
+        print_json({"mount_point": path, "pid": pid})
+
+
+def start_detached(argv: list[str], path: str) -> int:
+    """Start a mount process and wait until it says that the mount answers; returns its pid. Raises MountError with its last words."""
+    ready_read, ready_write = os.pipe()
+    log_dir = Path(os.environ.get("XDG_STATE_HOME", str(Path.home() / ".local" / "state"))) / "kvfs"
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log_file = log_dir / f"mount{path.replace('/', '-')}.log"
+    with open(log_file, "ab") as out:
+        start = out.tell()
+        started = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/", pass_fds=(ready_write,),
+            env={**os.environ, "KVFS_READY_FD": str(ready_write)},
+        )  # fmt: skip
+    os.close(ready_write)
+    with os.fdopen(ready_read) as pipe:
+        if pipe.readline():
+            return started.pid
+    status = started.wait(MOUNT_TIMEOUT_S)
+    with open(log_file, errors="replace") as log:
+        log.seek(start)
+        words = [line.removeprefix("kvfs: error: ").strip() for line in log if line.startswith("kvfs: error: ")]
+    raise MountError(words[-1] if words else f"the mount ended at once (status {status}): see {log_file}")
+
+
+def run_mount(spec: str, path: str, mount_options: str, config_file: Path | None) -> int:
+    """The mount process itself."""
+    from dataclasses import replace
+
+    from kvfs.common import config as configuration
+    from kvfs.fuse.config import MountConfig
+    from kvfs.fuse.mount import mount as serve
+
+    process.configure_logging()
+    config = replace(configuration.load(MountConfig, config_file, os.environ, "mount"), mount_point=path, cluster=spec)
+    config = replace(config, **parse_options(mount_options, config))
+
+    async def main(ready: process.Ready) -> None:
+        import trio
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve, config)
+            ready({"addresses": [path]})
+
+    return process.run_process(main)
+
+
+IGNORED_OPTIONS = {"defaults", "rw", "_netdev", "nofail", "auto", "noauto", "user", "nouser", "exec", "suid", "dev", "relatime", "noatime"}
+
+
+def parse_options(text: str, config: Any) -> dict[str, object]:
+    """-o options as fields of MountConfig. Those that mount(8) keeps for itself are taken without a word; unknown ones raise MountError."""
+    fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
+    found: dict[str, object] = {}
+    for option in filter(None, text.split(",")):
+        name, equals, value = option.partition("=")
+        name = {"ro": "read_only"}.get(name, name)
+        negated = name.startswith("no") and name[2:] in fields
+        if name in IGNORED_OPTIONS or name.startswith("x-"):
+            continue
+        key = name[2:] if negated else name
+        if key not in fields or key in ("mount_point", "cluster"):
+            raise MountError(f"unknown mount option {name!r}; there are: {', '.join(sorted(set(fields) - {'mount_point', 'cluster'}))}")
+        kind = type(fields[key])
+        try:
+            found[key] = (not negated) if kind is bool and not equals else kind(value)
+        except ValueError:
+            raise MountError(f"mount option {name}: {value!r} is not a {kind.__name__}") from None
+    return found
+
+
+@click.command()
+@click.argument("mount_point", type=click.Path(path_type=Path))
+@click.option("--lazy", is_flag=True, help="Detach now, clean up when the last user is gone.")
+@common_options
+def umount(options: Options, mount_point: Path, lazy: bool) -> None:
+    """Unmount MOUNT_POINT: what was written is flushed first."""
+    path = str(mount_point.expanduser().absolute())
+    unmount(path, lazy=lazy)
+    if options.as_json:
+        print_json({"mount_point": path, "mounted": False})
+
+
+def unmount(path: str, *, lazy: bool = False) -> None:
+    """Raises MountError when nothing is mounted there or someone uses it."""
+    if not any(kind.startswith("fuse") for kind in mounted_types(path)):
+        raise MountError(f"{path} is not a mount of kvfs: `kvfs status` shows the mounts")
+    command = ["umount"] + (["-l"] if lazy else []) + [path] if os.getuid() == 0 else ["fusermount3", "-u"] + (["-z"] if lazy else []) + [path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=UMOUNT_TIMEOUT_S)
+    if done.returncode != 0:
+        raise MountError(f"{done.stderr.strip() or 'umount failed'}: close what uses it (`fuser -vm {path}` shows who), or use --lazy")
+    deadline_s = time.monotonic() + UMOUNT_TIMEOUT_S
+    while any(kind.startswith("fuse") for kind in mounted_types(path)):
+        if time.monotonic() > deadline_s:
+            raise DeadlineExceeded(f"{path} is still mounted after {UMOUNT_TIMEOUT_S:.0f} s")
+        time.sleep(0.02)

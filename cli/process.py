@@ -1,0 +1,99 @@
+"""What every kvfs process has in common: logging, signals, readiness, and an end that leaves no traceback with the user.
+
+`run_process(main)` runs a trio program until it ends or SIGTERM/SIGINT asks it to. Readiness goes to $KVFS_READY_FD (one JSON line; the supervisor
+and `kvfs mount` wait for it) and to $NOTIFY_SOCKET (systemd). $KVFS_LIFELINE_FD is a pipe whose end means that the supervisor is gone: then stop.
+Exit status: 0 asked to stop, 2 a person must change something (SetupError), 3 the cluster told it to go (lease lost, newer incarnation), 1 a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from kvfs.common.errors import ClusterError, KvfsError, SetupError
+
+log = logging.getLogger("kvfs")
+
+EXIT_FAULT = 1
+EXIT_SETUP = 2
+EXIT_CLUSTER = 3
+
+Ready = Callable[[dict[str, object]], None]
+
+
+def configure_logging(level: str = "INFO") -> None:
+    logging.basicConfig(
+        level=os.environ.get("KVFS_LOG_LEVEL", level).upper(),
+        stream=sys.stderr,
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+
+
+def announce_ready(info: dict[str, object]) -> None:
+    """Tell whoever started us that the service answers now. Called once."""
+    fd = os.environ.pop("KVFS_READY_FD", "")
+    if fd:
+        with os.fdopen(int(fd), "w") as pipe:
+            pipe.write(json.dumps(info) + "\n")
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:  # sd_notify(3): a leading @ is the abstract namespace
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(b"READY=1\n", "\0" + address[1:] if address.startswith("@") else address)
+
+
+async def _watch_signals(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            scope.cancel()
+            return
+
+
+async def _watch_lifeline(scope: trio.CancelScope) -> None:
+    fd = os.environ.pop("KVFS_LIFELINE_FD", "")
+    if fd:
+        async with trio.lowlevel.FdStream(int(fd)) as pipe:
+            if await pipe.receive_some(1) == b"":
+                log.info("the supervisor is gone: stopping")
+                scope.cancel()
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The first leaf of nested exception groups: what went wrong before the rest was cancelled."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:
+    """Run `main(ready)` until it ends or is asked to stop; returns the exit status, with one line on stderr for a failure."""
+
+    async def supervised() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_watch_signals, nursery.cancel_scope)
+            nursery.start_soon(_watch_lifeline, nursery.cancel_scope)
+            await main(announce_ready)
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(supervised)
+    except BaseException as caught:
+        error = first_error(caught)
+        if isinstance(error, SetupError | ClusterError):
+            print(f"kvfs: error: {error.message}", file=sys.stderr, flush=True)
+            return EXIT_SETUP if isinstance(error, SetupError) else EXIT_CLUSTER
+        if isinstance(error, KeyboardInterrupt):
+            return 0
+        if isinstance(error, KvfsError):
+            print(f"kvfs: error: {error.message}", file=sys.stderr, flush=True)
+        log.error("ended by a fault", exc_info=caught)
+        return EXIT_FAULT
+    return 0

@@ -1,0 +1,163 @@
+"""`kvfs status`: one page about a cluster — processes, chains, capacity, clients — or the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import trio
+from rich.text import Text
+
+from kvfs.cli import cluster_dir, control
+from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
+from kvfs.cli.manager_calls import manager_addresses, manager_calls
+from kvfs.common.errors import ClusterNotFound, TransportError
+from kvfs.common.wire import base_pb2, cluster_pb2
+
+PUBLIC_STATES = {
+    cluster_pb2.SERVING: "serving",
+    cluster_pb2.SYNCING: "syncing",
+    cluster_pb2.WAITING: "waiting",
+    cluster_pb2.LASTSRV: "lastsrv",
+    cluster_pb2.PUBLIC_OFFLINE: "offline",
+}
+LOCAL_STATES = {cluster_pb2.UPTODATE: "up-to-date", cluster_pb2.ONLINE: "online", cluster_pb2.LOCAL_OFFLINE: "offline"}
+ROLES = {cluster_pb2.ROLE_MANAGER: "manager", cluster_pb2.ROLE_META: "meta", cluster_pb2.ROLE_STORAGE: "storage"}
+GOOD = {"running", "serving", "ready"}
+
+
+async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | None) -> dict[str, Any]:
+    """Everything `kvfs status` knows: from the supervisor, if the cluster's directory is here, and from the manager, if it answers."""
+    report: dict[str, Any] = {"cluster_id": "", "directory": None, "managers": list(managers), "phase": "unknown", "processes": [], "chains": []}
+    report |= {"tables": [], "clients": [], "capacity_bytes": 0, "free_bytes": 0, "used_bytes": 0, "routing_version": 0, "problem": ""}
+    if directory is not None:
+        report["cluster_id"], report["directory"] = directory.cluster_id, str(directory.path)
+        try:
+            state = control.request(directory.control_socket, "status")
+            report["phase"], report["processes"], report["problem"] = state["phase"], state["processes"], state["error"]
+        except ClusterNotFound:
+            report["phase"] = "stopped"
+            return report
+    try:
+        async with manager_calls(managers) as manager:
+            routing = (await manager.call("GetRouting", cluster_pb2.GetRoutingRequest())).routing
+            clients = (await manager.call("ListClients", base_pb2.Empty())).clients
+    except TransportError as error:
+        report["problem"] = report["problem"] or error.message
+        return report
+    report["cluster_id"] = routing.cluster_id
+    report["routing_version"] = routing.version
+    if directory is None:
+        report["phase"] = "ready"
+        report["processes"] = [describe_node(node) for node in routing.nodes]
+    add_routing(report, routing)
+    report["clients"] = [describe_client(client) for client in clients]
+    return report
+
+
+def describe_node(node: cluster_pb2.Node) -> dict[str, Any]:
+    return {
+        "role": ROLES.get(node.role, "unknown"),
+        "id": f"{ROLES.get(node.role, 'node')}-{node.node_id}",
+        "node_id": node.node_id,
+        "pid": node.pid,
+        "address": node.addresses[0] if node.addresses else "",
+        "addresses": list(node.addresses),
+        "state": "running" if node.alive else "dead",
+        "hostname": node.hostname,
+        "software": node.software,
+    }
+
+
+def describe_client(client: cluster_pb2.ClientInfo) -> dict[str, Any]:
+    return {
+        "id": client.client_id.hex(),
+        "role": client.role,
+        "hostname": client.hostname,
+        "pid": client.pid,
+        "description": client.description,
+        "since_ns": client.since_ns,
+        "seen_ns": client.seen_ns,
+    }
+
+
+def describe_target(target: cluster_pb2.Target) -> dict[str, Any]:
+    return {
+        "id": target.target_id,
+        "node": target.node_id,
+        "disk": target.disk,
+        "chain": target.chain_id,
+        "state": PUBLIC_STATES.get(target.public_state, "unknown"),
+        "local_state": LOCAL_STATES.get(target.local_state, "unknown"),
+        "capacity_bytes": target.capacity_bytes,
+        "used_bytes": target.used_bytes,
+        "free_bytes": target.free_bytes,
+    }
+
+
+def describe_chains(routing: cluster_pb2.RoutingInfo) -> list[dict[str, Any]]:
+    node_of = {target.target_id: target.node_id for target in routing.targets}
+    return [
+        {
+            "id": chain.chain_id,
+            "version": chain.version,
+            "targets": [
+                {"id": t.target_id, "node": node_of.get(t.target_id, 0), "state": PUBLIC_STATES.get(t.state, "unknown")} for t in chain.targets
+            ],
+        }
+        for chain in routing.chains
+    ]
+
+
+def add_routing(report: dict[str, Any], routing: cluster_pb2.RoutingInfo) -> None:
+    """Chains, and capacity counted once a disk: targets of one disk share its space."""
+    report["chains"] = describe_chains(routing)
+    report["tables"] = [{"id": t.table_id, "version": t.version, "chains": list(t.chain_ids), "replicas": t.replicas} for t in routing.tables]
+    disks = {(target.node_id, target.disk): target for target in routing.targets}
+    used: dict[tuple[int, int], int] = {}
+    for target in routing.targets:
+        key = (target.node_id, target.disk)
+        used[key] = used.get(key, 0) + target.used_bytes
+    report["capacity_bytes"] = sum(target.capacity_bytes for target in disks.values())
+    report["free_bytes"] = sum(target.free_bytes for target in disks.values())
+    report["used_bytes"] = sum(used.values())
+
+
+def colored(state: str) -> Text:
+    return Text(state, style="green" if state in GOOD else "yellow" if state in ("starting", "syncing", "waiting", "restarting") else "red")
+
+
+def print_status(report: dict[str, Any]) -> None:
+    where = f"  {report['directory']}" if report["directory"] else ""
+    console.print(f"[bold]{report['cluster_id'] or 'cluster'}[/bold]  {report['phase']}{where}")
+    if report["problem"]:
+        console.print(f"[red]{report['problem']}[/red]")
+    processes = table("process", "pid", "state", "address", right=("pid",))
+    for entry in report["processes"]:
+        processes.add_row(entry["id"], str(entry["pid"] or "-"), colored(entry["state"]), entry["address"])
+    console.print(processes)
+    if report["chains"]:
+        console.print()
+        chains = table("chain", "version", "targets (head first)", right=("version",))
+        for chain in report["chains"]:
+            row = Text(" → ").join([Text(f"{t['id']}@{t['node']} ") + colored(t["state"]) for t in chain["targets"]])
+            chains.add_row(str(chain["id"]), str(chain["version"]), row)
+        console.print(chains)
+        console.print(
+            f"\ncapacity {human_bytes(report['capacity_bytes'])}, free {human_bytes(report['free_bytes'])}, "
+            f"chunks {human_bytes(report['used_bytes'])}; routing version {report['routing_version']}; {len(report['clients'])} clients"
+        )
+
+
+@click.command()
+@common_options
+def status(options: Options) -> None:
+    """One page about the cluster: processes, chains, capacity, clients."""
+    directory = options.directory()
+    managers = directory.managers if directory else manager_addresses(options.cluster_spec())[0]
+    report = trio.run(collect, managers, directory)
+    if options.as_json:
+        print_json(report)
+    else:
+        print_status(report)
