@@ -9,14 +9,6 @@ from kvfs.client.user import User
 from kvfs.common.wire import meta_pb2 as pb
 
 
-class ReadView:
-    """Bytes of a file in the client's registered memory, without a copy. `view` is readable until `release`, which must be called once."""
-
-    view: memoryview
-
-    def release(self) -> None: ...
-
-
 class OpenFile:
     """One open file of this client. All OpenFiles of one inode share buffers: they see each other's writes at once."""
 
@@ -34,11 +26,8 @@ class OpenFile:
         raise NotImplementedError
 
     async def pread(self, offset: int, length: int) -> memoryview:
-        """Up to `length` bytes (fewer only at the end of the file), in memory of the caller's own."""
-        raise NotImplementedError
-
-    async def pread_view(self, offset: int, length: int) -> ReadView:
-        """The same without a copy where the bytes were read ahead; may be shorter than asked also before the end, never empty before it."""
+        """Up to `length` bytes, fewer only at the end of the file. A read-only view of the client's registered memory, without a copy where it was read
+        ahead: the memory goes back to the pool when the last view of it is gone, so hand it on or copy it, do not collect many."""
         raise NotImplementedError
 
     async def pread_into(self, offset: int, views: Sequence[Any]) -> int:
