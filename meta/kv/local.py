@@ -151,8 +151,7 @@ class LocalEngine(Engine):
                 raise TxnTooOld("the transaction's snapshot has ended: start again")
             if reads and snapshot.version < self._latest and self._log.conflicts(snapshot.version, reads):
                 raise TxnConflict("another transaction changed what this one has read")
-        if self.recent.size_bytes > MAX_RECENT_BYTES:
-            raise TxnThrottled("commits come faster than the disk takes them")
+        self._check_room()
         version = self._latest + 1
         changes = self._flatten(version, writes)
         self._latest = version
@@ -200,6 +199,10 @@ class LocalEngine(Engine):
         self._log.roll_back(self._durable)
         for snapshot in list(self._live.values()):
             self.close_snapshot(snapshot)
+
+    def _check_room(self) -> None:
+        if self.recent.size_bytes > MAX_RECENT_BYTES:
+            raise TxnThrottled("commits come faster than the disk takes them")
 
     def _check_open(self) -> None:
         if self._closed:

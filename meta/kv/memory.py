@@ -17,7 +17,8 @@ class MemoryEngine(LocalEngine):
         self._base: SortedDict[bytes, bytes] = SortedDict()
 
     def base_get(self, key: bytes) -> bytes | None:
-        return self._base.get(key)
+        found: bytes | None = self._base.get(key)
+        return found
 
     def base_scan(self, begin: bytes, end: bytes, *, reverse: bool, hint: int) -> Iterator[Row]:
         for key in self._base.irange(begin, end, inclusive=(True, False), reverse=reverse):

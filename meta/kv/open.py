@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.errors import ConfigError
 from kvfs.meta.kv.engine import Engine
+from kvfs.meta.kv.lmdb_engine import LmdbEngine
 from kvfs.meta.kv.memory import MemoryEngine
 
 
@@ -13,7 +15,7 @@ def open_engine(url: str) -> Engine:
     if scheme == "memory" and not rest:
         return MemoryEngine()
     if scheme == "lmdb" and rest:
-        from kvfs.meta.kv.lmdb_engine import LmdbEngine
-
-        return LmdbEngine(rest)
+        disk = RealDisk(rest)
+        disk.makedirs("")
+        return LmdbEngine(disk)
     raise ConfigError(f"kv = {url!r}: expected 'memory' or 'lmdb:/path/to/a/directory'")

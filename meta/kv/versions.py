@@ -58,10 +58,12 @@ class VersionedMap:
         """Whether any key of the range has an entry."""
         return next(self._entries.irange(begin, end, inclusive=(True, False)), None) is not None
 
-    def changes_until(self, version: int) -> dict[bytes, bytes | None]:
-        """The state at `version` of every key written up to it: what the base needs to reach that version."""
+    def changes_until(self, version: int, *, since: int = 0) -> dict[bytes, bytes | None]:
+        """The state at `version` of every key written after `since` and up to it: what a base at `since` needs to reach that version."""
         changes: dict[bytes, bytes | None] = {}
         for commit, keys in self._log:
+            if commit <= since:
+                continue
             if commit > version:
                 break
             for key in keys:
@@ -71,9 +73,10 @@ class VersionedMap:
                     changes[key] = entry[1]
         return changes
 
-    def forget(self, version: int) -> None:
-        """Drop entries up to `version`: the base holds them, and nobody reads at an older version."""
-        while self._log and self._log[0][0] <= version:
+    def forget(self, version: int, *, limit: int = 1 << 30) -> None:
+        """Drop entries up to `version`, of `limit` commits at most: the base holds them, and nobody reads at an older version."""
+        while self._log and self._log[0][0] <= version and limit > 0:
+            limit -= 1
             for key in self._log.popleft()[1]:
                 self._drop(key, 0)
 
