@@ -52,7 +52,7 @@ def up(
 
     DIRECTORY keeps its data and its name; a second `kvfs up` on it starts the same cluster again with what it holds.
     """
-    path = (directory or Path(options.cluster or cluster_dir.default_directory())).expanduser().resolve()
+    path = (directory or Path(options.cluster_spec())).expanduser().resolve()
     mount = str(mount_point.expanduser().absolute()) if mount_point else None
     cluster = prepare(path, storage, replicas, mount, int(chunk_size), lease_ms, port)
     running = control.is_running(cluster.control_socket)

@@ -1,0 +1,125 @@
+"""`make bench`: the mount and the native client beside the local file system, measured in the same run, printed as ratios.
+
+    python -m tests.bench [--quick] [--replicas 1 --replicas 3] [--json FILE]
+
+Both sides use the page cache. "cold" reads follow a new mount of the cluster: nothing is cached by the mount, everything by storage. Machines are
+shared and noisy: read the ratios, and the CPU time, which holds better than wall time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from tests.bench.measure import Result, run
+from tests.bench.workloads import FULL, QUICK, Scale
+
+from kvfs.cli import cluster_dir, control
+from kvfs.cli.context import console, table
+from kvfs.cli.mount import mounted_types, unmount
+from kvfs.cli.up import start_detached, stop_supervisor
+
+# (label, workload, streams, a new mount before it)
+PLAN: list[tuple[str, str, int, bool]] = [
+    ("1 MiB sequential write, 1 stream", "seq_write", 1, False),
+    ("1 MiB sequential write, 4 streams", "seq_write", 4, False),
+    ("1 MiB sequential read, 1 stream, cold", "seq_read", 1, True),
+    ("1 MiB sequential re-read, 1 stream", "seq_read", 1, False),
+    ("1 MiB sequential read, 4 streams, cold", "seq_read", 4, True),
+    ("4 KiB random read, cold", "random_read", 1, True),
+    ("create", "create", 1, False),
+    ("stat, uncached", "stat", 1, True),
+    ("open and close", "open_close", 1, False),
+    ("unlink", "unlink", 1, False),
+    ("", "fill_listed", 4, False),
+    ("list 10,000 entries (per entry)", "listing", 1, True),
+]
+
+
+class Bench:
+    def __init__(self, base: Path, replicas: int, scale: Scale) -> None:
+        self.scale, self.replicas = scale, replicas
+        self.local, self.mount = base / "local", base / "mnt"
+        self.local.mkdir(parents=True)
+        self.mount.mkdir()
+        self.cluster = cluster_dir.create(
+            base / "cluster",
+            storage=max(1, replicas),
+            replicas=replicas,
+            mount=str(self.mount),
+            chunk_size_bytes=1 << 20,
+            lease_ms=2000,
+            base_port=None,
+        )
+        self.results: list[tuple[str, Result]] = []
+
+    def pids(self) -> list[int]:
+        return [child["pid"] for child in control.request(self.cluster.control_socket, "status")["processes"] if child["pid"]]
+
+    def remount(self) -> None:
+        unmount(str(self.mount))
+        control.request(self.cluster.control_socket, "start", name="mount", timeout_s=60.0)
+
+    def run(self) -> None:
+        start_detached(self.cluster, restart=False)
+        (self.mount / "m").mkdir()
+        (self.mount / "n").mkdir()
+        sides = (("local", str(self.local)), ("mount", str(self.mount / "m")), ("native", str(self.cluster.path)))
+        for label, workload, streams, fresh in PLAN:
+            if fresh:
+                self.remount()
+            for kind, where in sides:
+                result = run(kind, where, workload, streams, self.scale, [] if kind == "local" else self.pids())
+                if label:
+                    self.results.append((label, result))
+                    console.print(f"  replicas {self.replicas}: {label}: {kind} {result.rate:,.0f}/s", style="dim")
+
+    def close(self) -> None:
+        if control.is_running(self.cluster.control_socket):
+            stop_supervisor(self.cluster)
+        if any(kind.startswith("fuse") for kind in mounted_types(str(self.mount))):
+            unmount(str(self.mount), lazy=True)
+
+
+def show(replicas: int, results: list[tuple[str, Result]]) -> None:
+    local = {label: result for label, result in results if result.side == "local"}
+    headings = ("operation", "side", "per second", "ratio to local", "wall us/op", "CPU us/op", "CPU ratio")
+    made = table(*headings, right=headings[2:])
+    made.title = f"replication {replicas}"
+    for label, result in results:
+        base = local[label]
+        ratio = "" if result.side == "local" else f"{result.rate / base.rate:.3f}"
+        cpu_ratio = "" if result.side == "local" or not base.cpu_s else f"{result.cpu_us / base.cpu_us:.1f}"
+        shown = label if result.side == "local" else ""
+        made.add_row(shown, result.side, f"{result.rate:,.0f}", ratio, f"{result.wall_us:,.0f}", f"{result.cpu_us:,.0f}", cpu_ratio)
+    console.print(made)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Small sizes: shows that everything runs, not how fast.")
+@click.option("--replicas", multiple=True, type=int, default=(1, 3))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), default=None)
+@click.option("--directory", type=click.Path(path_type=Path), default=None, help="Where to work (default: the temporary directory).")
+def main(quick: bool, replicas: tuple[int, ...], json_file: Path | None, directory: Path | None) -> None:
+    """Print the tables."""
+    everything = []
+    for count in replicas:
+        with ExitStack() as stack:
+            base = Path(tempfile.mkdtemp(prefix="kvfs-bench-", dir=directory))
+            stack.callback(shutil.rmtree, base, ignore_errors=True)
+            bench = Bench(base, count, QUICK if quick else FULL)
+            stack.callback(bench.close)
+            bench.run()
+        show(count, bench.results)
+        everything += [{"replicas": count, "label": label, **asdict(result)} for label, result in bench.results]
+    if json_file:
+        json_file.write_text(json.dumps(everything, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""A cluster's life: made, stopped, started again with its data; services killed and brought back; setups that cannot work are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvfs.client import Client
+
+if TYPE_CHECKING:
+    from tests.cluster.conftest import RealCluster
+
+pytestmark = pytest.mark.cluster
+
+LEASE_S = 2.0
+
+
+def wait_for(what: Callable[[], bool], timeout_s: float, message: str) -> float:
+    """Seconds until `what` held; fails after the time-out."""
+    start = time.monotonic()
+    while not what():
+        assert time.monotonic() - start < timeout_s, message
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def test_second_up_starts_the_same_cluster_with_its_data(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    first = cluster.up("--storage", "2", "--replicas", "2")
+    data = os.urandom(3_000_000)
+    with Client(str(cluster.path)) as client, client.open("/kept", "wb") as file:
+        file.write(data)
+    cluster.kvfs("down")
+    assert cluster.status()["phase"] == "stopped"
+    again = cluster.up()
+    assert again["cluster_id"] == first["cluster_id"]
+    assert again["managers"] == first["managers"]
+    with Client(str(cluster.path)) as client, client.open("/kept", "rb") as file:
+        assert file.read() == data
+    refused = cluster.kvfs("up", str(cluster.path), "--replicas", "1", check=False)
+    assert refused.returncode == 2 and "--replicas 2" in refused.stderr
+    wait_for(lambda: cluster.serving() == [2] * len(cluster.serving()), 30, "all replicas serve again after a restart")
+    assert cluster.json("fsck")["clean"]
+
+
+def test_a_killed_storage_service_leaves_its_chains_and_comes_back(new_cluster: Callable[[], RealCluster]) -> None:
+    """Writes and reads go on through the kill; the chains drop it within two leases; started again it is brought up to date."""
+    cluster = new_cluster()
+    cluster.up("--storage", "3", "--replicas", "3", "--no-restart")
+    blocks = {f"/f{number}": os.urandom(700_000) for number in range(12)}
+    with Client(str(cluster.path)) as client:
+        errors: list[BaseException] = []
+
+        def write_all() -> None:
+            try:
+                for path, data in blocks.items():
+                    with client.open(path, "wb") as file:
+                        file.write(data)
+                    time.sleep(0.1)
+            except BaseException as error:
+                errors.append(error)
+
+        writer = threading.Thread(target=write_all)
+        writer.start()
+        time.sleep(0.4)
+        os.kill(cluster.process("storage-2")["pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        took = wait_for(lambda: cluster.serving() == [2] * len(cluster.serving()), 20, "chains drop a dead service")
+        assert took < 2 * LEASE_S + 2.0, f"chains dropped the dead service after {took:.1f} s (status calls included)"
+        writer.join(60)
+        assert not writer.is_alive() and not errors, errors
+        assert time.monotonic() - killed < 30
+        for path, data in blocks.items():
+            with client.open(path, "rb") as file:
+                assert file.read() == data
+        assert cluster.process("storage-2")["state"] == "failed"
+        cluster.kvfs("start", "storage-2")
+        wait_for(lambda: cluster.serving() == [3] * len(cluster.serving()), 60, "the returning service serves again")
+        for path, data in blocks.items():
+            with client.open(path, "rb") as file:
+                assert file.read() == data
+    report = cluster.json("fsck")
+    assert report["clean"], report["problems"]
+
+
+def test_the_supervisor_starts_again_what_died(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    before = cluster.process("meta")["pid"]
+    with Client(str(cluster.path)) as client:
+        client.mkdir("/before")
+        os.kill(before, signal.SIGKILL)
+        client.mkdir("/after")  # waits for the new one
+        assert sorted(client.listdir("/")) == ["after", "before"]
+    after = cluster.process("meta")
+    assert after["pid"] != before and after["restarts"] == 1
+
+
+def test_children_do_not_outlive_a_killed_supervisor(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    pids = [process["pid"] for process in cluster.status()["processes"]]
+    supervisor = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30, "all children stop")
+    cluster.up()
+    assert cluster.serving() and all(cluster.serving())
+
+
+def test_manager_restart_keeps_chains_serving(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "2", "--replicas", "2")
+    versions = {chain["id"]: chain["version"] for chain in cluster.status()["chains"]}
+    os.kill(cluster.process("manager")["pid"], signal.SIGKILL)
+    wait_for(lambda: cluster.process("manager")["state"] == "running", 20, "the manager comes back")
+    with Client(str(cluster.path)) as client, client.open("/x", "wb") as file:
+        file.write(b"x" * 100_000)
+    time.sleep(2 * LEASE_S)
+    assert {chain["id"]: chain["version"] for chain in cluster.status()["chains"]} == versions, "a quick manager restart changes no chain"
+
+
+def test_a_port_in_use_is_said_and_nothing_is_left_running(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        done = cluster.kvfs("up", str(cluster.path), "--storage", "1", "--port", str(port), check=False)
+    assert done.returncode == 2 and str(port) in done.stderr, done.stderr
+    assert cluster.status()["phase"] == "stopped"
+
+
+def test_more_replicas_than_services_are_refused(new_cluster: Callable[[], RealCluster]) -> None:
+    done = new_cluster().kvfs("up", "--storage", "2", "--replicas", "3", check=False)
+    assert done.returncode == 2 and "--storage 3" in done.stderr
+
+
+def test_a_directory_with_other_things_in_it_is_refused(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.path.mkdir()
+    (cluster.path / "thesis.tex").write_text("mine")
+    done = cluster.kvfs("up", str(cluster.path), check=False)
+    assert done.returncode == 2 and "not empty" in done.stderr
+    assert os.listdir(cluster.path) == ["thesis.tex"]
+
+
+def test_a_directory_of_a_newer_format_is_refused_untouched(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.path.mkdir()
+    text = json.dumps({"cluster_id": "kvfs-x", "managers": [], "format": 99})
+    (cluster.path / "cluster.json").write_text(text)
+    done = cluster.kvfs("up", str(cluster.path), check=False)
+    assert done.returncode == 2 and "upgrade" in done.stderr
+    assert (cluster.path / "cluster.json").read_text() == text and os.listdir(cluster.path) == ["cluster.json"]
+
+
+def test_a_storage_directory_of_another_cluster_is_refused_untouched(new_cluster: Callable[[], RealCluster]) -> None:
+    one, other = new_cluster(), new_cluster()
+    one.up("--storage", "1", "--replicas", "1")
+    other.up("--storage", "1", "--replicas", "1")
+    one.kvfs("down")
+    other.kvfs("down")
+    (one.path / "storage-1").rename(one.path / "kept")
+    (other.path / "storage-1").rename(one.path / "storage-1")
+    before = sorted(str(path.relative_to(one.path)) for path in (one.path / "storage-1").rglob("*"))
+    done = one.kvfs("up", check=False)
+    assert done.returncode == 2 and "cluster" in done.stderr, done.stderr
+    assert sorted(str(path.relative_to(one.path)) for path in (one.path / "storage-1").rglob("*")) == before
+
+
+def test_an_unknown_key_in_a_config_file_is_said_with_its_line(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    config = cluster.path / "etc" / "storage-1.toml"
+    lines = config.read_text().count("\n")
+    config.write_text(config.read_text() + "replicass = 3\n")
+    done = cluster.kvfs("up", check=False)
+    assert done.returncode == 2 and f"storage-1.toml:{lines + 1}" in done.stderr and "replicass" in done.stderr, done.stderr
