@@ -1,0 +1,84 @@
+"""Telling the kernel to forget: what other clients changed (the metadata service's revocations), and what this mount changed behind the kernel's
+back.
+
+Invariants: the kernel is told from a thread, never from the trio thread (it may wait for a page that is being read through this very mount); a
+revocation is acknowledged to the service only when the kernel has forgotten; the queue is bounded, and what does not fit is told late by the
+lease's end instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+
+import pyfuse3
+import trio
+
+from kvfs.client import AsyncClient
+
+log = logging.getLogger("kvfs.fuse")
+
+QUEUE_MAX = 4096
+THREADS = 4
+
+
+class Invalidator:
+    """`attributes` and `data` are called by the operations; revocations come in from the client."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[tuple[int, bool]](QUEUE_MAX)
+        self._threads = trio.CapacityLimiter(THREADS)
+        self._ended = False
+
+    def attributes(self, inode: int) -> None:
+        self._put(inode, True)
+
+    def data(self, inode: int) -> None:
+        self._put(inode, False)
+
+    def _put(self, inode: int, attributes_only: bool) -> None:
+        try:
+            self._send.send_nowait((inode, attributes_only))
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("inode %d: the kernel keeps its attributes until their lease ends", inode)
+
+    async def run(self, client: AsyncClient, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. When this has ended no thread of it is in pyfuse3 any more."""
+        client.on_revoked(self.revoked)
+        task_status.started()
+        try:
+            async with self._receive:
+                async for inode, attributes_only in self._receive:
+                    await self._tell(partial(_invalidate_inode, inode, attributes_only))
+        finally:
+            self._ended = True
+
+    async def revoked(self, inode: int, name: bytes) -> None:
+        """Another client changed the inode, or (name not empty) an entry of that directory."""
+        if name:
+            await self._tell(partial(_invalidate_entry, inode, name))
+        await self._tell(partial(_invalidate_inode, inode, False))
+
+    async def drop(self, inodes: Iterable[int]) -> None:
+        """The metadata service has restarted: of these nothing is sure."""
+        for inode in inodes:
+            await self.revoked(inode, b"")
+
+    async def _tell(self, call: partial[None]) -> None:
+        if not self._ended:
+            await trio.to_thread.run_sync(call, limiter=self._threads)
+
+
+def _invalidate_inode(inode: int, attributes_only: bool) -> None:
+    try:
+        pyfuse3.invalidate_inode(inode, attr_only=attributes_only)
+    except OSError:
+        pass  # ENOENT: the kernel does not know the inode; ENOTCONN and the like: the mount is ending
+
+
+def _invalidate_entry(inode: int, name: bytes) -> None:
+    try:
+        pyfuse3.invalidate_entry(inode, name)
+    except OSError:
+        pass  # as above

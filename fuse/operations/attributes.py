@@ -1,0 +1,106 @@
+"""getattr, setattr, access, statfs.
+
+Invariant: a truncate goes through the client's shared state of the file, so that every open handle of this mount sees the cut in its place among
+its writes.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+
+from kvfs.client import ROOT, User
+from kvfs.common.errors import AccessDenied, NotFound, NotPermitted
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.model import Attributes, Caller, Changes, Statistics
+from kvfs.fuse.operations.base import Base
+
+NOW_MARGIN_NS = 5_000_000_000
+
+
+class AttributeOperations(Base):
+    async def getattr(self, inode: int, caller: Caller) -> Attributes:
+        return await self._present(await self._stat(inode))
+
+    async def _stat(self, inode: int) -> pb.Inode:
+        """As root: fstat needs no permission, and the kernel has checked the path."""
+        found = (await self._meta.get_attr([inode], user=ROOT))[0]
+        if found.type == pb.TYPE_INVALID:
+            raise NotFound(f"inode {inode} is gone")
+        return found
+
+    async def setattr(self, inode: int, changes: Changes, handle: int | None, caller: Caller) -> Attributes:
+        result: pb.Inode | None = None
+        if changes.length is not None:
+            result = await self._truncate(inode, changes.length, handle, caller)
+            # truncate(2) sets the times itself, where the length is set; the kernel sends "now" along with it.
+            changes = Changes(mode=changes.mode, uid=changes.uid, gid=changes.gid)
+        if changes != Changes():
+            result = await self._change(inode, changes, caller)
+        return await self._present(result if result is not None else await self._stat(inode))
+
+    async def _truncate(self, inode: int, length: int, handle: int | None, caller: Caller) -> pb.Inode:
+        if handle is not None:
+            opened = self._files.get(handle)
+            return await self._client.truncate_inode(inode, length, user=opened.user, session=opened.file.session)
+        return await self._as(caller, lambda user: self._client.truncate_inode(inode, length, user=user))
+
+    async def _change(self, inode: int, changes: Changes, caller: Caller) -> pb.Inode:
+        async def change(user: User) -> pb.Inode:
+            return await self._meta.set_attr(
+                inode,
+                user=user,
+                mode=changes.mode,
+                uid=changes.uid,
+                gid=changes.gid,
+                atime_ns=changes.atime_ns,
+                mtime_ns=changes.mtime_ns,
+            )
+
+        if changes.mtime_ns is not None:
+            # Buffered writes carry the time at which they were made: sent later, they would undo the time that is set now.
+            await self._client.flush_inode(inode)
+        if changes.mode is not None and changes.mode & stat.S_ISGID and caller.uid != 0:
+            # Whether the bit may stay is a question of membership: without the groups the service would clear it.
+            return await change(self._user_with_groups(caller))
+        try:
+            return await self._as(caller, change)
+        except (AccessDenied, NotPermitted):
+            if not self._means_now(changes):
+                raise
+        # Anyone who may write the file may set its times to now. FUSE says "now", pyfuse3 turns it into the time, and a given time is for the
+        # owner only.
+        return await self._as(
+            caller,
+            lambda user: self._meta.set_attr(inode, user=user, atime_now=changes.atime_ns is not None, mtime_now=changes.mtime_ns is not None),
+        )
+
+    @staticmethod
+    def _means_now(changes: Changes) -> bool:
+        times = [time_ns for time_ns in (changes.atime_ns, changes.mtime_ns) if time_ns is not None]
+        only_times = changes.mode is None and changes.uid is None and changes.gid is None
+        return only_times and bool(times) and all(abs(time_ns - time.time_ns()) < NOW_MARGIN_NS for time_ns in times)
+
+    async def access(self, inode: int, mask: int, caller: Caller) -> bool:
+        """Not called under default_permissions; here for mounts without."""
+        found = await self._stat(inode)
+        if caller.uid == 0:
+            return not mask & 1 or found.type == pb.DIRECTORY or bool(found.mode & 0o111)
+        if caller.uid == found.uid:
+            bits = found.mode >> 6
+        elif caller.gid == found.gid or found.gid in self._user_with_groups(caller).groups:
+            bits = found.mode >> 3
+        else:
+            bits = found.mode
+        return bits & mask & 7 == mask & 7
+
+    async def statfs(self, caller: Caller) -> Statistics:
+        found = await self._meta.stat_fs(user=self._user(caller))
+        size = found.block_size or 4096
+        return Statistics(
+            block_size=size,
+            blocks=found.capacity_bytes // size,
+            blocks_free=found.free_bytes // size,
+            files=found.files + found.free_files,
+            files_free=found.free_files,
+        )

@@ -1,0 +1,135 @@
+"""What every family of operations shares: the client, who asks, and attributes as a mount shows them.
+
+Invariants: attributes carry this mount's own unreported writes (length, mtime); a lease is passed on only while revocations arrive; every cache
+here is bounded. It must never know the kernel: invalidations go through the callable it is given.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+from kvfs.client import AsyncClient, OpenFile, User
+from kvfs.common.errors import AccessDenied, NotPermitted
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.allocation import Allocation
+from kvfs.fuse.groups import supplementary_groups
+from kvfs.fuse.handles import DirectoryHandle, FileHandle, HandleTable
+from kvfs.fuse.model import BLOCK_BYTES, TYPE_BITS, Attributes, Caller
+
+T = TypeVar("T")
+
+USERS_MAX = 1024
+SEEN_MAX = 65_536
+LEASE_MARGIN = 0.9
+"""The service counts a lease from when it answered, the kernel from when it heard: the part kept is given up for the way."""
+SYMLINK_BLOCK_BYTES = 4096
+
+
+class Invalidate(Protocol):
+    """Tells the kernel to forget; returns at once (the kernel is told from a thread)."""
+
+    def attributes(self, inode: int) -> None: ...
+
+    def data(self, inode: int) -> None: ...
+
+
+class NoKernel:
+    """Nothing caches: for operations without a mount."""
+
+    def attributes(self, inode: int) -> None: ...
+
+    def data(self, inode: int) -> None: ...
+
+
+class Base:
+    def __init__(self, client: AsyncClient, *, invalidate: Invalidate | None = None, attr_cache: bool = True, data_cache: bool = True) -> None:
+        self._client = client
+        self._meta = client.meta
+        self._invalidate = invalidate or NoKernel()
+        self._attr_cache = attr_cache
+        self._data_cache = data_cache
+        self._users: dict[tuple[int, int], User] = {}
+        self._files: HandleTable[FileHandle] = HandleTable()
+        self._directories: HandleTable[DirectoryHandle] = HandleTable()
+        self._allocation = Allocation(client)
+        self._seen: OrderedDict[int, int] = OrderedDict()
+        """inode -> data_version that the kernel's cached pages stand for, at this mount's last open."""
+
+    def _user(self, caller: Caller) -> User:
+        key = (caller.uid, caller.gid)
+        user = self._users.get(key)
+        if user is None:
+            if len(self._users) >= USERS_MAX:
+                self._users.clear()
+            user = self._users[key] = User(caller.uid, caller.gid)
+        return user
+
+    def _user_with_groups(self, caller: Caller) -> User:
+        groups = supplementary_groups(caller.pid)
+        return User(caller.uid, caller.gid, groups) if groups else self._user(caller)
+
+    async def _as(self, caller: Caller, call: Callable[[User], Awaitable[T]]) -> T:
+        """Make the call as the caller; a refusal is asked again with the caller's supplementary groups, when it has any."""
+        user = self._user(caller)
+        try:
+            return await call(user)
+        except (AccessDenied, NotPermitted):
+            if caller.uid == 0:
+                raise
+            with_groups = self._user_with_groups(caller)
+            if not with_groups.groups:
+                raise
+        return await call(with_groups)
+
+    async def _present(self, inode: pb.Inode) -> Attributes:
+        """Attributes as this mount shows them, with the bytes really stored (asked of the storage only for files of more than one chunk)."""
+        attributes = self._attributes(inode)
+        if self._allocation.unsure(inode):
+            attributes.blocks = await self._allocation.blocks(inode, attributes.length)
+        return attributes
+
+    def _attributes(self, answered: pb.Inode) -> Attributes:
+        """The same without a call: the blocks of a large file are those last known, and its lease is none when they are not."""
+        inode = self._client.local_view(answered)
+        lease_s = answered.attr_lease_ms / 1000 * LEASE_MARGIN if self._attr_cache and self._client.watching else 0.0
+        kind = inode.type
+        length = inode.length
+        block_size = 4096
+        if kind == pb.FILE:
+            block_size = inode.layout.chunk_size or 1 << 20
+            blocks = (length + BLOCK_BYTES - 1) // BLOCK_BYTES
+            if length > block_size:
+                known = self._allocation.known(inode)
+                if known is None:
+                    lease_s = 0.0
+                else:
+                    blocks = known
+        elif kind == pb.DIRECTORY:
+            length, blocks = max(length, SYMLINK_BLOCK_BYTES), SYMLINK_BLOCK_BYTES // BLOCK_BYTES
+        else:
+            blocks = 0
+        return Attributes(
+            inode=inode.inode,
+            mode=TYPE_BITS.get(kind, 0) | inode.mode,
+            nlink=inode.nlink,
+            uid=inode.uid,
+            gid=inode.gid,
+            rdev=inode.rdev,
+            length=length,
+            blocks=blocks,
+            block_size=block_size,
+            atime_ns=inode.atime_ns,
+            mtime_ns=inode.mtime_ns,
+            ctime_ns=inode.ctime_ns,
+            lease_s=lease_s,
+        )
+
+    def _file(self, handle: int) -> OpenFile:
+        return self._files.get(handle).file
+
+    def forget(self, inodes: list[int]) -> None:
+        """The kernel dropped these inodes, and its pages of them. Nothing else is kept by inode, so there is no count to keep."""
+        for inode in inodes:
+            self._seen.pop(inode, None)

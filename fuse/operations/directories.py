@@ -1,0 +1,90 @@
+"""opendir, readdir, releasedir, fsyncdir.
+
+Invariants: entries come in the byte order of names, page by page; a position given to the kernel stays right whatever is created or removed
+meanwhile: an entry that is there from beginning to end is listed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvfs.client import ROOT
+from kvfs.common.errors import NotFound
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.handles import DirectoryHandle
+from kvfs.fuse.model import TYPE_BITS, Attributes, Caller
+from kvfs.fuse.operations.base import Base
+
+PAGE_ENTRIES = 1024
+PAGE_ENTRIES_FIRST = 128
+"""A small first page: most directories are small, and some programs read only the start."""
+DOT, DOT_DOT = 1, 2
+
+Emit = Callable[[bytes, Attributes, int], bool]
+"""(name, attributes, position after it) -> False when the kernel's buffer is full and the entry was not taken."""
+
+
+class DirectoryOperations(Base):
+    async def opendir(self, inode: int, caller: Caller) -> int:
+        """Local: the kernel has checked the permission, and the first page finds a directory that is gone."""
+        return self._directories.add(DirectoryHandle(inode, self._user(caller)))
+
+    async def readdir(self, handle: int, position: int, emit: Emit) -> None:
+        directory = self._directories.get(handle)
+        if position == 0:
+            directory.rewind()
+        if position < DOT_DOT and not await self._dots(directory, position, emit):
+            return
+        position = max(position, DOT_DOT)
+        if position != directory.page_position:
+            directory.page, directory.page_position, directory.page_more = [], position, True
+        while True:
+            if not directory.page:
+                if not directory.page_more:
+                    return
+                await self._next_page(directory, position)
+                continue
+            taken = 0
+            for entry in directory.page:
+                attributes = self._attributes(entry.attributes) if entry.HasField("attributes") else _bare(entry)
+                if not emit(entry.name, attributes, position + 1):
+                    break
+                position += 1
+                taken += 1
+                directory.handed_out(position, entry.name)
+            full = taken < len(directory.page)
+            del directory.page[:taken]
+            directory.page_position = position
+            if full:
+                return
+
+    async def _dots(self, directory: DirectoryHandle, position: int, emit: Emit) -> bool:
+        if directory.self_inode is None or directory.parent_inode is None:
+            found = (await self._meta.get_attr([directory.inode], user=ROOT))[0]
+            if found.type == pb.TYPE_INVALID:
+                raise NotFound("the directory is gone")
+            directory.self_inode = found
+            directory.parent_inode = pb.Inode(inode=found.parent or found.inode, type=pb.DIRECTORY)
+        if position < DOT and not emit(b".", self._attributes(directory.self_inode), DOT):
+            return False
+        return emit(b"..", self._attributes(directory.parent_inode), DOT_DOT)
+
+    async def _next_page(self, directory: DirectoryHandle, position: int) -> None:
+        limit = PAGE_ENTRIES if position > DOT_DOT else PAGE_ENTRIES_FIRST
+        # As root: the right to list was checked at opendir, and lasts as long as the handle.
+        reply = await self._meta.read_dir(directory.inode, user=ROOT, after=directory.name_before(position), limit=limit, attributes=True)
+        directory.page = list(reply.entries)
+        directory.page_more = reply.more
+        directory.page_position = position
+
+    async def releasedir(self, handle: int) -> None:
+        self._directories.remove(handle)
+
+    async def fsyncdir(self, handle: int, datasync: bool) -> None:
+        """Nothing to do: a change of a directory is acknowledged only when the metadata service has synced it."""
+        self._directories.get(handle)
+
+
+def _bare(entry: pb.DirEntry) -> Attributes:
+    """An entry whose inode went away while it was listed: its name and type, and no lease."""
+    return Attributes(entry.inode, TYPE_BITS.get(entry.type, 0), 1, 0, 0, 0, 0, 0, 4096, 0, 0, 0, 0.0)

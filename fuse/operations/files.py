@@ -1,0 +1,130 @@
+"""open, create, read, write, flush, fsync, release.
+
+Invariants: a write returns once the client has it (write-behind); flush, which is close(2), returns when every replica has it and the metadata
+service knows the length, so that another mount sees it; an error of write-behind comes out of the next write, flush or fsync of the file.
+Pages stay in the kernel from one open to the next only when the file's data_version is the one they were read at.
+O_APPEND handles bypass the page cache: the kernel places appended bytes where it believes the end to be, and only the service knows where that is.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from kvfs.client import ROOT, OpenFile, User
+from kvfs.common.errors import KvfsError
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.handles import FileHandle
+from kvfs.fuse.model import Attributes, Caller, Opened
+from kvfs.fuse.operations.base import SEEN_MAX, Base
+
+FMODE_EXEC = 0x20
+"""The kernel opens a program to run it: execute permission suffices, which it has checked."""
+
+
+class FileOperations(Base):
+    async def open(self, inode: int, flags: int, caller: Caller) -> Opened:
+        read, write = _modes(flags)
+        truncate = bool(flags & os.O_TRUNC)
+        session = self._client.new_session()
+
+        async def opening(user: User) -> tuple[User, pb.Inode]:
+            return user, await self._meta.open(inode, user=user, session=session, read=read, write=write, truncate=False)
+
+        user, found = await opening(ROOT) if flags & FMODE_EXEC else await self._as(caller, opening)
+        file = self._client.open_file(found, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
+        if truncate and file.length > 0:
+            try:
+                found = await file.truncate(0)
+            except BaseException:
+                await file.close()
+                raise
+        return self._opened(found, file, flags, user)
+
+    async def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Opened, Attributes]:
+        read, write = _modes(flags)
+        session = self._client.new_session()
+
+        async def creating(user: User) -> tuple[User, pb.CreateReply]:
+            return user, await self._meta.create(
+                parent, name, stat.S_IMODE(mode), user=user, session=session, read=read, write=write, exclusive=bool(flags & os.O_EXCL)
+            )
+
+        user, reply = await self._as(caller, creating)
+        inode = reply.inode
+        file = self._client.open_file(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
+        if not reply.created and flags & os.O_TRUNC and file.length > 0:
+            try:
+                inode = await file.truncate(0)
+            except BaseException:
+                await file.close()
+                raise
+        return self._opened(inode, file, flags, user), await self._present(inode)
+
+    def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
+        privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
+        handle = self._files.add(FileHandle(inode.inode, flags, user, file, strip_privileges=bool(privileged) and user.uid != 0))
+        return Opened(handle, keep_cache=self._keep_cache(inode), direct_io=bool(flags & os.O_APPEND))
+
+    def _keep_cache(self, inode: pb.Inode) -> bool:
+        same = self._seen.get(inode.inode) == inode.data_version
+        self._seen[inode.inode] = inode.data_version
+        self._seen.move_to_end(inode.inode)
+        if len(self._seen) > SEEN_MAX:
+            self._seen.popitem(last=False)
+        return same and self._data_cache
+
+    async def read(self, handle: int, offset: int, size: int) -> memoryview:
+        """Exactly `size` bytes, fewer only at the end of the file: the kernel takes a short answer for the end."""
+        return await self._file(handle).pread(offset, size)
+
+    async def write(self, handle: int, offset: int, data: bytes) -> int:
+        opened = self._files.get(handle)
+        if opened.strip_privileges:
+            await self._strip_privileges(opened)
+        if opened.append:
+            await opened.file.append([data])
+        else:
+            await opened.file.pwrite(offset, [data])
+        return len(data)
+
+    async def _strip_privileges(self, opened: FileHandle) -> None:
+        """A write by an ordinary user clears setuid and setgid. The kernel leaves it to the file system (FUSE_HANDLE_KILLPRIV)."""
+        opened.strip_privileges = False
+        inode = (await self._meta.get_attr([opened.inode], user=ROOT))[0]
+        mode = inode.mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            mode &= ~stat.S_ISGID
+        if mode != inode.mode:
+            await self._meta.set_attr(opened.inode, user=ROOT, mode=mode)
+            self._invalidate.attributes(opened.inode)
+
+    async def flush(self, handle: int) -> None:
+        """close(2) of one descriptor. What was written is on every replica, and its length known to all, when this returns."""
+        opened = self._files.get(handle)
+        if opened.writable:
+            await opened.file.report()
+
+    async def fsync(self, handle: int, datasync: bool) -> None:
+        await self._file(handle).fsync()
+
+    async def release(self, handle: int) -> None:
+        """The last descriptor is gone. Nobody hears an error any more: flush has told it."""
+        await self._files.remove(handle).file.close()
+
+    async def close(self) -> None:
+        """The end of the mount: flush and close whatever is still open. Raises the first error, after all were tried."""
+        first: KvfsError | None = None
+        for opened in self._files:
+            try:
+                await opened.file.close()
+            except KvfsError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+
+def _modes(flags: int) -> tuple[bool, bool]:
+    """(read, write) of open flags."""
+    mode = flags & os.O_ACCMODE
+    return mode != os.O_WRONLY, mode != os.O_RDONLY
