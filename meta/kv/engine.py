@@ -8,17 +8,15 @@ takes commits. Engines live in one trio thread and must never be used from anoth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import trio
 
 from kvfs.common.errors import TxnError
-
-if TYPE_CHECKING:
-    from kvfs.meta.kv.conflicts import ReadSet
-    from kvfs.meta.kv.transaction import Transaction
-    from kvfs.meta.kv.writes import WriteSet
+from kvfs.meta.kv.conflicts import ReadSet
+from kvfs.meta.kv.transaction import Snapshot, Transaction
+from kvfs.meta.kv.writes import WriteSet
 
 T = TypeVar("T")
 
@@ -28,29 +26,11 @@ LONGEST_BACKOFF_S = 1.0
 DEADLINE_S = 5.0
 
 
-class Snapshot(ABC):
-    """The store as it was at one version. Reads are plain calls: the engines are local and quick."""
-
-    __slots__ = ("opened_s", "version")
-
-    version: int
-    opened_s: float
-
-    @abstractmethod
-    def get(self, key: bytes) -> bytes | None: ...
-
-    @abstractmethod
-    def scan(self, begin: bytes, end: bytes, *, reverse: bool, hint: int) -> Iterator[tuple[bytes, bytes]]:
-        """Rows of [begin, end) in order; use the iterator up, or drop it, before anyone awaits. `hint`: about how many rows the caller will take."""
-
-
 class Engine(ABC):
     """A transactional store. Made by `open_engine`; `close` it when done."""
 
     async def begin(self) -> Transaction:
         """A new transaction. Its snapshot is taken at its first read. Prefer `transact`, which retries."""
-        from kvfs.meta.kv.transaction import Transaction
-
         return Transaction(self)
 
     async def transact(self, body: Callable[[Transaction], T], *, deadline_s: float = DEADLINE_S) -> T:

@@ -25,7 +25,7 @@ from kvfs.meta.kv.journal import Record, encode_changes, encode_record, read_seg
 from kvfs.meta.kv.limits import MAX_KEY_BYTES
 from kvfs.meta.kv.local import Changes, LocalEngine
 from kvfs.meta.kv.transaction import Row
-from kvfs.meta.kv.worker import ThreadWorker, Worker
+from kvfs.meta.kv.worker import InlineWorker, ThreadWorker, Worker
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ CHECKPOINT_COMMITS: Final = 2000
 FORGET_COMMITS: Final = 4
 """How many commits' recent versions are dropped at a time, so that dropping a checkpoint's never holds up the loop."""
 CHECKPOINT_RETRY_S: Final = 1.0
-QUICK_SYNC_S: Final = 0.000_6
-"""The longest that a commit that is alone may hold up the loop while its journal record is synced (220 us here)."""
-SLOW_DISK_COMMITS: Final = 100
-"""After a sync that took longer, so many commits wait without holding up the loop."""
+QUICK_SYNC_S: Final = 0.001
+AT_ONCE_COMMITS: Final = 16
+"""So many commits in a row may be synced in the trio thread itself, after one by the writer's thread was quick and found nobody else committing:
+waking two threads costs as much as a sync here. The next goes through the writer's thread again, to see whether that still holds."""
 
 # Keys of the engine's own, in the map beside the users': longer than any key or bound a user can name, and behind all of them.
 _OWN: Final = b"\xff" * (MAX_KEY_BYTES + 2)
@@ -63,11 +63,14 @@ class _Segment:
 
 
 class _Batch:
-    __slots__ = ("changes", "count", "done", "error", "last_version")
+    __slots__ = ("at_once", "changes", "commits", "count", "done", "error", "last_version", "started_s")
 
     def __init__(self) -> None:
         self.changes: list[bytes] = []
+        self.commits = 0
         self.count = 0
+        self.at_once = False
+        self.started_s = 0.0
         self.last_version = 0
         self.done = trio.Event()
         self.error: KvfsError | None = None
@@ -109,8 +112,9 @@ class LmdbEngine(LocalEngine):
         self._checkpoint_error: KvfsError | None = None
         self._checkpoint_not_before_s = 0.0
         self._short_of_space = False
-        self._patience = 1
+        self._at_once = 0
         self._writer = worker("kv-journal")
+        self._inline = InlineWorker()
         self._checkpointer = worker("kv-checkpoint")
 
     # --- opening
@@ -214,6 +218,7 @@ class LmdbEngine(LocalEngine):
     def _accepted(self, version: int, changes: Changes) -> None:
         batch = self._pending
         batch.changes.append(encode_changes(changes))
+        batch.commits += 1
         batch.count += len(changes)
         batch.last_version = version
         if self._in_flight is None:
@@ -224,15 +229,10 @@ class LmdbEngine(LocalEngine):
         if batch is None or version > batch.last_version:
             batch = self._pending
         if version <= self._durable:
-            return
-        if batch is self._in_flight and self._patience > 0:
-            # Let others commit too. If nobody does, a short blocking wait is cheaper for everyone than waking the loop from a thread.
+            # Written at once: let others run, as every commit does. No cancellation, for the commit has happened.
             await trio.lowlevel.cancel_shielded_checkpoint()
-            if batch is self._in_flight and not self._pending.count and not self._writer.wait(QUICK_SYNC_S):
-                self._patience = -SLOW_DISK_COMMITS
-        self._patience += 1
-        if not batch.done.is_set():
-            await batch.done.wait()
+            return
+        await batch.done.wait()
         if batch.error is not None:
             raise batch.error
 
@@ -244,7 +244,10 @@ class LmdbEngine(LocalEngine):
         if segment.end_bytes and segment.end_bytes + len(record) > self._segment_bytes:
             self._sealed.append(segment)
             segment = self._current = self._free.pop() if self._free else self._new_segment()
-        self._writer.start(partial(self._write, segment, record), partial(self._batch_written, batch, segment, len(record)))
+        batch.at_once = batch.commits == 1 and self._at_once > 0
+        batch.started_s = 0.0 if self._closed else self.now()
+        writer = self._inline if batch.at_once else self._writer
+        writer.start(partial(self._write, segment, record), partial(self._batch_written, batch, segment, len(record)))
 
     def _write(self, segment: _Segment, record: bytes) -> None:
         """In the writer's thread."""
@@ -263,7 +266,8 @@ class LmdbEngine(LocalEngine):
             segment.last_version = batch.last_version
             self._written_version = self._durable = batch.last_version
             batch.done.set()
-            if self._pending.count:
+            self._judge(batch)
+            if self._pending.commits:
                 self._write_batch()
             return
         following, self._pending = self._pending, _Batch()
@@ -280,6 +284,15 @@ class LmdbEngine(LocalEngine):
         self._undo()
         batch.done.set()
         following.done.set()
+
+    def _judge(self, batch: _Batch) -> None:
+        """Whether the next commits may be synced in the trio thread."""
+        if self._closed or self.now() - batch.started_s > QUICK_SYNC_S:
+            self._at_once = 0
+        elif batch.at_once:
+            self._at_once -= 1
+        else:
+            self._at_once = AT_ONCE_COMMITS if batch.commits == 1 and not self._pending.commits else 0
 
     # --- checkpoints
 

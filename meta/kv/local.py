@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 
 from kvfs.common.errors import ServiceStopping, TxnConflict, TxnThrottled, TxnTooOld
 from kvfs.meta.kv.conflicts import CommitLog, ReadSet
-from kvfs.meta.kv.engine import Engine, Snapshot
+from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.limits import LIFETIME_S
-from kvfs.meta.kv.transaction import Row, overlay, versionstamp
+from kvfs.meta.kv.transaction import Row, Snapshot, overlay, versionstamp
 from kvfs.meta.kv.versions import VersionedMap
 from kvfs.meta.kv.writes import WriteSet
 

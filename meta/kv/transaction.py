@@ -7,17 +7,37 @@ After commit the transaction can only be `reset` or closed. It must never await 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from kvfs.common.errors import InvalidArgument, TxnTooOld
 from kvfs.meta.kv.conflicts import ReadSet
-from kvfs.meta.kv.engine import Engine, Snapshot
 from kvfs.meta.kv.limits import LIFETIME_S, MAX_RANGE_ROWS, VERSIONSTAMP_BYTES, check_bound, check_key
 from kvfs.meta.kv.writes import UNTOUCHED, Untouched, WriteSet
 
+if TYPE_CHECKING:
+    from kvfs.meta.kv.engine import Engine
+
 Row = tuple[bytes, bytes]
+
+
+class Snapshot(ABC):
+    """The store as it was at one version. Reads are plain calls: the engines are local and quick."""
+
+    __slots__ = ("opened_s", "version")
+
+    version: int
+    opened_s: float
+
+    @abstractmethod
+    def get(self, key: bytes) -> bytes | None: ...
+
+    @abstractmethod
+    def scan(self, begin: bytes, end: bytes, *, reverse: bool, hint: int) -> Iterator[tuple[bytes, bytes]]:
+        """Rows of [begin, end) in order; use the iterator up, or drop it, before anyone awaits. `hint`: about how many rows the caller will take."""
 
 
 class Transaction:

@@ -3,7 +3,7 @@
 Cheaper than trio.to_thread: no thread start, no context copy, one queue each way. The owner hands over the next job only when it has been told the
 end of the last one, so there is nothing to bound. `InlineWorker` runs the job at once in the calling thread, for simulation.
 
-Invariant: `done` of a job runs once, in the trio thread, whoever finds the job's end first: the loop's wake-up, `wait` or `close`.
+Invariant: `done` of a job runs once, in the trio thread, whoever finds the job's end first, the loop's wake-up or `close`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ class Worker(ABC):
         """Run `job`, then `done` with its error in the trio thread."""
 
     @abstractmethod
-    def wait(self, timeout_s: float) -> bool:
-        """Block the trio thread until the running job has ended, and call its `done`; False if it has not ended in time.
-
-        For a job that is nearly always shorter than the loop's own wake-up (130 us here).
-        """
-
-    @abstractmethod
     def close(self) -> None:
         """Wait for the running job and call its `done`; jobs started from then on run inline. Safe to call twice."""
 
@@ -46,9 +39,6 @@ class InlineWorker(Worker):
         else:
             done(None)
 
-    def wait(self, timeout_s: float) -> bool:
-        return True
-
     def close(self) -> None:
         pass
 
@@ -59,10 +49,6 @@ class ThreadWorker(Worker):
         self._number = 0
         self._done: Done | None = None
         self._error: Exception | None = None
-        self._running = threading.Lock()
-        """Held from a job's start to its end."""
-        self._watched = False
-        """`wait` is watching for the job's end: the loop need not be woken."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -74,18 +60,7 @@ class ThreadWorker(Worker):
             return
         self._done = done
         self._number += 1
-        self._running.acquire(blocking=False)
         self._jobs.put((self._number, job, trio.lowlevel.current_trio_token()))
-
-    def wait(self, timeout_s: float) -> bool:
-        self._watched = True
-        ended = self._running.acquire(timeout=timeout_s)
-        self._watched = False
-        # The job may have ended just now, seeing itself watched; if it ends after this line it wakes the loop.
-        if ended or self._running.acquire(blocking=False):
-            self._finish(self._number)
-            return True
-        return False
 
     def close(self) -> None:
         if not self._closed:
@@ -103,12 +78,10 @@ class ThreadWorker(Worker):
             except Exception as error:
                 self._error = error
             del item, job
-            self._running.release()
-            if not self._watched:
-                try:
-                    token.run_sync_soon(partial(self._finish, number))
-                except trio.RunFinishedError:
-                    pass  # the loop is gone: `close` will finish it
+            try:
+                token.run_sync_soon(partial(self._finish, number))
+            except trio.RunFinishedError:
+                pass  # the loop is gone: `close` will finish it
 
     def _finish(self, number: int) -> None:
         if number == self._number and self._done is not None:
