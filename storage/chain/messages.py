@@ -1,0 +1,198 @@
+"""What goes into the core and what comes out of it: updates, what the engine holds, results, and effects.
+
+Plain values; an effect names what its driver must do and tell the core about afterwards. `Flight` (flight.py) is the only thing with state.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvfs.common import errors
+from kvfs.storage.engine.requests import UpdateKind
+
+if TYPE_CHECKING:
+    from kvfs.storage.chain.flight import Flight
+
+_RECORDED = struct.Struct("<QQI")
+
+CLEAN_REFUSALS = frozenset(
+    error.code
+    for error in (errors.NoSpace, errors.FileTooBig, errors.InvalidArgument, errors.BadRequest, errors.ChecksumMismatch, errors.QuotaExceeded)
+)
+"""Statuses that promise: neither this replica nor any after it holds the update. Only such an answer lets a predecessor forget it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TagKey:
+    client_id: bytes
+    channel: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """An update as it arrived."""
+
+    chunk_id: bytes
+    kind: UpdateKind
+    chain_version: int
+    length: int = 0
+    tag: TagKey | None = None
+    from_target: int = 0
+    """0: a client; else the predecessor."""
+    update_version: int = 0
+    """Forwards: the version that the head gave."""
+    sequence: int = 0
+    """Forwards: the predecessor's count; of one chunk, a lower one that comes after a higher one is late and void."""
+    roomy: bool = True
+    """The disk surely has room: forwarding may begin before the local copy is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the engine holds of a chunk, read under the chunk's lock."""
+
+    version: int = 0
+    length: int = 0
+    checksum: int = 0
+    pending_version: int = 0
+    pending_length: int = 0
+    pending_checksum: int = 0
+    pending_removes: bool = False
+    tag_sequence: int = -1
+    """Of the update's (client, channel); -1: none is recorded."""
+    tag_result: bytes = b""
+
+
+ABSENT = Stored()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    status: int = 0
+    version: int = 0
+    chain_version: int = 0
+    length: int = 0
+    checksum: int = 0
+    message: str = ""
+
+    @property
+    def clean(self) -> bool:
+        return self.status in CLEAN_REFUSALS
+
+    def recorded(self) -> bytes:
+        """The form in which a result is kept with its tag."""
+        return _RECORDED.pack(self.version, self.checksum, self.length)
+
+    @classmethod
+    def from_record(cls, record: bytes, chain_version: int) -> Result:
+        version, checksum, length = _RECORDED.unpack(record)
+        return cls(0, version, chain_version, length, checksum)
+
+
+def refusal(error: errors.KvfsError | type[errors.KvfsError], chain_version: int, message: str = "") -> Result:
+    text = message or (error.message if isinstance(error, errors.KvfsError) else error.__name__)
+    return Result(status=error.code, chain_version=chain_version, message=text)
+
+
+# --- effects of one update: the driver carries them out and answers with the event named ---------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Write the pending version. -> prepared / prepare_failed"""
+
+    flight: Flight
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Write and commit in one step. -> applied / prepare_failed"""
+
+    flight: Flight
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Send the update on, as `kind` (REPLACE: the whole chunk as it is after the update). -> forwarded / forward_failed"""
+
+    flight: Flight
+    target_id: int
+    kind: UpdateKind
+    chain_version: int
+    sequence: int
+    syncing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Make the pending version the committed one. -> committed / commit_failed"""
+
+    flight: Flight
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget the pending version. No answer."""
+
+    flight: Flight
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The update is over: answer, release the chunk's lock."""
+
+    flight: Flight
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do until the chain changes or a short time has passed. -> resume. `refresh`: somebody knows a newer chain, ask for it now."""
+
+    flight: Flight
+    refresh: bool
+
+
+# --- effects of the target ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The local state changed: send a heartbeat now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveLeftovers:
+    """Every pending version that no update under way owns: take its lock and call recover()."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropLeftovers:
+    """Forget every pending version that no update under way owns."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartResync:
+    """Bring the successor up to date; a resync of an older chain version ends."""
+
+    target_id: int
+    chain_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopResync:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """The cluster went on without this target while it thought it served: the process must end."""
+
+    reason: str
+
+
+FlightEffect = Prepare | Apply | Forward | Commit | Drop | Reply | Wait | Report
+TargetEffect = Report | ResolveLeftovers | DropLeftovers | StartResync | StopResync | Exit

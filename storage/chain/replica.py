@@ -1,0 +1,431 @@
+"""The CRAQ replica: one target's part in its chain. A state machine without I/O; the service (storage/server.py) drives exactly this.
+
+For each chunk the driver holds a FIFO lock around receive() ... Reply, so at most one flight per chunk is under way. An update gets version
+u = v + 1 at the head, is prepared at every replica (a replica may pass it on before its own copy is written), and is committed from the tail back.
+
+Invariants, for the serving targets t1 (head) ... tn (tail) of a chain and any chunk:
+- committed(t1) <= ... <= committed(tn) <= committed(t1) + 1;
+- what tn has committed and ti has not, ti has as a flight or as a pending version: a version number, once it may have reached another replica,
+  stays bound to one update. Only a clean refusal of the successor (it holds nothing, nor does anyone after it) frees the number;
+- a replica commits what its successor acknowledged only when both have the same checksum of the whole chunk. One that finds itself different from a
+  serving successor takes itself out of the chain ("ejects" itself), and comes back through resync: never silently wrong;
+- a message of another chain version changes nothing; of one chunk, a forward overtaken by a later one of the same predecessor changes nothing;
+- `view.version` never goes back.
+Must never: reply success before everyone after this target in the chain has committed; serve reads when not serving.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from kvfs.common import errors
+from kvfs.storage.chain.fence import Fence
+from kvfs.storage.chain.flight import Flight, Local
+from kvfs.storage.chain.messages import (
+    Apply,
+    Commit,
+    Drop,
+    DropLeftovers,
+    Exit,
+    FlightEffect,
+    Forward,
+    Incoming,
+    Prepare,
+    Reply,
+    Report,
+    ResolveLeftovers,
+    Result,
+    StartResync,
+    StopResync,
+    Stored,
+    TargetEffect,
+    Wait,
+    refusal,
+)
+from kvfs.storage.chain.view import ChainView, LocalState, PublicState, Successor
+from kvfs.storage.engine.requests import UpdateKind
+
+
+class Phase(enum.Enum):
+    """What the target thinks of itself."""
+
+    RETURNING = "returning"
+    """Started with data of an earlier run: takes no part until the routing shows that the cluster knows it was away."""
+    ONLINE = "online"
+    """Alive, not up to date."""
+    UPTODATE = "uptodate"
+    EJECTED = "ejected"
+    """Found itself different from its successor: out, until the routing shows it."""
+    FAILED = "failed"
+    """The disk failed: out for good."""
+
+
+_AWAY = frozenset((PublicState.OFFLINE, PublicState.WAITING, PublicState.LASTSRV))
+_HEAL_BY_REPLACE = frozenset((errors.MissingUpdate.code, errors.ChecksumMismatch.code))
+
+
+class Replica:
+    def __init__(self, target_id: int, *, fresh: bool) -> None:
+        """`fresh`: made for a chain that has never held anything, so it lacks nothing."""
+        self.target_id = target_id
+        self.phase = Phase.UPTODATE if fresh else Phase.RETURNING
+        self.problem = ""
+        self.view: ChainView | None = None
+        self.public = PublicState.INVALID
+        self.successor: Successor | None = None
+        self.predecessor = 0
+        self.flights: dict[bytes, Flight] = {}
+        self._resyncing = False
+        self._fence = Fence()
+        self._sequence = 0
+
+    # --- the target ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        return self.view.version if self.view is not None else 0
+
+    @property
+    def local_state(self) -> LocalState:
+        if self.phase is Phase.UPTODATE:
+            return LocalState.UPTODATE
+        return LocalState.ONLINE if self.phase is Phase.ONLINE else LocalState.OFFLINE
+
+    @property
+    def serving(self) -> bool:
+        return self.public is PublicState.SERVING and self.phase is Phase.UPTODATE
+
+    @property
+    def syncing(self) -> bool:
+        return self.public is PublicState.SYNCING and self.phase in (Phase.ONLINE, Phase.UPTODATE)
+
+    @property
+    def takes_part(self) -> bool:
+        return self.serving or self.syncing
+
+    def on_chain(self, view: ChainView) -> list[TargetEffect]:
+        """The routing shows this chain. Flights that wait are resumed by the driver afterwards."""
+        if self.view is not None and view.version <= self.view.version:
+            return []
+        self.view = view
+        self.public = view.state_of(self.target_id)
+        self.successor = view.successor_of(self.target_id)
+        self.predecessor = view.predecessor_of(self.target_id)
+        self._fence.clear()
+        effects = self._on_public_state()
+        if self.serving and self.successor is not None and self.successor.syncing:
+            self._resyncing = True
+            effects.append(StartResync(self.successor.target_id, view.version))
+        elif self._resyncing:
+            self._resyncing = False
+            effects.append(StopResync())
+        if self.serving and (self.successor is None or self.predecessor == 0):
+            # A tail's pending versions are all that is left of their updates: it commits them. A head carries them down the chain. Between the
+            # two, the head's recovery passes through.
+            effects.append(ResolveLeftovers())
+        return effects
+
+    def _on_public_state(self) -> list[TargetEffect]:
+        if self.phase in (Phase.RETURNING, Phase.EJECTED) and self.public in _AWAY:
+            self.phase = Phase.ONLINE
+            return [Report()]
+        if self.phase is Phase.ONLINE and self.public is PublicState.SERVING:
+            # It was the last one serving: whatever it has is what the chain has.
+            self.phase = Phase.UPTODATE
+            return [Report()]
+        if self.phase is Phase.UPTODATE:
+            if self.public in (PublicState.OFFLINE, PublicState.LASTSRV):
+                return [
+                    Exit(
+                return [Exit(f"target {self.target_id} thinks it serves, the cluster has it {self.public.name.lower()} at chain version {self.version}")]
+                    )
+                ]
+            if self.public in (PublicState.WAITING, PublicState.SYNCING):
+                # The chain changed before anyone took notice of "up to date": whoever is before us now starts again.
+                self.phase = Phase.ONLINE
+                return [Report()]
+        return []
+
+    def fail(self, problem: str) -> list[TargetEffect]:
+        """The disk failed."""
+        self.phase, self.problem = Phase.FAILED, problem
+        return [Report()]
+
+    def eject(self, problem: str) -> list[TargetEffect]:
+        if self.phase is Phase.FAILED:
+            return []
+        self.phase, self.problem = Phase.EJECTED, problem
+        return [Report()]
+
+    def sync_start(self, chain_version: int, from_target: int) -> tuple[Result, list[TargetEffect]]:
+        """The predecessor begins to bring this target up to date."""
+        refused = self._screen_sync(chain_version, from_target)
+        if refused is not None:
+            return refused, []
+        self.phase = Phase.ONLINE
+        return Result(chain_version=self.version), [DropLeftovers()]
+
+    def sync_done(self, chain_version: int, from_target: int) -> tuple[Result, list[TargetEffect]]:
+        refused = self._screen_sync(chain_version, from_target)
+        if refused is not None:
+            return refused, []
+        self.phase, self.problem = Phase.UPTODATE, ""
+        return Result(chain_version=self.version), [Report()]
+
+    def _screen_sync(self, chain_version: int, from_target: int) -> Result | None:
+        if chain_version != self.version:
+            return refusal(errors.ChainVersionMismatch, self.version)
+        if not self.syncing or from_target != self.predecessor:
+            return refusal(errors.TargetNotServing, self.version, f"target {self.target_id} is {self.public.name.lower()}, {self.phase.value}")
+        return None
+
+    # --- reads -----------------------------------------------------------------------------------------------------------------------
+
+    def ask_whom(self, chunk_id: bytes, stored: Stored) -> int:
+        """The target to ask for the committed version before a read (CRAQ 2.3); 0: nobody, what is committed here is the truth.
+
+        An update under way counts as pending from its first moment, since it may be committed further down before it is written here. The last of
+        the path is asked, syncing or not: it commits first.
+        """
+        if self.successor is None or (not stored.pending_version and chunk_id not in self.flights):
+            return 0
+        assert self.view is not None
+        return self.view.writable[-1]
+
+    def committed_after(self, chunk_id: bytes, stored: Stored, tail_version: int) -> bool:
+        """The tail answered: whether it has committed more than is committed here now, so that the read must come after the update."""
+        flight = self.flights.get(chunk_id)
+        if flight is not None and flight.kind is UpdateKind.REMOVE:
+            return stored.version != 0 and tail_version == 0
+        if stored.pending_version and stored.pending_removes:
+            return tail_version == 0
+        return tail_version > stored.version
+
+    # --- updates ---------------------------------------------------------------------------------------------------------------------
+
+    def screen(self, incoming: Incoming) -> Result | None:
+        """Why this update cannot be taken whatever the chunk holds; None: go on. Asked before the lock is waited for, and again under it."""
+        if self.view is None or not self.takes_part:
+            error: type[errors.KvfsError] = errors.TargetOffline if self.phase is Phase.FAILED else errors.TargetNotServing
+            return refusal(error, self.version, self.problem or f"target {self.target_id} is {self.public.name.lower()}, {self.phase.value}")
+        if incoming.chain_version != self.version:
+            return refusal(errors.ChainVersionMismatch, self.version, f"chain version {incoming.chain_version}, here {self.version}")
+        if incoming.from_target == 0:
+            if not self.serving or self.predecessor != 0:
+                return refusal(errors.NotChainHead, self.version)
+            if incoming.kind is UpdateKind.REPLACE:
+                return refusal(errors.BadRequest, self.version, "REPLACE is for replicas")
+        elif incoming.from_target != self.predecessor:
+            return refusal(errors.ChainVersionMismatch, self.version, f"target {incoming.from_target} is not before {self.target_id}")
+        return None
+
+    def receive(self, incoming: Incoming, stored: Stored) -> tuple[Flight, list[FlightEffect]]:
+        """An update has the chunk's lock. A flight with `recovery` set comes first: run it to its reply, read `stored` anew, call again."""
+        answer = self.screen(incoming)
+        if answer is None and incoming.from_target == 0:
+            if stored.pending_version and self._duplicate(incoming, stored) is None:
+                return self.recover(incoming.chunk_id, stored)
+            answer = self._screen_client(incoming, stored)
+        elif answer is None:
+            answer = self._screen_forward(incoming, stored)
+        version = incoming.update_version if incoming.from_target else stored.version + 1
+        flight = Flight(incoming.chunk_id, incoming.kind, version, incoming)
+        if answer is not None:
+            flight.done = True
+            return flight, [Reply(flight, answer)]
+        flight.clean = stored.pending_version == 0
+        self.flights[flight.chunk_id] = flight
+        return flight, self._advance(flight)
+
+    def recover(self, chunk_id: bytes, stored: Stored) -> tuple[Flight, list[FlightEffect]]:
+        """A pending version that nobody carries (its driver gave up, or the process died): carry it to its end. Needs the chunk's lock."""
+        kind = UpdateKind.REMOVE if stored.pending_removes else UpdateKind.REPLACE
+        flight = Flight(chunk_id, kind, stored.pending_version, None)
+        flight.local, flight.length, flight.checksum = Local.PREPARED, stored.pending_length, stored.pending_checksum
+        flight.clean, flight.as_replace = False, kind is not UpdateKind.REMOVE
+        self.flights[chunk_id] = flight
+        return flight, self._advance(flight)
+
+    def _duplicate(self, incoming: Incoming, stored: Stored) -> Result | None:
+        if incoming.tag is None or incoming.tag.sequence > stored.tag_sequence:
+            return None
+        if incoming.tag.sequence == stored.tag_sequence:
+            return Result.from_record(stored.tag_result, self.version)
+        return refusal(errors.StaleUpdate, self.version, f"sequence {incoming.tag.sequence} came after {stored.tag_sequence}")
+
+    def _screen_client(self, incoming: Incoming, stored: Stored) -> Result | None:
+        duplicate = self._duplicate(incoming, stored)
+        if duplicate is not None:
+            return duplicate
+        nothing = incoming.kind is UpdateKind.REMOVE or (incoming.kind is UpdateKind.TRUNCATE and incoming.length == 0)
+        if nothing and stored.version == 0:
+            return Result(chain_version=self.version)
+        return None
+
+    def _screen_forward(self, incoming: Incoming, stored: Stored) -> Result | None:
+        update, here = incoming.update_version, stored.version
+        if not self._fence.admit(incoming.chunk_id, incoming.sequence):
+            return refusal(errors.StaleUpdate, self.version, "a later forward of this chunk came first")
+        if self.syncing:
+            # The predecessor is right whatever is here; but only what does not depend on what is here can be taken.
+            if incoming.kind in (UpdateKind.REPLACE, UpdateKind.REMOVE) or (incoming.kind is UpdateKind.TRUNCATE and here == update - 1 and here):
+                return None
+            return refusal(errors.MissingUpdate, self.version, "syncing: send the whole chunk")
+        if incoming.kind is UpdateKind.REMOVE and here == 0 and stored.pending_version == 0:
+            return Result(0, update, self.version)
+        if update == here + 1 or (incoming.kind is UpdateKind.REPLACE and update > here):
+            return None
+        if update == here:
+            # Committed here, and the acknowledgement was lost: the sender compares the checksums.
+            return Result(0, here, self.version, stored.length, stored.checksum)
+        if update > here + 1:
+            return refusal(errors.MissingUpdate, self.version, f"version {update} came, here is {here}")
+        return Result(errors.StaleUpdate.code, here, self.version, message=f"version {update} came, {here} is committed here")
+
+    def prepared(self, flight: Flight, length: int, checksum: int) -> list[FlightEffect]:
+        flight.local, flight.length, flight.checksum = Local.PREPARED, length, checksum
+        return self._advance(flight)
+
+    def prepare_failed(self, flight: Flight, error: errors.KvfsError) -> list[FlightEffect]:
+        flight.local, flight.error = Local.FAILED, refusal(error, self.version)
+        return self._advance(flight)
+
+    def applied(self, flight: Flight, length: int, checksum: int) -> list[FlightEffect]:
+        flight.length, flight.checksum = length, checksum
+        return self.committed(flight)
+
+    def forwarded(self, flight: Flight, result: Result) -> list[FlightEffect]:
+        """The successor answered."""
+        flight.forwarding = False
+        if result.status == 0:
+            flight.acked_by, flight.acked = flight.forward_to, result
+            return self._advance(flight)
+        if flight.forward_version != self.version:
+            return self._advance(flight)  # it spoke of a chain that is no more
+        if result.status in _HEAL_BY_REPLACE and not flight.as_replace and flight.kind is not UpdateKind.REMOVE:
+            flight.as_replace = True
+            return self._advance(flight)
+        if result.clean and flight.clean:
+            flight.unsure = False
+            if flight.error is None:
+                flight.error = result
+            return self._advance(flight)
+        if result.status == errors.StaleUpdate.code and result.version > flight.update_version:
+            here = f"version {flight.update_version} of chunk {flight.chunk_id.hex()} was about to be written"
+            return self._diverged(flight, f"{here}, its successor has {result.version}")
+        return self._wait(flight, refresh=result.chain_version > self.version)
+
+    def forward_failed(self, flight: Flight) -> list[FlightEffect]:
+        """No answer: the successor may have done it or not."""
+        flight.forwarding = False
+        if flight.forward_version != self.version:
+            return self._advance(flight)
+        return self._wait(flight, refresh=False)
+
+    def committed(self, flight: Flight) -> list[FlightEffect]:
+        return self._finish(flight, Result(0, flight.update_version, self.version, flight.length, flight.checksum))
+
+    def commit_failed(self, flight: Flight, error: errors.KvfsError) -> list[FlightEffect]:
+        return self._finish(flight, refusal(errors.TargetOffline, self.version, error.message))
+
+    def resume(self, flight: Flight) -> list[FlightEffect]:
+        """After Wait: the chain changed or time passed."""
+        flight.waiting = False
+        return self._advance(flight)
+
+    def give_up(self, flight: Flight) -> list[FlightEffect]:
+        """Its time is over: it ends at the next point where it can. A pending version stays, to be recovered."""
+        flight.hopeless = True
+        return self._finish(flight, refusal(errors.ForwardFailed, self.version, "the successor did not answer in time")) if flight.waiting else []
+
+    def _advance(self, flight: Flight) -> list[FlightEffect]:
+        """Everything that this flight can do now."""
+        if flight.done or flight.local is Local.COMMITTING:
+            return []
+        idle = flight.local is not Local.BUSY and not flight.forwarding  # the lock must cover what is under way
+        if not self.takes_part:
+            return self._finish(flight, self._absent()) if idle else []
+        if flight.error is not None:
+            return self._end_failed(flight) if idle else []
+        successor = self.successor
+        if successor is None or flight.acked_by == successor.target_id:
+            if flight.local is Local.PREPARED:
+                if successor is not None and flight.acked.checksum != flight.checksum:
+                    return self._disagree(flight, successor)
+                flight.local = Local.COMMITTING
+                return [Commit(flight)]
+            if flight.local is Local.NONE:
+                flight.local = Local.BUSY
+                return [Apply(flight) if successor is None else Prepare(flight)]
+            return []
+        effects: list[FlightEffect] = []
+        if not flight.forwarding and not flight.waiting and (flight.local is Local.PREPARED or self._may_overlap(flight, successor)):
+            effects.append(self._forward(flight, successor))
+        if flight.local is Local.NONE:
+            flight.local = Local.BUSY
+            effects.append(Prepare(flight))
+        return effects
+
+    def _may_overlap(self, flight: Flight, successor: Successor) -> bool:
+        """Send it on before the local copy is written: when nothing but a failing disk could keep us from writing it."""
+        incoming = flight.incoming
+        if incoming is None or not incoming.roomy or flight.as_replace:
+            return False
+        return not successor.syncing and flight.kind is not UpdateKind.REPLACE
+
+    def _forward(self, flight: Flight, successor: Successor) -> Forward:
+        kind = flight.kind
+        if flight.as_replace or (successor.syncing and kind is UpdateKind.WRITE):
+            kind, flight.as_replace = UpdateKind.REPLACE, True
+        self._sequence += 1
+        flight.forwarding, flight.unsure = True, True
+        flight.forward_to, flight.forward_version = successor.target_id, self.version
+        return Forward(flight, successor.target_id, kind, self.version, self._sequence, successor.syncing)
+
+    def next_sequence(self) -> int:
+        """For what resync sends: it shares the fence with forwards."""
+        self._sequence += 1
+        return self._sequence
+
+    def _wait(self, flight: Flight, *, refresh: bool) -> list[FlightEffect]:
+        if flight.hopeless:
+            return self._finish(flight, refusal(errors.ForwardFailed, self.version, "the successor did not answer in time"))
+        flight.waiting = True
+        return [Wait(flight, refresh)]
+
+    def _end_failed(self, flight: Flight) -> list[FlightEffect]:
+        assert flight.error is not None
+        if flight.local is Local.PREPARED:  # the successor refused: nobody after us has it
+            return [Drop(flight), *self._finish(flight, flight.error)]
+        successor = self.successor
+        if flight.unsure and successor is not None and not successor.syncing:
+            here = f"version {flight.update_version} of chunk {flight.chunk_id.hex()} failed: {flight.error.message}"
+            return self._diverged(flight, f"{here}; its successor may have it")
+        if not flight.clean and flight.error.clean:
+            return self._finish(flight, refusal(errors.ForwardFailed, self.version, flight.error.message))
+        return self._finish(flight, flight.error)
+
+    def _disagree(self, flight: Flight, successor: Successor) -> list[FlightEffect]:
+        """The successor committed other bytes than are here."""
+        if not flight.as_replace and successor.syncing and flight.kind is not UpdateKind.REMOVE:
+            flight.as_replace, flight.acked_by = True, 0
+            return self._advance(flight)
+        what = f"chunk {flight.chunk_id.hex()} version {flight.update_version}"
+        text = f"checksum of {what} is {flight.checksum:016x}, its successor has {flight.acked.checksum:016x}"
+        if successor.syncing:
+            return self._finish(flight, refusal(errors.ForwardFailed, self.version, text))
+        return self._diverged(flight, text)
+
+    def _diverged(self, flight: Flight, problem: str) -> list[FlightEffect]:
+        self.eject(f"target {self.target_id} differs from its successor: {problem}")
+        return [Report(), *self._finish(flight, self._absent())]
+
+    def _absent(self) -> Result:
+        error = errors.TargetOffline if self.phase is Phase.FAILED else errors.TargetNotServing
+        return refusal(error, self.version, self.problem or f"target {self.target_id} left the chain")
+
+    def _finish(self, flight: Flight, result: Result) -> list[FlightEffect]:
+        flight.done = True
+        if self.flights.get(flight.chunk_id) is flight:
+            del self.flights[flight.chunk_id]
+        return [Reply(flight, result)]

@@ -1,0 +1,61 @@
+"""Configuration of a storage process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfs.common.errors import ConfigError
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StorageConfig:
+    data: tuple[str, ...] = ()
+    """One directory per disk, in an order that never changes. The first also holds the node's identity."""
+    listen: tuple[str, ...] = ("tcp://127.0.0.1:0",)
+    """tcp and unix addresses; a unix address is what lets clients of this machine share memory."""
+    cluster_id: str = ""
+    """Empty: that of the manager."""
+    managers: tuple[str, ...] = ("tcp://127.0.0.1:7001",)
+    node_id: int = 0
+    """A wished node id; 0: the manager gives one."""
+    threads: int = 4
+    """For disk work, shared by all disks."""
+    in_flight_bytes: int = 256 * _MIB
+    """Bytes of client requests being worked on; more of them wait their turn."""
+    buffer_bytes: int = 128 * _MIB
+    """Memory for whole chunks on their way to a target that is being brought up to date."""
+    forward_timeout_ms: int = 10_000
+    """How long a forward may stay unanswered while the chain does not change."""
+    give_up_ms: int = 60_000
+    """How long an update is carried on after its sender has gone, before it waits for the next update or change of the chain."""
+    resync_concurrency: int = 4
+    """Batches of chunks on their way to a returning target."""
+    resync_batch_bytes: int = 4 * _MIB
+    target_capacity_bytes: int = 0
+    """What one target may take of its disk; 0: what there is."""
+    exit_when_lease_lost: bool = False
+    """End the process half a lease after the last answer of a manager. Otherwise it stops serving then, and goes on if the manager still knows it."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ConfigError("storage.data is empty: give one directory per disk")
+        if len(set(self.data)) != len(self.data):
+            raise ConfigError("storage.data names a directory twice: one per disk")
+        if not self.listen:
+            raise ConfigError("storage.listen is empty: give at least one address, e.g. tcp://0.0.0.0:7003")
+        if not self.managers:
+            raise ConfigError("storage.managers is empty: give the managers' addresses")
+        limits = (
+            ("threads", 1, 256),
+            ("in_flight_bytes", 64 * _MIB, 1 << 40),
+            ("buffer_bytes", 64 * _MIB, 1 << 40),
+            ("forward_timeout_ms", 100, 600_000),
+            ("give_up_ms", 100, 3_600_000),
+            ("resync_concurrency", 1, 256),
+            ("resync_batch_bytes", 65_536, 64 * _MIB),
+        )
+        for name, least, most in limits:
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"storage.{name} = {getattr(self, name)}: {least} to {most}")
