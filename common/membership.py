@@ -14,15 +14,12 @@ It must never serve stale routing as fresh after `refresh()`, and never let a ca
 from __future__ import annotations
 
 import logging
-import os
 import re
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import trio
 
-import kvfs
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import (
@@ -163,7 +160,9 @@ class ManagerLink:
             while self._routing.version <= newer_than:
                 await self._changed.wait()
         if self._routing.version <= newer_than:
-            raise DeadlineExceeded(f"routing is still version {self._routing.version} after {timeout_s} s: is a manager running at {', '.join(self._managers)}?")
+            raise DeadlineExceeded(
+                f"routing is still version {self._routing.version} after {timeout_s} s: is a manager running at {', '.join(self._managers)}?"
+            )
         return self._routing
 
     async def refresh(self, *, timeout_s: float = 5.0) -> Routing:
@@ -260,9 +259,9 @@ class ManagerLink:
             role=role,
             addresses=addresses,
             host_id=self._identity.host_id,
-            hostname=socket.gethostname(),
-            pid=os.getpid(),
-            software=f"kvfs {kvfs.__version__}",
+            hostname=self._identity.hostname,
+            pid=self._identity.pid,
+            software=self._identity.software,
             disks=disks,
             node_id=node_id,
         )
@@ -306,7 +305,9 @@ class ManagerLink:
     def check_lease(self) -> None:
         """Raise LeaseExpired unless this node may serve."""
         if not self.lease_valid():
-            raise LeaseExpired(f"node {self.node_id} has not reached a manager for half a lease ({self._lease_s / 2:g} s): it does not serve until it does")
+            raise LeaseExpired(
+                f"node {self.node_id} has not reached a manager for half a lease ({self._lease_s / 2:g} s): it does not serve until it does"
+            )
 
     def _renewed(self, sent_s: float, lease_ms: int) -> None:
         if lease_ms:
@@ -379,8 +380,8 @@ class ManagerLink:
         self._client_info = pb.ClientInfo(
             client_id=self._identity.client_id,
             role=self._identity.role,
-            hostname=socket.gethostname(),
-            pid=os.getpid(),
+            hostname=self._identity.hostname,
+            pid=self._identity.pid,
             description=description,
         )
         self._client_wanted.set()
@@ -417,7 +418,7 @@ class ManagerLink:
     # --- the task --------------------------------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled: follow the routing, and send the heartbeats that were asked for. Raises the plain KvfsError for which this node must stop."""
+        """Until cancelled: follow the routing, send the heartbeats asked for. Raises the plain KvfsError for which this node must stop."""
         async with trio.open_nursery() as nursery:
             for task in (self._follow_routing, self._heartbeats, self._client_heartbeats):
                 nursery.start_soon(self._guarded, task, nursery.cancel_scope)
@@ -438,7 +439,9 @@ class ManagerLink:
         while True:
             request = pb.GetRoutingRequest(known_version=self._routing.version, wait_ms=int(LONG_POLL_S * 1000))
             try:
-                reply: pb.GetRoutingReply = await self.call(GET_ROUTING, request, timeout_s=LONG_POLL_S + POLL_SLACK_S, try_s=LONG_POLL_S + POLL_SLACK_S)
+                reply: pb.GetRoutingReply = await self.call(
+                    GET_ROUTING, request, timeout_s=LONG_POLL_S + POLL_SLACK_S, try_s=LONG_POLL_S + POLL_SLACK_S
+                )
             except _ELSEWHERE as error:
                 log.debug("routing: %s", error.message)
                 await self._clock.sleep(backoff_s)

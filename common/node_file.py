@@ -1,0 +1,60 @@
+"""node.json: what a service's data directory says about whose it is.
+
+Invariants: written once, when the directory is new, and never changed after; a directory of another cluster, another role or a newer format is
+refused before anything in it is touched. The uuid is what makes a node the same node after a restart.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from kvfs.common.boundary.disk import Disk
+from kvfs.common.boundary.random import Random
+from kvfs.common.errors import FormatTooNew, WrongDataDirectory
+
+NAME: Final = "node.json"
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFile:
+    cluster_id: str
+    role: str
+    node_uuid: str
+    format: int = FORMAT
+
+    def encode(self) -> bytes:
+        fields = {"format": self.format, "cluster_id": self.cluster_id, "role": self.role, "node_uuid": self.node_uuid}
+        return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def read_node_file(disk: Disk, *, where: str) -> NodeFile | None:
+    """What the directory says, None when it is new. `where` names it for messages."""
+    if not disk.exists(NAME):
+        return None
+    try:
+        fields = json.loads(disk.read_file(NAME))
+        number = fields["format"]
+        if isinstance(number, int) and number > FORMAT:
+            raise FormatTooNew(f"{where} was written by a newer kvfs (format {number}, this one knows {FORMAT}): upgrade kvfs; nothing was touched")
+        return NodeFile(str(fields["cluster_id"]), str(fields["role"]), str(fields["node_uuid"]), int(number))
+    except (ValueError, KeyError, TypeError) as error:
+        raise WrongDataDirectory(f"{where}/{NAME} is not a node file ({error}): is this a kvfs data directory? Nothing was touched") from None
+
+
+def open_node_file(disk: Disk, random: Random, *, where: str, role: str, cluster_id: str) -> NodeFile:
+    """The directory's node file, checked against what the caller is, or a new one. Lock the directory first. `cluster_id` empty: any."""
+    found = read_node_file(disk, where=where)
+    if found is None:
+        new = NodeFile(cluster_id, role, random.bytes(16).hex())
+        disk.write_file(NAME, new.encode())
+        return new
+    if found.role != role:
+        raise WrongDataDirectory(
+            f"{where} belongs to a {found.role} service, not to a {role} service: give each its own directory; nothing was touched"
+        )
+    if cluster_id and found.cluster_id and found.cluster_id != cluster_id:
+        raise WrongDataDirectory(f"{where} belongs to cluster {found.cluster_id!r}, not {cluster_id!r}: nothing was touched")
+    return found
