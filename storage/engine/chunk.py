@@ -120,7 +120,7 @@ def encode(meta: ChunkMeta) -> bytes:
     block = content.block or _NO_BLOCK
     flags = (_HAS_BLOCK if content.block else 0) | (_SEALED if content.sealed else 0)
     pages = block.block_bytes // BLOCK_ALIGNMENT_BYTES
-    body = _FIXED.pack(meta.version, meta.chain_version, meta.mtime_ns, content.length, content.stored, pages, block.file, block.index)
+    body = _FIXED.pack(meta.version, meta.chain_version, meta.mtime_ns, content.length, content.stored, pages, block.file, block.number)
     body += content.checksums
     kind = 0
     if pending is not None:
@@ -128,7 +128,7 @@ def encode(meta: ChunkMeta) -> bytes:
         block = content.block or _NO_BLOCK
         flags |= _HAS_PENDING | (_PENDING_HAS_BLOCK if content.block else 0) | (_PENDING_SEALED if content.sealed else 0)
         pages = block.block_bytes // BLOCK_ALIGNMENT_BYTES
-        body += _PENDING.pack(pending.version, pending.mtime_ns, content.length, content.stored, pages, block.file, block.index)
+        body += _PENDING.pack(pending.version, pending.mtime_ns, content.length, content.stored, pages, block.file, block.number)
         body += content.checksums
     return _HEAD.pack(_FORMAT, flags, kind, xxh3_64(meta.chunk_id + body) & 0xFFFFFFFF) + body
 

@@ -1,7 +1,7 @@
 """Block classes: the sizes in which space is given out.
 
 A class is its block size in bytes: a power of two from 64 KiB to 64 MiB for file chunks, or any other multiple of 4 KiB that someone
-defined for a KV-cache space. A block is (block_bytes, file, index): the bytes [index * block_bytes, (index + 1) * block_bytes) of one data file.
+defined for a KV-cache space. A block is (block_bytes, file, number): the bytes [number * block_bytes, (number + 1) * block_bytes) of one data file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Block(NamedTuple):
 
     block_bytes: int
     file: int
-    index: int
+    number: int
 
     @property
     def start(self) -> int:
-        return self.index * self.block_bytes
+        return self.number * self.block_bytes
 
 
 def block_bytes_for(length: int) -> int:

@@ -17,7 +17,9 @@ from kvfs.common.errors import FormatTooNew, WrongDataDirectory
 FILE_NAME = "superblock"
 FORMAT = 1
 _MAGIC = b"kvfs-tgt"
-_FIXED = struct.Struct("<8sIIQ16sH")  # magic, format, zero, target id, node uuid, length of the cluster id; the cluster id (UTF-8) and the check follow
+_FIXED = struct.Struct(
+    "<8sIIQ16sH"
+)  # magic, format, zero, target id, node uuid, length of the cluster id; the cluster id (UTF-8) and the check follow
 _CHECK = struct.Struct("<Q")
 
 
@@ -66,7 +68,9 @@ def settle(disk: Disk, wanted: Superblock) -> None:
     if found is None:
         strangers = [name for name in disk.list("") if name not in ("LOCK", "lost+found")]
         if strangers:
-            raise WrongDataDirectory(f"the target's directory holds {sorted(strangers)[0]!r} but no superblock: point the target at an empty directory")
+            raise WrongDataDirectory(
+                f"the target's directory holds {sorted(strangers)[0]!r} but no superblock: point the target at an empty directory"
+            )
         disk.write_file(FILE_NAME, wanted.encode())
         return
     for what, ours, theirs in (

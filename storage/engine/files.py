@@ -1,0 +1,55 @@
+"""The data files of a target: data/<block bytes>.<number>, opened on first use and kept open.
+
+There are at most 16 classes times `files_per_class` of them, so open descriptors are bounded. Remembers which files were written since the
+last sync. Must never be asked for a block that the allocator did not give out.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from kvfs.common.boundary.disk import Disk, DiskFile
+from kvfs.storage.engine.classes import data_file_name, parse_data_file_name
+
+FOLDER = "data"
+FileKey = tuple[int, int]
+"""(block_bytes, number)"""
+
+
+class DataFiles:
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._open: dict[FileKey, DiskFile] = {}
+        self._opening = threading.Lock()
+        self.dirty: set[FileKey] = set()
+        """Guarded by the engine's lock."""
+
+    def existing(self) -> list[FileKey]:
+        """The data files that lie in the directory."""
+        if not self._disk.exists(FOLDER):
+            return []
+        keys = (parse_data_file_name(name) for name in self._disk.list(FOLDER))
+        return sorted(key for key in keys if key is not None)
+
+    def get(self, block_bytes: int, number: int) -> DiskFile:
+        """The file, made durably when it is not there: a name that a power loss takes away would take the chunks with it."""
+        key = (block_bytes, number)
+        file = self._open.get(key)
+        if file is None:
+            with self._opening:
+                file = self._open.get(key)
+                if file is None:
+                    name = data_file_name(block_bytes, number)
+                    fresh = not self._disk.exists(name)
+                    if fresh:
+                        self._disk.makedirs(FOLDER)
+                    file = self._disk.open(name, create=True)
+                    if fresh:
+                        self._disk.sync_directory(FOLDER)
+                    self._open[key] = file
+        return file
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()

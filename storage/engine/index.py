@@ -1,0 +1,112 @@
+"""The index of a target: ordered rows, the newest in memory (the overlay), the rest in an OrderedMap (LMDB).
+
+Rows: b"c" + chunk id -> chunk.encode, b"t" + client id + channel -> tags.encode. Everything in the overlay also stands in the journal.
+A checkpoint freezes the overlay, moves it into the map in slices, and drops it; reads look through overlay, frozen overlay and map,
+in this order. Called under the engine's lock, but for `write_frozen`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sortedcontainers import SortedDict
+
+from kvfs.common.boundary.disk import OrderedMap
+
+_SLICE_ROWS = 2000
+_PAGE_ROWS = 256
+Row = tuple[bytes, bytes]
+
+
+class Index:
+    def __init__(self, base: OrderedMap) -> None:
+        self._base = base
+        self._overlay: SortedDict = SortedDict()
+        self._frozen: SortedDict | None = None
+
+    def __len__(self) -> int:
+        """Rows of the overlay."""
+        return len(self._overlay)
+
+    def get(self, key: bytes) -> bytes | None:
+        value: bytes | None = self._overlay.get(key, b"")
+        if value != b"":
+            return value
+        if self._frozen is not None:
+            value = self._frozen.get(key, b"")
+            if value != b"":
+                return value
+        return self._base.get(key)
+
+    def put(self, rows: dict[bytes, bytes | None]) -> None:
+        self._overlay.update(rows) if len(rows) > 1000 else self._put_each(rows)
+
+    def _put_each(self, rows: dict[bytes, bytes | None]) -> None:
+        overlay = self._overlay
+        for key, value in rows.items():
+            overlay[key] = value
+
+    # --- scanning ---
+
+    def scan(self, begin: bytes, end: bytes, *, reverse: bool = False) -> Iterator[Row]:
+        """Rows with begin <= key < end. The index must not change while the iterator is in use."""
+        streams = [self._map_rows(begin, end, reverse)]
+        for overlay in (self._frozen, self._overlay):
+            if overlay:
+                keys = overlay.irange(begin, end, inclusive=(True, False), reverse=reverse)
+                streams.append((key, overlay[key]) for key in keys)
+        if len(streams) == 1:
+            return streams[0]
+        return _merge(streams, reverse)
+
+    def _map_rows(self, begin: bytes, end: bytes, reverse: bool) -> Iterator[Row]:
+        while True:
+            page = self._base.range(begin, end, limit=_PAGE_ROWS, reverse=reverse)
+            yield from page
+            if len(page) < _PAGE_ROWS:
+                return
+            if reverse:
+                end = page[-1][0]
+            else:
+                begin = page[-1][0] + b"\0"
+
+    # --- checkpoint ---
+
+    def freeze(self) -> bool:
+        """False: there is nothing to move. Rows that a failed checkpoint left frozen come first."""
+        if self._frozen is None:
+            self._frozen, self._overlay = self._overlay, SortedDict()
+        else:
+            self._frozen.update(self._overlay)
+            self._overlay = SortedDict()
+        return bool(self._frozen)
+
+    def write_frozen(self) -> None:
+        """Move the frozen rows into the map, synced. In slices: a half-moved overlay is whole again by the journal, which is still there."""
+        frozen = self._frozen or {}
+        items = list(frozen.items())
+        for at in range(0, len(items), _SLICE_ROWS):
+            self._base.commit(dict(items[at : at + _SLICE_ROWS]))
+
+    def drop_frozen(self) -> None:
+        self._frozen = None
+
+    def close(self) -> None:
+        self._base.close()
+
+
+def _merge(streams: list[Iterator[Row]], reverse: bool) -> Iterator[Row]:
+    """Later streams win; removed rows are left out."""
+    heads = [next(stream, None) for stream in streams]
+    while True:
+        keys = [head[0] for head in heads if head is not None]
+        if not keys:
+            return
+        key = max(keys) if reverse else min(keys)
+        value: bytes | None = None
+        for place, head in enumerate(heads):
+            if head is not None and head[0] == key:
+                value = head[1]
+                heads[place] = next(streams[place], None)
+        if value is not None:
+            yield key, value

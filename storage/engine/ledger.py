@@ -1,0 +1,285 @@
+"""What a target knows about its chunks, kept consistent: index, journal, allocator and tags, under one lock.
+
+Every change goes through `record`: first the journal, then memory, so an error leaves both as they were. Blocks that a change leaves behind go
+into quarantine with the change's sequence number. Three steps make things safe, in this order: data files synced, then the journal (with a
+record that says so), then quarantined blocks may be used again. A checkpoint does the same and then moves the overlay into the index map.
+`lock` guards everything; methods marked "locked" expect it to be held. No data I/O happens under it; journal writes do (they go to the page
+cache, and their order is the order of the changes).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvfs.common.boundary.disk import Disk
+from kvfs.common.errors import KvfsError, NoSpace, TargetOffline
+from kvfs.storage.engine import chunk
+from kvfs.storage.engine.allocator import Allocator
+from kvfs.storage.engine.chunk import ChunkMeta
+from kvfs.storage.engine.classes import Block
+from kvfs.storage.engine.config import EngineConfig
+from kvfs.storage.engine.files import DataFiles
+from kvfs.storage.engine.index import Index
+from kvfs.storage.engine.journal import Journal
+from kvfs.storage.engine.requests import Tag
+from kvfs.storage.engine.tags import Tags
+
+CHUNK_PREFIX = b"c"
+_BACKLOG_FACTOR = 4
+"""Writers wait for the checkpoint when the overlay or the journal is this many times over its limit."""
+_log = logging.getLogger(__name__)
+
+
+class Change(NamedTuple):
+    """A chunk from one meta to another (None: not there); at least one is not None."""
+
+    old: ChunkMeta | None
+    new: ChunkMeta | None
+
+
+class Ledger:
+    def __init__(
+        self, disk: Disk, files: DataFiles, config: EngineConfig, index: Index, journal: Journal, allocator: Allocator, tags: Tags, chunks: int
+    ) -> None:
+        self.lock = threading.Lock()
+        self.disk = disk
+        self.files = files
+        self.config = config
+        self.index = index
+        self.journal = journal
+        self.allocator = allocator
+        self.tags = tags
+        self.chunks = chunks
+        self.failed: KvfsError | None = None
+        self._cache: OrderedDict[bytes, ChunkMeta] = OrderedDict()
+        self._settled = 0
+        self._durable = 0
+        self._synced_to = 0
+        """next_sequence after the last sync: equal to the journal's means that there is nothing to sync."""
+        self.unsynced_bytes = 0
+        self._syncing = threading.Condition()
+        self._syncs_started = 0
+        self._syncs_done = 0
+        self._sync_error: KvfsError | None = None
+        self._sync_work = threading.Lock()
+        """Held while journal files are synced or removed."""
+        self._checkpoint_work = threading.Lock()
+
+    # --- chunks ---
+
+    def lookup(self, chunk_id: bytes) -> ChunkMeta | None:
+        """Locked. The meta of a chunk, through the cache."""
+        cache = self._cache
+        meta = cache.get(chunk_id)
+        if meta is not None:
+            cache.move_to_end(chunk_id)
+            return meta
+        value = self.index.get(CHUNK_PREFIX + chunk_id)
+        if value is None:
+            return None
+        meta = chunk.decode(chunk_id, value)
+        self._remember(meta)
+        return meta
+
+    def _remember(self, meta: ChunkMeta) -> None:
+        cache = self._cache
+        cache[meta.chunk_id] = meta
+        cache.move_to_end(meta.chunk_id)
+        if len(cache) > self.config.cached_metas:
+            cache.popitem(last=False)
+
+    def metas(self, begin: bytes, end: bytes, limit: int, *, reverse: bool = False) -> list[ChunkMeta]:
+        """Locked. Metas with begin <= chunk id < end."""
+        found = []
+        for key, value in self.index.scan(CHUNK_PREFIX + begin, CHUNK_PREFIX + end if end else b"d", reverse=reverse):
+            found.append(chunk.decode(key[1:], value))
+            if len(found) == limit:
+                break
+        return found
+
+    def check_serving(self) -> None:
+        if self.failed is not None:
+            raise TargetOffline(f"the target is out of service after an error of its disk: {self.failed.message}")
+
+    def record(self, changes: Sequence[Change], tags: Sequence[Tag] = ()) -> None:
+        """Locked. Make the changes, in one journal record; they survive the process from here on."""
+        rows: dict[bytes, bytes | None] = {}
+        for old, new in changes:
+            if new is not None:
+                rows[CHUNK_PREFIX + new.chunk_id] = chunk.encode(new)
+            elif old is not None:
+                rows[CHUNK_PREFIX + old.chunk_id] = None
+        tag_rows = self.tags.rows(list(tags)) if tags else {}
+        rows.update(tag_rows)
+        if not rows:
+            return
+        sequence = self._append(rows)
+        self.index.put(rows)
+        self.tags.put(tag_rows)
+        allocator = self.allocator
+        for old, new in changes:
+            if new is not None:
+                self._remember(new)
+                self.chunks += old is None
+            elif old is not None:
+                self._cache.pop(old.chunk_id, None)
+                self.chunks -= 1
+            if old is not None:
+                self._quarantine_left(old, new, sequence)
+            if allocator.in_flight and new is not None:
+                for content in (new.content, new.pending.content) if new.pending else (new.content,):
+                    if content.block is not None and content.block in allocator.in_flight:
+                        allocator.settle(content.block)
+
+    def _quarantine_left(self, old: ChunkMeta, new: ChunkMeta | None, sequence: int) -> None:
+        left = old.blocks()
+        if left and new is not None:
+            left -= new.blocks()
+        for block in left:
+            self.allocator.quarantine(block, sequence)
+
+    def _append(self, rows: dict[bytes, bytes | None]) -> int:
+        try:
+            return self.journal.append(rows, self._settled, self._durable)
+        except NoSpace:
+            raise
+        except KvfsError as error:
+            self.failed = error
+            raise
+
+    def written(self, block: Block, length: int) -> None:
+        """Locked. Bytes of this block were written: the next sync has to cover its file."""
+        self.files.dirty.add((block.block_bytes, block.file))
+        self.unsynced_bytes += length
+
+    # --- blocks ---
+
+    def allocate(self, block_bytes: int) -> Block:
+        """Not locked. A free block; when there is none, what waits in quarantine or in empty groups of other classes is made free first."""
+        try:
+            with self.lock:
+                return self.allocator.allocate(block_bytes)
+        except NoSpace:
+            self.sync()
+            self._give_back(keep=0)
+            with self.lock:
+                return self.allocator.allocate(block_bytes)
+
+    def _give_back(self, keep: int) -> None:
+        with self.lock:
+            groups = self.allocator.take_empty_groups(keep)
+        if groups:
+            self.allocator.give_back(groups)
+            with self.lock:
+                self.allocator.forget(groups)
+
+    # --- sync ---
+
+    def sync(self) -> None:
+        """Not locked. Group commit: one thread syncs for all that came before it began; the others wait for it."""
+        with self._syncing:
+            wanted = self._syncs_started + 1
+            while self._syncs_done < wanted and self._syncs_started > self._syncs_done:
+                self._syncing.wait()
+            if self._syncs_done >= wanted:
+                if self._sync_error is not None:
+                    raise TargetOffline(f"the target could not be synced: {self._sync_error.message}")
+                return
+            self._syncs_started += 1
+        error: KvfsError | None = None
+        try:
+            self.check_serving()
+            self._sync_once()
+        except KvfsError as caught:
+            error = caught
+            raise
+        finally:
+            with self._syncing:
+                self._syncs_done += 1
+                self._sync_error = error
+                self._syncing.notify_all()
+
+    def _sync_once(self) -> None:
+        with self._sync_work:
+            with self.lock:
+                below = self.journal.next_sequence
+                if below == self._synced_to:
+                    return
+                dirty, self.files.dirty = self.files.dirty, set()
+                self.unsynced_bytes = 0
+            try:
+                for key in sorted(dirty):
+                    self.files.get(*key).sync()
+                with self.lock:
+                    self._settled = below
+                    self._append({})
+                    after = self.journal.next_sequence
+                    journal_files = self.journal.files()
+                for file in journal_files:
+                    file.sync()
+            except KvfsError as error:
+                # What a failed fsync lost cannot be known, and a second one would claim success: the target is out of service.
+                with self.lock:
+                    self.files.dirty |= dirty
+                    self.failed = self.failed or error
+                raise
+            with self.lock:
+                self._durable = self._synced_to = after
+                self.allocator.release(below)
+        self._give_back(keep=1)
+
+    # --- checkpoint ---
+
+    def checkpoint(self) -> None:
+        """Not locked. Sync, then move what the journal holds so far into the index map, and drop those segments."""
+        with self._checkpoint_work:
+            with self.lock:
+                expired = self.tags.expired()
+                if expired:
+                    self._append(expired)
+                    self.index.put(expired)
+                    self.tags.put(expired)
+                first = self.journal.rotate()
+                moving = self.index.freeze()
+            self.sync()
+            if moving:
+                self.index.write_frozen()
+            with self.lock:
+                self.index.drop_frozen()
+            with self._sync_work:
+                self.journal.remove_before(first)
+
+    def wants_checkpoint(self, factor: int = 1) -> bool:
+        return len(self.index) > factor * self.config.overlay_entries or self.journal.position > factor * self.config.journal_bytes
+
+    def wants_sync(self) -> bool:
+        return self.unsynced_bytes > self.config.unsynced_bytes or self.allocator.quarantined_bytes > self.config.quarantine_bytes
+
+    def maintain(self) -> None:
+        """Not locked. Do what the limits ask for. Errors have marked the target as failed, or will come back at the next change."""
+        try:
+            if self.failed is None and self.wants_checkpoint():
+                self.checkpoint()
+            if self.failed is None and self.wants_sync():
+                self.sync()
+        except KvfsError as error:
+            _log.error("maintenance of the target failed: %s", error.message)
+            if not isinstance(error, NoSpace):
+                self.failed = self.failed or error
+
+    def backlogged(self) -> bool:
+        return self.wants_checkpoint(_BACKLOG_FACTOR)
+
+    def close(self) -> None:
+        """Not locked."""
+        try:
+            if self.failed is None:
+                self.checkpoint()
+        finally:
+            self.journal.close()
+            self.index.close()
+            self.files.close()

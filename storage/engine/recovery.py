@@ -1,0 +1,134 @@
+"""Opening a target: from what lies in its directory to a ledger, after a clean stop, a killed process or a power loss.
+
+1. Read the journal (nothing is written before everything that can be wrong was looked at).
+2. Records whose data is known to be synced are taken as they are. Of the later ones a chunk's newest state stands whose bytes have their
+   checksums; when none has, the state before them stands. A tag is kept only if everything in its record stands, or a later state does.
+3. Every pending version that is left must have its bytes too, else it is dropped: it was never acknowledged.
+4. The allocator learns all blocks; places without a chunk are given back to the disk.
+5. A checkpoint: data files synced, rows into the index map, old journal segments removed. Doing all this again after a crash in between
+   gives the same result.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.boundary.disk import Disk
+from kvfs.common.errors import KvfsError
+from kvfs.storage.engine import chunk, tags
+from kvfs.storage.engine.allocator import Allocator
+from kvfs.storage.engine.chunk import ChunkMeta, Content
+from kvfs.storage.engine.config import EngineConfig
+from kvfs.storage.engine.files import DataFiles
+from kvfs.storage.engine.index import Index
+from kvfs.storage.engine.journal import Journal, Record, remove_segments_behind, replay
+from kvfs.storage.engine.ledger import CHUNK_PREFIX, Ledger
+from kvfs.storage.engine.reader import damaged_units
+
+Rows = dict[bytes, bytes | None]
+
+
+def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
+    records, next_sequence = replay(disk)
+    files = DataFiles(disk)
+    index = Index(disk.open_map("index", size_bytes=config.index_bytes))
+    try:
+        settled = max((record.settled for record in records), default=0)
+        for record in records:
+            if record.sequence < settled:
+                index.put(record.rows)
+        judge = _Judge(files)
+        index.put(_standing_rows([record for record in records if record.sequence >= settled], index, judge))
+        allocator = Allocator(disk, files, config)
+        kept_tags = tags.Tags(clock, config.tags, config.tag_age_s)
+        for key, value in index.scan(tags.PREFIX, tags.PREFIX + b"\xff" * 21):
+            kept_tags.load(key, value)
+        chunks = _load_chunks(index, allocator, judge)
+        unused = allocator.load_done()
+    except BaseException:
+        index.close()
+        files.close()
+        raise
+    # From here on the directory changes.
+    allocator.give_back(unused)
+    remove_segments_behind(disk, next_sequence)
+    journal = Journal(disk, next_sequence, config.journal_bytes)
+    files.dirty = set(files.existing())
+    ledger = Ledger(disk, files, config, index, journal, allocator, kept_tags, chunks)
+    ledger.checkpoint()
+    return ledger
+
+
+class _Judge:
+    """Whether the bytes of a content have their checksums; every content is read once."""
+
+    def __init__(self, files: DataFiles) -> None:
+        self._files = files
+        self._whole: dict[Content, bool] = {}
+
+    def whole(self, content: Content) -> bool:
+        found = self._whole.get(content)
+        if found is None:
+            found = self._whole[content] = self._read(content)
+        return found
+
+    def _read(self, content: Content) -> bool:
+        if content.block is None:
+            return True
+        try:
+            return next(damaged_units(self._files, content), None) is None
+        except KvfsError:
+            return False  # an unreadable place is as good as a wrong one
+
+    def standing(self, meta: ChunkMeta) -> ChunkMeta | None:
+        """The meta without a pending version whose bytes are not there; None: nothing is left of it."""
+        if meta.pending is None or self.whole(meta.pending.content):
+            return meta
+        return replace(meta, pending=None) if meta.version else None
+
+
+def _standing_rows(tail: list[Record], index: Index, judge: _Judge) -> Rows:
+    """What stands of records whose data may not have been synced."""
+    states: dict[bytes, list[tuple[int, bytes | None]]] = defaultdict(list)
+    for record in tail:
+        for key, value in record.rows.items():
+            if key.startswith(CHUNK_PREFIX):
+                states[key].append((record.sequence, value))
+    rows: Rows = {}
+    stands_at: dict[bytes, int] = {}
+    for key, history in states.items():
+        for sequence, value in reversed(history):
+            meta = chunk.decode(key[1:], value) if value is not None else None
+            if meta is None or judge.whole(meta.content):
+                left = judge.standing(meta) if meta is not None else None
+                rows[key] = chunk.encode(left) if left is not None else None
+                stands_at[key] = sequence
+                break
+    for record in tail:
+        whole = all(stands_at.get(key, -1) >= record.sequence for key in record.rows if key.startswith(CHUNK_PREFIX))
+        for key, value in record.rows.items():
+            if key.startswith(tags.PREFIX) and (whole or value is None):
+                rows[key] = value
+    return rows
+
+
+def _load_chunks(index: Index, allocator: Allocator, judge: _Judge) -> int:
+    """Teach the allocator every block that is held. How many chunks there are."""
+    chunks = 0
+    dropped: Rows = {}
+    for key, value in index.scan(CHUNK_PREFIX, b"d"):
+        meta: ChunkMeta | None = chunk.decode(key[1:], value)
+        assert meta is not None
+        if meta.pending is not None:
+            left = judge.standing(meta)
+            if left is not meta:
+                dropped[key] = chunk.encode(left) if left is not None else None
+                meta = left
+        if meta is not None:
+            chunks += 1
+            for block in meta.blocks():
+                allocator.load_used(block)
+    index.put(dropped)
+    return chunks
