@@ -1,7 +1,8 @@
 """A manager: tries to be the primary, and while it is, keeps its lease and scans.
 
 Owns the election loop over the KV store. Invariants: at most one `Primary` at a time, made only after this manager's claim was committed, from
-records read after it; nothing is answered as primary once belief in the lease has run out (lease.py). It must never write anything but the lease itself.
+records read after it; nothing is answered as primary once belief in the lease has run out (lease.py).
+It must never write anything but the lease itself.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from struct import Struct
+from typing import cast
 
 from kvfs.common.errors import FormatTooNew, WrongDataDirectory
 from kvfs.common.membership import not_primary
@@ -180,8 +181,13 @@ def chain_from_wire(chain: pb.Chain) -> Chain:
 
 
 def chain_to_wire(chain: Chain) -> pb.Chain:
-    members = [pb.ChainTarget(target_id=member.target_id, state=pb.PublicState.ValueType(member.state)) for member in chain.members]
+    members = [pb.ChainTarget(target_id=member.target_id, state=state_to_wire(member.state)) for member in chain.members]
     return pb.Chain(chain_id=chain.chain_id, version=chain.version, targets=members)
+
+
+def state_to_wire(state: Public) -> pb.PublicState:
+    """The numbers are the same (a test keeps them so); at run time the wire's enums are plain ints."""
+    return cast(pb.PublicState, int(state))
 
 
 def _all(txn: Transaction, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvfs.common.wire import cluster_pb2 as pb
-from kvfs.meta.cluster.registry import Records, chain_to_wire
+from kvfs.meta.cluster.registry import Records, chain_to_wire, state_to_wire
 
 
 def build(records: Records, reports: Mapping[int, pb.TargetReport]) -> pb.RoutingInfo:
@@ -22,7 +22,7 @@ def build(records: Records, reports: Mapping[int, pb.TargetReport]) -> pb.Routin
         target = info.targets.add()
         target.CopyFrom(records.targets[target_id])
         if (state := states.get(target_id)) is not None:
-            target.public_state = pb.PublicState.ValueType(state)
+            target.public_state = state_to_wire(state)
         node = records.nodes.get(target.node_id)
         report = reports.get(target_id)
         if node is None or not node.alive:
