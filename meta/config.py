@@ -1,0 +1,39 @@
+"""Configuration of the meta service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvfs.common.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class MetaConfig:
+    data: str = ""
+    """Directory of this service: node.json and, with the default engine, the metadata store."""
+    cluster_id: str = ""
+    """Empty: the cluster of the managers."""
+    managers: tuple[str, ...] = ("tcp://127.0.0.1:7001",)
+    listen: tuple[str, ...] = ("tcp://127.0.0.1:0",)
+    grpc_listen: str = ""
+    """host:port for the gRPC face; empty: none."""
+    kv: str = ""
+    """The store: 'memory' or 'lmdb:/path'; empty: lmdb:<data>/kv."""
+    attr_lease_ms: int = 1000
+    """How long a client that watches may trust attributes without asking; 0: not at all."""
+    gc_delay_s: float = 2.0
+    """How long a removed file's chunks stay."""
+    prune_grace_s: float = 10.0
+    """How long a client must be missing from the manager's list before its open files are closed for it."""
+
+    def __post_init__(self) -> None:
+        if not self.managers:
+            raise ConfigError("managers: the address of at least one manager is needed")
+        if not 0 <= self.attr_lease_ms <= 60_000:
+            raise ConfigError(f"attr_lease_ms = {self.attr_lease_ms}: from 0 to 60000")
+        if self.gc_delay_s < 0 or self.prune_grace_s < 0:
+            raise ConfigError("gc_delay_s and prune_grace_s cannot be negative")
+
+    @property
+    def kv_url(self) -> str:
+        return self.kv or f"lmdb:{self.data}/kv"

@@ -1,0 +1,1 @@
+"""What the meta service does behind its answers: freeing chunks, carrying out truncations, clearing sessions, sweeping old records."""

@@ -1,0 +1,147 @@
+"""Chunks as the meta service sees them: remove, cut, measure. Everything it asks of the storage services goes through here.
+
+`Chunks` is the interface, `StorageChunks` the real one over the wire. Invariants: a change goes to the head of its chain with the chain version
+that this process knows, and carries an idempotency tag that stays the same over its retries; a refusal of the chain leads to fresh routing and
+another try, until the deadline.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import trio
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.boundary.random import Random
+from kvfs.common.errors import ChainError, KvfsError, TransportError, from_wire
+from kvfs.common.ids import chunk_id
+from kvfs.common.membership import ManagerLink
+from kvfs.common.wire import base_pb2, storage_pb2
+from kvfs.common.wire.channel import ChannelPool
+from kvfs.common.wire.service import method
+
+REMOVE_RANGE: Final = method("Storage", "RemoveRange")
+WRITE: Final = method("Storage", "Write")
+LAST_CHUNK: Final = method("Storage", "LastChunk")
+
+DEADLINE_S = 30.0
+TRY_S = 5.0
+BACKOFF_FIRST_S = 0.02
+BACKOFF_LAST_S = 1.0
+CHANNELS = 64
+"""Changes under way at most: one a tag channel."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LastChunk:
+    """The highest chunk of an inode on one chain."""
+
+    index: int
+    length: int
+
+
+class Chunks(ABC):
+    @abstractmethod
+    async def remove(self, chain_id: int, inode: int, first_index: int) -> None:
+        """Remove every chunk of the inode from `first_index` on, on one chain."""
+
+    @abstractmethod
+    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int) -> None:
+        """Make one chunk no longer than `length` bytes."""
+
+    @abstractmethod
+    async def last(self, chain_id: int, inode: int) -> LastChunk | None:
+        """The highest chunk of the inode on one chain; None if it has none there."""
+
+
+class StorageChunks(Chunks):
+    def __init__(self, link: ManagerLink, pool: ChannelPool, clock: Clock, random: Random, client_id: bytes) -> None:
+        self._link = link
+        self._pool = pool
+        self._clock = clock
+        self._random = random
+        self._client_id = client_id
+        self._sequence = 0
+        self._free = list(range(CHANNELS, 0, -1))
+        self._limit = trio.CapacityLimiter(CHANNELS)
+
+    async def remove(self, chain_id: int, inode: int, first_index: int) -> None:
+        more = True
+        while more:
+            more = await self._tagged(lambda tag: self._remove_once(chain_id, inode, first_index, tag))
+
+    async def _remove_once(self, chain_id: int, inode: int, first_index: int, tag: base_pb2.Tag) -> bool:
+        routing = self._link.routing
+        head = routing.head(chain_id)
+        request = storage_pb2.RemoveRangeRequest(
+            chain_id=chain_id, chain_version=routing.chain(chain_id).version, target_id=head, inode=inode, first_index=first_index, tag=tag
+        )
+        reply = await self._pool.call(routing.addresses_of_target(head), REMOVE_RANGE, request, timeout_s=TRY_S)
+        return bool(reply.more)
+
+    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int) -> None:
+        await self._tagged(lambda tag: self._cut_once(chain_id, chunk_id(inode, index), length, chunk_size, tag))
+
+    async def _cut_once(self, chain_id: int, chunk: bytes, length: int, chunk_size: int, tag: base_pb2.Tag) -> None:
+        routing = self._link.routing
+        head = routing.head(chain_id)
+        io = storage_pb2.WriteIO(
+            chain_id=chain_id,
+            chain_version=routing.chain(chain_id).version,
+            chunk_id=chunk,
+            kind=storage_pb2.TRUNCATE,
+            length=length,
+            chunk_size=chunk_size,
+            tag=tag,
+            target_id=head,
+        )
+        reply = await self._pool.call(routing.addresses_of_target(head), WRITE, storage_pb2.WriteRequest(writes=[io]), timeout_s=TRY_S)
+        result = reply.results[0]
+        if result.status:
+            raise from_wire(result.status, result.message)
+
+    async def last(self, chain_id: int, inode: int) -> LastChunk | None:
+        async def once() -> LastChunk | None:
+            routing = self._link.routing
+            tail = routing.tail(chain_id)  # what is at the tail is committed everywhere
+            request = storage_pb2.LastChunkRequest(chain_id=chain_id, target_id=tail, inode=inode)
+            reply = await self._pool.call(routing.addresses_of_target(tail), LAST_CHUNK, request, timeout_s=TRY_S)
+            return LastChunk(reply.index, reply.length) if reply.found else None
+
+        return await self._retry(once)
+
+    async def _tagged(self, once: Callable[[base_pb2.Tag], Awaitable[T]]) -> T:
+        """Run one change with a tag of its own, retries included."""
+        async with self._limit:
+            channel = self._free.pop()
+            self._sequence += 1
+            tag = base_pb2.Tag(client_id=self._client_id, channel=channel, sequence=self._sequence)
+            try:
+                return await self._retry(lambda: once(tag))
+            finally:
+                self._free.append(channel)
+
+    async def _retry(self, once: Callable[[], Awaitable[T]]) -> T:
+        give_up_s = self._clock.monotonic() + DEADLINE_S
+        backoff_s = BACKOFF_FIRST_S
+        while True:
+            try:
+                return await once()
+            except (ChainError, TransportError) as error:
+                if not _worth_another_try(error) or self._clock.monotonic() + backoff_s > give_up_s:
+                    raise
+            await self._clock.sleep(backoff_s * self._random.uniform(0.7, 1.3))
+            backoff_s = min(backoff_s * 2, BACKOFF_LAST_S)
+            try:
+                await self._link.refresh(timeout_s=TRY_S)
+            except KvfsError:
+                pass  # no manager answers: the routing that is known may still do
+
+
+def _worth_another_try(error: KvfsError) -> bool:
+    return error.retryable or isinstance(error, (ChainError, TransportError))

@@ -1,0 +1,115 @@
+"""Truncations on the chains: after the transaction that shortened a file, its chunks behind the new end are cut off.
+
+An intent record (TRNC) is written with the new length and cleared when the chains are done, so that a truncation whose service died is carried out by
+the next. Invariant: of one file at most one truncation is under way in this process (`exclusive`); the answer to a truncate comes after its cut, so
+that bytes behind the end can never come back when the file grows again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.meta.gc.chunks import Chunks
+from kvfs.meta.gc.together import together
+from kvfs.meta.kv.engine import Engine
+from kvfs.meta.kv.transaction import Transaction
+from kvfs.meta.namespace import keys, records
+
+PAGE = 500
+
+
+class Cuts:
+    def __init__(self, engine: Engine, chunks: Chunks) -> None:
+        self._engine = engine
+        self._chunks = chunks
+        self._locks: dict[int, tuple[trio.Lock, list[int]]] = {}
+
+    @asynccontextmanager
+    async def exclusive(self, inode: int) -> AsyncIterator[None]:
+        """No other truncation of this file begins while this one is under way."""
+        lock, users = self._locks.setdefault(inode, (trio.Lock(), [0]))
+        users[0] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            users[0] -= 1
+            if not users[0]:
+                del self._locks[inode]
+
+    async def carry_out(self, inode: int) -> None:
+        """Do what the intent record of this file asks for, if there is one. The caller is in `exclusive`."""
+        while True:
+            intent, found = await self._engine.transact(lambda txn: _load(txn, inode))
+            if intent is None:
+                return
+            if found is not None and found.layout.chain_ids:
+                await cut_chunks(self._chunks, found, intent.length)
+            if await self._engine.transact(lambda txn, done=intent: _clear(txn, inode, done)):  # type: ignore[misc]
+                return
+
+    async def redo_all(self) -> int:
+        """At start: carry out what an earlier run left."""
+        begin, end = keys.span(keys.CUT)
+        done = 0
+        more = True
+        while more:
+            rows, more = await self._engine.transact(lambda txn, start=begin: txn.snapshot_get_range(start, end, limit=PAGE))  # type: ignore[misc]
+            for key, _ in rows:
+                number = keys.owner(key)
+                async with self.exclusive(number):
+                    await self.carry_out(number)
+                done += 1
+                begin = key + b"\0"
+        return done
+
+
+def _load(txn: Transaction, inode: int) -> tuple[records.Cut | None, pb.Inode | None]:
+    data = txn.snapshot_get(keys.cut(inode))
+    if data is None:
+        return None, None
+    stored = txn.snapshot_get(keys.inode(inode))
+    return records.decode_cut(data), None if stored is None else records.decode_inode(stored)
+
+
+def _clear(txn: Transaction, inode: int, done: records.Cut) -> bool:
+    """True: nothing is left to do. False: a later truncation has changed the intent."""
+    data = txn.get(keys.cut(inode))
+    if data is None:
+        return True
+    if records.decode_cut(data) != done:
+        return False
+    txn.clear(keys.cut(inode))
+    return True
+
+
+async def cut_chunks(chunks: Chunks, inode: pb.Inode, length: int) -> None:
+    """Nothing behind `length` is left on any chain of the file."""
+    layout = inode.layout
+    size = layout.chunk_size
+    first = -(-length // size)
+    calls: list[Callable[[], Awaitable[None]]] = [partial(chunks.remove, chain_id, inode.inode, first) for chain_id in set(layout.chain_ids)]
+    if length % size:
+        index = length // size
+        chain_id = layout.chain_ids[index % len(layout.chain_ids)]
+        calls.append(partial(chunks.cut, chain_id, inode.inode, index, length % size, size))
+    await together(calls)
+
+
+async def measure(chunks: Chunks, inode: pb.Inode) -> int:
+    """The length of a file as its chunks tell it."""
+    layout = inode.layout
+    ends = [0]
+
+    async def one(chain_id: int) -> None:
+        last = await chunks.last(chain_id, inode.inode)
+        if last is not None:
+            ends.append(last.index * layout.chunk_size + last.length)
+
+    await together([partial(one, chain_id) for chain_id in set(layout.chain_ids)])
+    return max(ends)

@@ -1,0 +1,1 @@
+"""The namespace: inodes, entries, sessions and their rules, as functions over one transaction of kvfs.meta.kv."""

@@ -1,0 +1,126 @@
+"""Reading the tree: walking paths, attributes, listing. One snapshot each, no writes.
+
+Invariants: a walk follows at most 40 symbolic links; every directory on the way needs search permission; "." and ".." are understood, ".." of the
+root is the root. A listing page costs one range read and one read for each entry whose attributes are asked for.
+"""
+
+from __future__ import annotations
+
+from kvfs.common.errors import NotDirectory, NotFound, SymlinkLoop
+from kvfs.common.ids import ROOT_INODE
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.meta.namespace import access, keys, records
+from kvfs.meta.namespace.step import Step, check_name
+
+SYMLINKS_MAX = 40
+PATH_COMPONENTS_MAX = 4096
+PAGE_ENTRIES = 1024
+PAGE_ENTRIES_MAX = 4096
+GET_ATTR_MAX = 4096
+
+
+def lookup(step: Step, request: pb.LookupRequest) -> pb.LookupReply:
+    reply = pb.LookupReply()
+    directory = step.peek(request.parent)
+    if directory is None:
+        raise NotFound(f"directory {request.parent} is gone")
+    left = SYMLINKS_MAX
+    last = len(request.names) - 1
+    if last >= PATH_COMPONENTS_MAX:
+        raise SymlinkLoop(f"a path of {last + 1} components: the limit is {PATH_COMPONENTS_MAX}")
+    reply.final_parent = request.parent
+    for index, component in enumerate(request.names):
+        follow = request.follow and (index < last or request.follow_last)
+        # A symbolic link puts the components of its target in place of itself.
+        waiting = [component]
+        found: pb.Inode | None = None
+        while waiting:
+            name = waiting.pop()
+            if directory is None or directory.type != pb.DIRECTORY:
+                raise NotDirectory("a component of the path is not a directory")
+            access.require(directory, step.user, access.EXECUTE)
+            reply.final_parent = directory.inode
+            reply.final_name = name
+            found = _child(step, directory, name)
+            if found is None:
+                if waiting:
+                    raise NotFound("a symbolic link on the path leads nowhere")
+                break
+            if found.type == pb.SYMLINK and (follow or waiting):
+                left -= 1
+                if left < 0:
+                    raise SymlinkLoop(f"more than {SYMLINKS_MAX} symbolic links on the path")
+                target = found.symlink
+                if target.startswith(b"/"):
+                    directory = step.inode(ROOT_INODE)
+                parts = [part for part in target.split(b"/") if part]
+                if target.endswith(b"/"):
+                    parts.append(b".")
+                if not parts:
+                    found = directory
+                    reply.final_parent, reply.final_name = directory.inode, b"."
+                    if not waiting:
+                        break
+                    continue
+                if len(parts) + len(waiting) > PATH_COMPONENTS_MAX:
+                    raise SymlinkLoop("symbolic links make the path too long")
+                waiting.extend(reversed(parts))
+                continue
+            directory = found
+        if found is None:
+            if index < last:
+                reply.final_parent, reply.final_name = 0, b""
+            break
+        directory = found
+        reply.inodes.append(step.full(found))
+    return reply
+
+
+def _child(step: Step, directory: pb.Inode, name: bytes) -> pb.Inode | None:
+    if name == b".":
+        return directory
+    if name == b"..":
+        return directory if directory.inode == ROOT_INODE else step.peek(directory.parent)
+    check_name(name)
+    entry = step.entry(directory.inode, name)
+    return None if entry is None else step.peek(entry.inode)
+
+
+def get_attr(step: Step, request: pb.GetAttrRequest) -> pb.GetAttrReply:
+    reply = pb.GetAttrReply()
+    for number in request.inodes[:GET_ATTR_MAX]:
+        found = step.peek(number)
+        reply.inodes.append(pb.Inode(inode=number) if found is None else with_writers(step, step.full(found)))
+    return reply
+
+
+def with_writers(step: Step, inode: pb.Inode) -> pb.Inode:
+    """Adds how many write sessions are open."""
+    if inode.type == pb.FILE:
+        rows, _ = step.txn.snapshot_get_range(*keys.sessions(inode.inode))
+        if rows:
+            closing = step.around.closing(inode.inode)
+            inode.writers = sum(1 for key, value in rows if keys.tail(key) not in closing and records.decode_session(value).write)
+    return inode
+
+
+def read_dir(step: Step, request: pb.ReadDirRequest) -> pb.ReadDirReply:
+    directory = step.inode(request.inode)
+    if directory.type != pb.DIRECTORY:
+        raise NotDirectory(f"inode {request.inode} is not a directory")
+    access.require(directory, step.user, access.READ)
+    limit = min(request.limit or PAGE_ENTRIES, PAGE_ENTRIES_MAX)
+    begin, end = keys.entries(request.inode)
+    if request.after:
+        begin = keys.entry(request.inode, request.after) + b"\0"
+    rows, more = step.txn.snapshot_get_range(begin, end, limit=limit)
+    reply = pb.ReadDirReply(more=more)
+    add = reply.entries.add
+    for key, value in rows:
+        entry = records.decode_entry(value)
+        item = add(name=keys.tail(key), inode=entry.inode, type=entry.type)
+        if request.attributes:
+            found = step.peek(entry.inode)
+            if found is not None:
+                item.attributes.CopyFrom(step.full(found))
+    return reply

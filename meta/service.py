@@ -1,0 +1,409 @@
+"""The Meta service object: every RPC of meta.proto over the namespace's operations.
+
+Reads answer inline from one snapshot (and wait only if they saw a commit that is not durable yet). Changes run as one transaction with retries,
+carry out what the transaction noted (cuts, garbage), and are answered when every other holder of a lease on what changed has been told.
+Invariants: a lease is granted inside the transaction whose attributes it covers, so no later change can miss it; a change with a request id is
+applied once; nothing of a lost attempt reaches anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+import trio
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.boundary.random import Random
+from kvfs.common.routing import Routing
+from kvfs.common.wire import base_pb2, cluster_pb2
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.common.wire.server import Call
+from kvfs.meta.gc.chunks import Chunks
+from kvfs.meta.gc.collector import Collector
+from kvfs.meta.gc.cuts import Cuts, measure
+from kvfs.meta.kv.engine import Engine
+from kvfs.meta.kv.transaction import Transaction
+from kvfs.meta.namespace import attributes, entries, files, fsck, idempotency, keys, lookup, records, remove, rename, xattrs
+from kvfs.meta.namespace.leases import LeaseTable, settle, watch
+from kvfs.meta.namespace.open_files import OpenFiles
+from kvfs.meta.namespace.step import Step, Surroundings
+from kvfs.meta.namespace.store import InodeNumbers, Placement
+
+P = TypeVar("P")
+Q = TypeVar("Q")
+
+WATCH_WAIT_S_MAX = 30.0
+ROOT = pb.User()
+NUMBERS = {
+    name: number for number, name in enumerate(("create", "append", "make", "link", "remove", "rename", "set_xattr", "remove_xattr", "set_attr"))
+}
+"""Operations that leave a request record, as the record names them: append only."""
+
+
+class MetaService:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        random: Random,
+        chunks: Chunks,
+        routing: Callable[[], Routing],
+        *,
+        attr_lease_ms: int = 1000,
+        gc_delay_s: float = 2.0,
+        epoch: int = 0,
+        engine_name: str = "",
+    ) -> None:
+        self.engine = engine
+        self.clock = clock
+        self.chunks = chunks
+        self.routing = routing
+        self.engine_name = engine_name
+        self.numbers = InodeNumbers(engine)
+        self.open_files = OpenFiles()
+        self.leases = LeaseTable(epoch or clock.wall_ns(), attr_lease_ms)
+        self.around = Surroundings(
+            new_inode=self.numbers.next,
+            place=Placement(routing, random),
+            readers=self.open_files.readers,
+            closing=self.open_files.closing,
+            gc_delay_ns=int(gc_delay_s * 1e9),
+        )
+        self.cuts = Cuts(engine, chunks)
+        self.collector = Collector(engine, chunks, clock, self.root_step, self._gone)
+        self.files = 0
+        self.commits = 0
+        self.conflicts = 0
+        self._open_from_s = 0.0
+        self._fsck = fsck.Fsck(engine)
+
+    def hold_changes(self, seconds: float) -> None:
+        """After a start: leases of an earlier run may still be trusted for that long."""
+        self._open_from_s = self.clock.monotonic() + seconds
+
+    def root_step(self, txn: Transaction) -> Step:
+        return Step(txn, ROOT, b"", self.clock.wall_ns(), self.around)
+
+    def _gone(self, count: int) -> None:
+        self.files -= count
+
+    # --- the two ways to run an operation
+
+    def _read(
+        self, request: Any, call: Call, operation: Callable[[Step, Any], Q], granted: Callable[[Q], Iterable[pb.Inode]] | None = None
+    ) -> Q | Awaitable[Q]:
+        """One snapshot. Inline, unless what it saw must become durable first."""
+        txn = Transaction(self.engine)
+        try:
+            step = Step(txn, request.context.user, call.peer.client_id, self.clock.wall_ns(), self.around)
+            reply = operation(step, request)
+            if granted is not None:
+                now_s = self.clock.monotonic()
+                for inode in granted(reply):
+                    self.leases.grant(inode, step.client_id, now_s)
+        except BaseException:
+            txn.close()
+            raise
+        if txn.settled:
+            txn.close()
+            return reply
+        return self._when_durable(txn, reply)
+
+    async def _when_durable(self, txn: Transaction, reply: Q) -> Q:
+        await txn.commit()
+        return reply
+
+    async def _change(
+        self,
+        request: Any,
+        call: Call,
+        operation: Callable[[Step, Any], Q],
+        *,
+        remember: str = "",
+        reply_class: type[Any] | None = None,
+        granted: Callable[[Any], pb.Inode] | None = None,
+    ) -> tuple[Q, Step]:
+        """One transaction, its consequences, and the leases of others."""
+        if self._open_from_s:
+            await self._wait_open()
+        client_id = call.peer.client_id
+        request_id = request.context.request_id if remember else b""
+        tries = 0
+
+        def attempt(txn: Transaction) -> tuple[Q, Step]:
+            nonlocal tries
+            tries += 1
+            step = Step(txn, request.context.user, client_id, self.clock.wall_ns(), self.around)
+            if request_id:
+                assert reply_class is not None
+                earlier = idempotency.recall(step, request_id, NUMBERS[remember], reply_class)
+                if earlier is not None:
+                    return earlier, step
+            reply = operation(step, request)
+            if step.measure:
+                return reply, step
+            if request_id:
+                idempotency.remember(step, request_id, NUMBERS[remember], reply)  # type: ignore[arg-type]
+            if granted is not None:
+                self.leases.grant(granted(reply), client_id, self.clock.monotonic())
+            return reply, step
+
+        if self.numbers.short():
+            await self.numbers.ensure()
+        try:
+            reply, step = await self.engine.transact(attempt)
+        finally:
+            self.commits += 1
+            self.conflicts += tries - 1
+        self.files += step.files_made - step.files_gone
+        for number in step.cuts:
+            await self.cuts.carry_out(number)
+        if step.garbage:
+            self.collector.wake()
+        if step.changed:
+            waits = self.leases.revoke(step.changed, client_id, self.clock.monotonic())
+            if waits:
+                await settle(waits, self.clock.monotonic)
+        return reply, step
+
+    async def _wait_open(self) -> None:
+        left_s = self._open_from_s - self.clock.monotonic()
+        if left_s > 0:
+            await self.clock.sleep(left_s)
+        self._open_from_s = 0.0
+
+    # --- reads
+
+    def lookup(self, request: pb.LookupRequest, call: Call) -> pb.LookupReply | Awaitable[pb.LookupReply]:
+        return self._read(request, call, lookup.lookup, lambda reply: reply.inodes)
+
+    def get_attr(self, request: pb.GetAttrRequest, call: Call) -> pb.GetAttrReply | Awaitable[pb.GetAttrReply]:
+        return self._read(request, call, lookup.get_attr, lambda reply: reply.inodes)
+
+    def read_dir(self, request: pb.ReadDirRequest, call: Call) -> pb.ReadDirReply | Awaitable[pb.ReadDirReply]:
+        return self._read(request, call, lookup.read_dir, lambda reply: (entry.attributes for entry in reply.entries) if request.attributes else ())
+
+    def get_xattr(self, request: pb.XattrRequest, call: Call) -> pb.XattrReply | Awaitable[pb.XattrReply]:
+        return self._read(request, call, xattrs.get_xattr)
+
+    def list_xattr(self, request: pb.XattrRequest, call: Call) -> pb.XattrReply | Awaitable[pb.XattrReply]:
+        return self._read(request, call, xattrs.list_xattr)
+
+    # --- changes
+
+    async def set_attr(self, request: pb.SetAttrRequest, call: Call) -> pb.InodeReply:
+        if not request.HasField("length"):
+            reply, _ = await self._change(request, call, attributes.set_attr, granted=_inode)
+            return reply
+        async with self.cuts.exclusive(request.inode):
+            await self.cuts.carry_out(request.inode)  # what a service that died left undone, or an earlier try of this request
+            reply, _ = await self._change(request, call, attributes.set_attr, remember="set_attr", reply_class=pb.InodeReply, granted=_inode)
+            return reply
+
+    async def create(self, request: pb.CreateRequest, call: Call) -> pb.CreateReply:
+        if request.truncate and not request.exclusive:
+            number = self._peek_entry(request.parent, request.name)
+            if number:
+                async with self.cuts.exclusive(number):
+                    await self.cuts.carry_out(number)
+                    return await self._create(request, call)
+        return await self._create(request, call)
+
+    async def _create(self, request: pb.CreateRequest, call: Call) -> pb.CreateReply:
+        reply, _ = await self._change(request, call, files.create, remember="create", reply_class=pb.CreateReply, granted=_inode)
+        self._opened(reply.inode, request.read, request.write, request.session, call)
+        return reply
+
+    def _peek_entry(self, parent: int, name: bytes) -> int:
+        with Transaction(self.engine) as txn:
+            data = txn.snapshot_get(keys.entry(parent, name)) if 0 < len(name) <= 255 else None
+            return records.decode_entry(data).inode if data is not None else 0
+
+    def open(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
+        if request.write or request.truncate:
+            return self._open_to_change(request, call)
+        reply = self._read(request, call, files.open_file, lambda reply: (reply.inode,))
+        # Open from here on, also when the answer has to wait: should the wait fail, the client closes or is pruned.
+        if request.read and request.session:
+            self.open_files.open_reader(request.inode, request.session, call.peer.client_id, self.clock.wall_ns())
+        return reply
+
+    async def _open_to_change(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply:
+        if request.truncate:
+            async with self.cuts.exclusive(request.inode):
+                await self.cuts.carry_out(request.inode)
+                reply, _ = await self._change(request, call, files.open_file, granted=_inode)
+        else:
+            reply, _ = await self._change(request, call, files.open_file, granted=_inode)
+        self._opened(reply.inode, request.read, request.write, request.session, call)
+        return reply
+
+    def _opened(self, inode: pb.Inode, read: bool, write: bool, session: bytes, call: Call) -> None:
+        if read and not write and session and inode.type == pb.FILE:
+            self.open_files.open_reader(inode.inode, session, call.peer.client_id, self.clock.wall_ns())
+
+    def close(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
+        if request.wrote or request.uncertain:
+            return self._report(request, call)
+        if request.session and not request.still_open:
+            self.open_files.close(request.inode, request.session)
+        return self._read(request, call, _attributes_after_close, lambda reply: (reply.inode,))
+
+    async def _report(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply:
+        reply, step = await self._change(request, call, files.close, granted=_inode)
+        if step.measure:
+            inode = await self.engine.transact(lambda txn: self.root_step(txn).peek(step.measure))
+            measured = await measure(self.chunks, inode) if inode is not None else 0
+            reply, step = await self._change(request, call, lambda again, asked: files.close(again, asked, measured=measured), granted=_inode)
+        if request.session and not request.still_open:
+            self.open_files.forget(request.inode, request.session)
+        return reply
+
+    async def append(self, request: pb.AppendRequest, call: Call) -> pb.AppendReply:
+        reply, _ = await self._change(request, call, files.append, remember="append", reply_class=pb.AppendReply, granted=_inode)
+        return reply
+
+    async def make(self, request: pb.MakeRequest, call: Call) -> pb.InodeReply:
+        reply, _ = await self._change(request, call, entries.make, remember="make", reply_class=pb.InodeReply, granted=_inode)
+        return reply
+
+    async def link(self, request: pb.LinkRequest, call: Call) -> pb.InodeReply:
+        reply, _ = await self._change(request, call, entries.link, remember="link", reply_class=pb.InodeReply, granted=_inode)
+        return reply
+
+    async def remove(self, request: pb.RemoveRequest, call: Call) -> pb.RemoveReply:
+        reply, _ = await self._change(request, call, remove.remove, remember="remove", reply_class=pb.RemoveReply)
+        if not reply.inode.nlink:
+            self.open_files.stored(reply.inode.inode)
+        return reply
+
+    async def rename(self, request: pb.RenameRequest, call: Call) -> pb.RenameReply:
+        reply, _ = await self._change(request, call, rename.rename, remember="rename", reply_class=pb.RenameReply)
+        if reply.HasField("replaced") and not reply.replaced.nlink:
+            self.open_files.stored(reply.replaced.inode)
+        return reply
+
+    async def set_xattr(self, request: pb.XattrRequest, call: Call) -> pb.InodeReply:
+        remember = "set_xattr" if request.create or request.replace else ""
+        reply, _ = await self._change(request, call, xattrs.set_xattr, remember=remember, reply_class=pb.InodeReply, granted=_inode)
+        return reply
+
+    async def remove_xattr(self, request: pb.XattrRequest, call: Call) -> pb.InodeReply:
+        reply, _ = await self._change(request, call, xattrs.remove_xattr, remember="remove_xattr", reply_class=pb.InodeReply, granted=_inode)
+        return reply
+
+    async def set_layout(self, request: pb.SetLayoutRequest, call: Call) -> pb.InodeReply:
+        reply, _ = await self._change(request, call, attributes.set_layout, granted=_inode)
+        return reply
+
+    # --- leases
+
+    async def watch(self, request: pb.WatchRequest, call: Call) -> pb.WatchReply:
+        wait_s = min(request.wait_ms / 1000, WATCH_WAIT_S_MAX, max(0.0, call.remaining_s() - 0.1))
+        return await watch(self.leases, request, call.peer.client_id, self.clock.monotonic, wait_s)
+
+    # --- the whole
+
+    def stat_fs(self, request: pb.StatFsRequest, call: Call) -> pb.StatFsReply:
+        capacity, free = space(self.routing())
+        files_count = max(0, self.files)
+        return pb.StatFsReply(capacity_bytes=capacity, free_bytes=free, files=files_count, free_files=(1 << 32) - 1, block_size=4096)
+
+    async def fsck(self, request: pb.FsckRequest, call: Call) -> pb.FsckReply:
+        return await self._fsck.page(request)
+
+    async def status(self, request: base_pb2.Empty, call: Call) -> pb.MetaStatusReply:
+        garbage = await self._count(keys.span(keys.GARBAGE))
+        sessions = await self._count(keys.span(keys.SESSION))
+        return pb.MetaStatusReply(
+            files=max(0, self.files),
+            gc_pending=garbage,
+            sessions=sessions + self.open_files.count(),
+            commits=self.commits,
+            conflicts=self.conflicts,
+            engine=self.engine_name,
+        )
+
+    async def collect_garbage(self, request: base_pb2.Empty, call: Call) -> pb.MetaStatusReply:
+        await self.clear_closed()
+        await self.collector.collect_all()
+        return await self.status(request, call)
+
+    async def _count(self, span: tuple[bytes, bytes]) -> int:
+        begin, end = span
+        total = 0
+        more = True
+        while more:
+            with Transaction(self.engine) as txn:
+                rows, more = txn.snapshot_get_range(begin, end, limit=2000)
+            total += len(rows)
+            if rows:
+                begin = rows[-1][0] + b"\0"
+            await trio.lowlevel.checkpoint()
+        return total
+
+    async def count_files(self) -> None:
+        """How many inodes there are, once after the start; from then on changes are counted along."""
+        before = self.files
+        self.files = before + await self._count(keys.span(keys.INODE))
+
+    async def clear_closed(self) -> int:
+        """Clear sessions whose close had nothing to report; a file that waited for its last one goes on its way."""
+        taken = self.open_files.take_closing(500)
+        if not taken:
+            return 0
+
+        def attempt(txn: Transaction) -> Step:
+            step = self.root_step(txn)
+            for inode, session in taken:
+                files.close(step, pb.CloseRequest(inode=inode, session=session))
+            return step
+
+        step = await self.engine.transact(attempt)
+        for inode, session in taken:
+            self.open_files.cleared(inode, session)
+        self.files -= step.files_gone
+        if step.garbage:
+            self.collector.wake()
+        return len(taken)
+
+    async def store_readers(self) -> None:
+        """Files that have been open for reading for a while get a stored session, so that they outlive this process."""
+        due = self.open_files.due_to_store(self.clock.wall_ns(), 500)
+        if not due:
+            return
+
+        def attempt(txn: Transaction) -> None:
+            for inode, reader in due:
+                txn.set(keys.session(inode, reader.session), records.encode_session(records.Session(reader.client_id, False, reader.opened_ns)))
+
+        for _, reader in due:
+            self.open_files.mark_stored(reader.session)  # before the commit: a close meanwhile must know that a record may be there
+        await self.engine.transact(attempt)
+
+
+def _inode(reply: Any) -> pb.Inode:
+    found: pb.Inode = reply.inode
+    return found
+
+
+def _attributes_after_close(step: Step, request: pb.CloseRequest) -> pb.InodeReply:
+    inode = step.peek(request.inode)
+    if inode is None:
+        return pb.InodeReply(inode=pb.Inode(inode=request.inode))
+    return pb.InodeReply(inode=lookup.with_writers(step, step.full(inode)))
+
+
+def space(routing: Routing) -> tuple[int, int]:
+    """Usable (capacity, free) of the whole: disks counted once, divided by the replication of the default table."""
+    disks: dict[tuple[int, int], cluster_pb2.Target] = {}
+    for target in routing.targets:
+        disks.setdefault((target.node_id, target.disk), target)
+    capacity = sum(target.capacity_bytes for target in disks.values())
+    free = sum(target.free_bytes for target in disks.values())
+    replicas = 1
+    for table in routing.tables:
+        replicas = max(1, table.replicas)
+        break
+    return capacity // replicas, free // replicas
