@@ -176,7 +176,7 @@ class Agent:
             raise AttributeError(name)
         return lambda *arguments, **keywords: self.call(name, *arguments, **keywords)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._requests.close()
         self._process.wait(10)
         self._replies.close()

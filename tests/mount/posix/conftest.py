@@ -9,7 +9,9 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,24 @@ class Posix:
             os.chmod(path, mode if mode is not None else 0o755 if kind == "dir" else 0o644)
         return path
 
+    @staticmethod
+    def tick() -> None:
+        """Long enough that a time stamped after is later than one stamped before, on file systems that stamp by the timer tick."""
+        time.sleep(0.012)
+
+    @contextmanager
+    def touches(self, *paths: bytes, times: str = "mc", unchanged: bool = False) -> Iterator[None]:
+        """The block changes (or, `unchanged`, leaves) these times of each path: m mtime, c ctime."""
+        fields = [{"m": "st_mtime_ns", "c": "st_ctime_ns", "a": "st_atime_ns"}[letter] for letter in times]
+        before = [os.lstat(path) for path in paths]
+        self.tick()
+        yield
+        for path, old in zip(paths, before, strict=True):
+            new = os.lstat(path)
+            for field in fields:
+                was, now = getattr(old, field), getattr(new, field)
+                assert now == was if unchanged else now > was, f"{field} of {path!r}: {was} before, {now} after"
+
     def expect(self, expected: int | tuple[int, ...], agent: Agent, call: str, *arguments: Any, **keywords: Any) -> None:
         got = agent.errno(call, *arguments, **keywords)
         wanted = expected if isinstance(expected, tuple) else (expected,)
@@ -94,7 +114,7 @@ def agents() -> Iterator[dict[tuple[int, int, tuple[int, ...]], Agent]]:
     made: dict[tuple[int, int, tuple[int, ...]], Agent] = {}
     yield made
     for agent in made.values():
-        agent.close()
+        agent.stop()
 
 
 @pytest.fixture(scope="session")
