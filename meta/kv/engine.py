@@ -69,6 +69,10 @@ class Engine(ABC):
     def close_snapshot(self, snapshot: Snapshot) -> None:
         """The snapshot will not be read or committed any more (no harm if it was closed or has expired)."""
 
+    def settled(self, snapshot: Snapshot) -> bool:
+        """Whether all that the snapshot has shown is durable: then a reader may answer without `commit`."""
+        return False
+
     @abstractmethod
     async def commit(self, snapshot: Snapshot | None, reads: ReadSet, writes: WriteSet) -> int:
         """Commit what a transaction read and wrote, at once and durably, or raise a TxnError; the answer is the commit's version.

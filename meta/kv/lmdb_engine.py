@@ -23,7 +23,7 @@ from kvfs.common.boundary.random import Random, SystemRandom
 from kvfs.common.errors import FormatTooNew, IndexCorrupt, InputOutput, KvfsError, NoSpace, TxnMaybeCommitted, TxnThrottled
 from kvfs.meta.kv.journal import Record, encode_changes, encode_record, read_segment, replay
 from kvfs.meta.kv.limits import MAX_KEY_BYTES
-from kvfs.meta.kv.local import Changes, LocalEngine
+from kvfs.meta.kv.local import Changes, LocalEngine, Receipt
 from kvfs.meta.kv.transaction import Row
 from kvfs.meta.kv.worker import InlineWorker, ThreadWorker, Worker
 
@@ -62,18 +62,19 @@ class _Segment:
     last_version: int = 0
 
 
-class _Batch:
-    __slots__ = ("at_once", "changes", "commits", "count", "done", "error", "last_version", "started_s")
+class _Batch(Receipt):
+    """Commits that are written and synced together."""
+
+    __slots__ = ("at_once", "changes", "commits", "count", "last_version", "started_s")
 
     def __init__(self) -> None:
+        super().__init__()
         self.changes: list[bytes] = []
         self.commits = 0
         self.count = 0
         self.at_once = False
         self.started_s = 0.0
         self.last_version = 0
-        self.done = trio.Event()
-        self.error: KvfsError | None = None
 
 
 class LmdbEngine(LocalEngine):
@@ -215,7 +216,7 @@ class LmdbEngine(LocalEngine):
                 raise self._checkpoint_error
             raise TxnThrottled("the journal is full: checkpoints cannot keep up")
 
-    def _accepted(self, version: int, changes: Changes) -> None:
+    def _accepted(self, version: int, changes: Changes) -> Receipt:
         batch = self._pending
         batch.changes.append(encode_changes(changes))
         batch.commits += 1
@@ -223,18 +224,11 @@ class LmdbEngine(LocalEngine):
         batch.last_version = version
         if self._in_flight is None:
             self._write_batch()
+        return batch
 
-    async def _wait_durable(self, version: int) -> None:
-        batch = self._in_flight
-        if batch is None or version > batch.last_version:
-            batch = self._pending
-        if version <= self._durable:
-            # Written at once: let others run, as every commit does. No cancellation, for the commit has happened.
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return
-        await batch.done.wait()
-        if batch.error is not None:
-            raise batch.error
+    def _receipt(self, version: int) -> Receipt:
+        in_flight = self._in_flight
+        return in_flight if in_flight is not None and version <= in_flight.last_version else self._pending
 
     def _write_batch(self) -> None:
         batch, self._pending = self._pending, _Batch()
@@ -244,7 +238,7 @@ class LmdbEngine(LocalEngine):
         if segment.end_bytes and segment.end_bytes + len(record) > self._segment_bytes:
             self._sealed.append(segment)
             segment = self._current = self._free.pop() if self._free else self._new_segment()
-        batch.at_once = batch.commits == 1 and self._at_once > 0
+        batch.at_once = batch.commits == 1 and self._at_once > 0 and segment.file is not None
         batch.started_s = 0.0 if self._closed else self.now()
         writer = self._inline if batch.at_once else self._writer
         writer.start(partial(self._write, segment, record), partial(self._batch_written, batch, segment, len(record)))

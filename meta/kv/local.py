@@ -15,7 +15,9 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-from kvfs.common.errors import ServiceStopping, TxnConflict, TxnThrottled, TxnTooOld
+import trio
+
+from kvfs.common.errors import KvfsError, ServiceStopping, TxnConflict, TxnThrottled, TxnTooOld
 from kvfs.meta.kv.conflicts import CommitLog, ReadSet
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.limits import LIFETIME_S
@@ -69,6 +71,25 @@ class LocalSnapshot(Snapshot):
             raise TxnTooOld("the transaction's snapshot has ended: start again")
 
 
+class Receipt:
+    """Whether commits have become durable: `done` is set when that is known, `error` says why they have not."""
+
+    __slots__ = ("done", "error")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: KvfsError | None = None
+
+    async def wait(self) -> None:
+        if self.done.is_set():
+            # Others may run, as at every commit. No cancellation, for the commit has happened.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            await self.done.wait()
+        if self.error is not None:
+            raise type(self.error)(self.error.message)
+
+
 class LocalEngine(Engine):
     def __init__(self, version: int, now: Callable[[], float]) -> None:
         self.recent = VersionedMap()
@@ -89,12 +110,12 @@ class LocalEngine(Engine):
     def base_scan(self, begin: bytes, end: bytes, *, reverse: bool, hint: int) -> Iterator[Row]: ...
 
     @abstractmethod
-    def _accepted(self, version: int, changes: Changes) -> None:
-        """A commit is visible to new snapshots: make it durable, then set `_durable`, or `_undo`."""
+    def _accepted(self, version: int, changes: Changes) -> Receipt:
+        """A commit is visible to new snapshots: make it durable and set `_durable`, or `_undo`; then complete the receipt."""
 
     @abstractmethod
-    async def _wait_durable(self, version: int) -> None:
-        """Return when `version` is durable; raise if it cannot become so."""
+    def _receipt(self, version: int) -> Receipt:
+        """The receipt of a commit that is not durable yet."""
 
     @abstractmethod
     def _advance_base(self, version: int) -> None:
@@ -124,6 +145,10 @@ class LocalEngine(Engine):
         snapshot.alive = False
         self._live.pop(id(snapshot), None)
 
+    def settled(self, snapshot: Snapshot) -> bool:
+        assert isinstance(snapshot, LocalSnapshot)
+        return snapshot.newest_seen <= self._durable
+
     async def commit(self, snapshot: Snapshot | None, reads: ReadSet, writes: WriteSet) -> int:
         assert snapshot is None or isinstance(snapshot, LocalSnapshot)
         if not writes:
@@ -133,15 +158,15 @@ class LocalEngine(Engine):
                 raise TxnTooOld("the transaction's snapshot has ended: start again")
             self.close_snapshot(snapshot)
             if snapshot.newest_seen > self._durable:
-                await self._wait_durable(snapshot.newest_seen)
+                await self._receipt(snapshot.newest_seen).wait()
             return snapshot.version
-        version = self._submit(snapshot, reads, writes)
-        await self._wait_durable(version)
+        version, receipt = self._submit(snapshot, reads, writes)
+        await receipt.wait()
         return version
 
     # --- inside
 
-    def _submit(self, snapshot: LocalSnapshot | None, reads: ReadSet, writes: WriteSet) -> int:
+    def _submit(self, snapshot: LocalSnapshot | None, reads: ReadSet, writes: WriteSet) -> tuple[int, Receipt]:
         """Check, order and apply one commit. There is no await in here: commits follow each other in one thread."""
         self._check_open()
         if snapshot is not None:
@@ -158,9 +183,9 @@ class LocalEngine(Engine):
         self.recent.apply(version, changes)
         if self._live:
             self._log.append(version, changes.keys())
-        self._accepted(version, changes)
+        receipt = self._accepted(version, changes)
         self._trim()
-        return version
+        return version, receipt
 
     def _flatten(self, version: int, writes: WriteSet) -> Changes:
         """The writes as plain keys: ranges become removals of the keys that are there, stamps become bytes."""

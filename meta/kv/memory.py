@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 import trio
 from sortedcontainers import SortedDict
 
-from kvfs.meta.kv.local import Changes, LocalEngine
+from kvfs.meta.kv.local import Changes, LocalEngine, Receipt
 from kvfs.meta.kv.transaction import Row
 
 
 class MemoryEngine(LocalEngine):
     def __init__(self, *, now: Callable[[], float] = trio.current_time) -> None:
         super().__init__(0, now)
+        self._done = Receipt()
+        self._done.done.set()
         self._base: SortedDict[bytes, bytes] = SortedDict()
 
     def base_get(self, key: bytes) -> bytes | None:
@@ -27,12 +29,12 @@ class MemoryEngine(LocalEngine):
     def close(self) -> None:
         self._closed = True
 
-    def _accepted(self, version: int, changes: Changes) -> None:
+    def _accepted(self, version: int, changes: Changes) -> Receipt:
         self._durable = version
+        return self._receipt(version)
 
-    async def _wait_durable(self, version: int) -> None:
-        # A chance for other tasks to run, as with engines that wait for a disk; no cancellation, for the commit has happened.
-        await trio.lowlevel.cancel_shielded_checkpoint()
+    def _receipt(self, version: int) -> Receipt:
+        return self._done
 
     def _advance_base(self, version: int) -> None:
         for key, value in self.recent.changes_until(version).items():

@@ -159,6 +159,11 @@ class Transaction:
         self._version = await self._engine.commit(snapshot, self._reads, self._writes)
 
     @property
+    def settled(self) -> bool:
+        """Nothing is written, and all that was read is durable: its reader may answer at once, as after `commit`."""
+        return not self._writes and (self._snapshot is None or self._engine.settled(self._snapshot))
+
+    @property
     def versionstamp(self) -> bytes:
         """The 10 bytes that stand for this commit: unique, and greater than those of all commits before. Only after commit."""
         if self._version is None:
