@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import trio
 
 from kvfs.common.boundary.clock import Clock, SystemClock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.boundary.net import Net
+from kvfs.common.boundary.net import Net, SystemNet
 from kvfs.common.boundary.random import Random, SystemRandom
 from kvfs.common.boundary.real_disk import RealDisk
-from kvfs.common.boundary.real_net import RealNet
 from kvfs.common.errors import ConfigError, KvfsError
 from kvfs.common.node_file import open_node_file
 from kvfs.common.wire.identity import Identity
@@ -30,16 +30,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
-    """What a started manager tells its caller."""
-
-    addresses: tuple[str, ...]
-    cluster_id: str
-    node_uuid: str
-    grpc_address: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class World:
     """The boundaries; None: the real one. `engine`: a store shared with other managers, closed by whoever made it."""
 
@@ -50,11 +40,11 @@ class World:
     engine: Engine | None = None
 
 
-async def serve(config: ManagerConfig, *, world: World = World(), task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED) -> None:
-    """Until cancelled. Raises a KvfsError that says what to do when it cannot start."""
+async def serve(config: ManagerConfig, *, world: World = World(), task_status: trio.TaskStatus[dict[str, Any]] = trio.TASK_STATUS_IGNORED) -> None:
+    """Until cancelled. Starts with {"addresses", "cluster_id", "node_uuid", "grpc_address"}. Raises a KvfsError that says what to do."""
     if not config.data and world.disk is None:
         raise ConfigError("manager.data is not set: name the directory in which the manager keeps the cluster's records")
-    clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or RealNet()
+    clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or SystemNet()
     disk = world.disk or RealDisk(config.data)
     disk.makedirs("")
     disk.lock()
@@ -78,7 +68,7 @@ async def _serve(
     net: Net,
     node_uuid: str,
     cluster_id: str,
-    task_status: trio.TaskStatus[Serving],
+    task_status: trio.TaskStatus[dict[str, Any]],
 ) -> None:
     failure: KvfsError | None = None
     identity = Identity(cluster_id=cluster_id, client_id=random.bytes(16), role="manager")
@@ -108,6 +98,8 @@ async def _serve(
 
             grpc_address = await nursery.start(serve_grpc, server, config.grpc_listen)
         log.info("manager %s of cluster %s serves at %s", node_uuid, manager.cluster_id, ", ".join(manager.addresses))
-        task_status.started(Serving(manager.addresses, manager.cluster_id, node_uuid, grpc_address))
+        task_status.started(
+            {"addresses": list(manager.addresses), "cluster_id": manager.cluster_id, "node_uuid": node_uuid, "grpc_address": grpc_address}
+        )
     if failure is not None:
         raise failure
