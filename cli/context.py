@@ -49,14 +49,14 @@ class Options:
         return None if looks_like_address else cluster_dir.load(Path(spec).expanduser().resolve())
 
 
-def common_options(command: Callable[P, R]) -> Callable[..., R]:
+def common_options(command: Callable[..., R]) -> Callable[..., R]:
     """--cluster and --json on every command, after as well as before its name; guards against tracebacks."""
 
     @click.option("--cluster", default=None, help="Directory made by `kvfs up`, or manager addresses host:port[,host:port]. Default: $KVFS_CLUSTER.")
     @click.option("--json", "as_json", is_flag=True, default=None, help="Print JSON.")
-    @click.pass_context
     @functools.wraps(command)
-    def wrapped(context: click.Context, *args: Any, cluster: str | None, as_json: bool | None, **kwargs: Any) -> R:
+    def wrapped(*args: Any, cluster: str | None, as_json: bool | None, **kwargs: Any) -> R:
+        context = click.get_current_context()
         options = context.ensure_object(Options)
         options.cluster = cluster or options.cluster
         options.as_json = bool(as_json) or options.as_json

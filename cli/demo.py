@@ -28,7 +28,7 @@ import trio
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import common_options, console, human_bytes, print_json, table
 from kvfs.cli.fsck import check_cluster
-from kvfs.cli.mount import check_mount_point, mounted_types, unmount
+from kvfs.cli.mount import check_mount_point, is_mounted, unmount
 from kvfs.cli.status import collect
 from kvfs.cli.up import start_detached, stop_supervisor
 from kvfs.client import Client
@@ -263,7 +263,7 @@ class Demo:
                 stop_supervisor(self.cluster)
             except KvfsError as error:
                 console.print(f"[yellow]{error.message}[/yellow]")
-        if any(kind.startswith("fuse") for kind in mounted_types(str(self.mount))):
+        if is_mounted(str(self.mount)):
             unmount(str(self.mount), lazy=True)
         if self.cluster.run_dir.parent != self.cluster.path:
             shutil.rmtree(self.cluster.run_dir, ignore_errors=True)

@@ -193,7 +193,7 @@ class Tree:
         if self.client is None:
             return os.path.isdir(path)
         try:
-            return self.client.stat(path).type == meta_pb2.DIRECTORY
+            return bool(self.client.stat(path).type == meta_pb2.DIRECTORY)
         except FileNotFoundError:
             return False
 

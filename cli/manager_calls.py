@@ -12,7 +12,8 @@ from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
 from kvfs.common.errors import NotPrimary, TransportError, Unreachable
 from kvfs.common.wire.channel import ChannelPool
-from kvfs.common.wire.service import Identity, method
+from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.service import method
 
 CALL_TIMEOUT_S = 5.0
 

@@ -15,39 +15,16 @@ from kvfs.cli import process
 from kvfs.cli.context import Options, common_options, print_json
 from kvfs.cli.supervisor import kvfs_argv
 from kvfs.common.errors import DeadlineExceeded, MountError
+from kvfs.fuse import kernel
 
 MOUNT_TIMEOUT_S = 60.0
 UMOUNT_TIMEOUT_S = 60.0
 
 
-def mounted_types(path: str) -> list[str]:
-    """File system types mounted at exactly that path, in order."""
-    found = []
-    with open("/proc/self/mounts") as mounts:
-        for line in mounts:
-            fields = line.split()
-            if fields[1].encode().decode("unicode_escape") == path:
-                found.append(fields[2])
-    return found
-
-
 def check_mount_point(path: str) -> None:
-    """Raises MountError, with what to do, for a mount point that is not there, not a directory, not empty or in use, and without /dev/fuse."""
-    if not os.path.exists("/dev/fuse"):
-        raise MountError(
-            "/dev/fuse is not there: load the fuse module (`modprobe fuse`), or give the container --device /dev/fuse --cap-add SYS_ADMIN"
-        )
-    if any(kind.startswith("fuse") for kind in mounted_types(path)):
-        raise MountError(f"{path}: something is mounted there already; `kvfs umount {path}` first")
-    try:
-        if os.listdir(path):
-            raise MountError(f"{path} is not empty: mount on an empty directory")
-    except FileNotFoundError:
-        raise MountError(f"{path} does not exist: `mkdir -p {path}` first") from None
-    except NotADirectoryError:
-        raise MountError(f"{path} is not a directory") from None
-    except PermissionError:
-        raise MountError(f"{path} cannot be read by you: choose a directory of your own") from None
+    """Raises MountError, with what to do, before any process is started: /dev/fuse, and a mount point that is an empty, unused directory."""
+    kernel.check_device()
+    kernel.check_mount_point(path)
 
 
 @click.command()
@@ -122,10 +99,10 @@ def run_mount(spec: str, path: str, mount_options: str, config_file: Path | None
 IGNORED_OPTIONS = {"defaults", "rw", "_netdev", "nofail", "auto", "noauto", "user", "nouser", "exec", "suid", "dev", "relatime", "noatime"}
 
 
-def parse_options(text: str, config: Any) -> dict[str, object]:
+def parse_options(text: str, config: Any) -> dict[str, Any]:
     """-o options as fields of MountConfig. Those that mount(8) keeps for itself are taken without a word; unknown ones raise MountError."""
     fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__}
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for option in filter(None, text.split(",")):
         name, equals, value = option.partition("=")
         name = {"ro": "read_only"}.get(name, name)
@@ -156,15 +133,16 @@ def umount(options: Options, mount_point: Path, lazy: bool) -> None:
 
 
 def unmount(path: str, *, lazy: bool = False) -> None:
-    """Raises MountError when nothing is mounted there or someone uses it."""
-    if not any(kind.startswith("fuse") for kind in mounted_types(path)):
-        raise MountError(f"{path} is not a mount of kvfs: `kvfs status` shows the mounts")
-    command = ["umount"] + (["-l"] if lazy else []) + [path] if os.getuid() == 0 else ["fusermount3", "-u"] + (["-z"] if lazy else []) + [path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=UMOUNT_TIMEOUT_S)
-    if done.returncode != 0:
-        raise MountError(f"{done.stderr.strip() or 'umount failed'}: close what uses it (`fuser -vm {path}` shows who), or use --lazy")
+    """Returns when the mount is gone. Raises MountError when nothing of ours is mounted there or someone uses it."""
+    path = os.path.realpath(path) if not lazy else path  # realpath of a dead mount would fail
+    kernel.unmount(path, lazy=lazy)
     deadline_s = time.monotonic() + UMOUNT_TIMEOUT_S
-    while any(kind.startswith("fuse") for kind in mounted_types(path)):
+    while is_mounted(path):
         if time.monotonic() > deadline_s:
             raise DeadlineExceeded(f"{path} is still mounted after {UMOUNT_TIMEOUT_S:.0f} s")
         time.sleep(0.02)
+
+
+def is_mounted(path: str) -> bool:
+    entry = kernel.mount_entry(path)
+    return entry is not None and entry.type == kernel.FILE_SYSTEM_TYPE

@@ -21,7 +21,7 @@ from tests.bench.workloads import FULL, QUICK, Scale
 
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import console, table
-from kvfs.cli.mount import mounted_types, unmount
+from kvfs.cli.mount import is_mounted, unmount
 from kvfs.cli.up import start_detached, stop_supervisor
 
 # (label, workload, streams, a new mount before it)
@@ -82,7 +82,7 @@ class Bench:
     def close(self) -> None:
         if control.is_running(self.cluster.control_socket):
             stop_supervisor(self.cluster)
-        if any(kind.startswith("fuse") for kind in mounted_types(str(self.mount))):
+        if is_mounted(str(self.mount)):
             unmount(str(self.mount), lazy=True)
 
 
