@@ -231,8 +231,10 @@ class _Peer:
             ):  # the whole server is cancelled: handlers end, but memory that a third process holds is not waited for long
                 while self._handlers:
                     await self._wait_moved()
+                # The writer is gone: what is queued can not leave any more, and waiting for it would only make stopping slow.
                 with trio.move_on_after(_HELD_AT_STOP_S):
-                    await self._settle()
+                    while self._held:
+                        await self._wait_moved()
             self._connection.close()
             for region in [*self._regions.values(), *self._retired]:
                 region.close()
