@@ -455,12 +455,12 @@ class ChannelPool:
         self._nursery = await self._nursery_manager.__aenter__()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> Any:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
         self._nursery = None
         try:
-            return await self._nursery_manager.__aexit__(kind, error, trace)
+            await self._nursery_manager.__aexit__(None, None, None)  # not told of the error: the nursery would wrap it in a group
         finally:
             self._channels.clear()
             if self._staging is not None:

@@ -244,7 +244,7 @@ class Connection:
                         face.on_frame(header, message)
             finally:
                 self._uncork()
-            count = self._refill()
+            count = self._refill() if self.burst > 1 else None  # after a lone frame there is hardly ever another one to be had without waiting
             if count is None:
                 in_a_row = 0
                 await self.stream.wait_readable()
