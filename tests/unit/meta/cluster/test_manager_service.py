@@ -65,7 +65,9 @@ class RunningManager:
         await self._done.wait()
 
 
-async def start_manager(nursery: trio.Nursery, data: Path, *, engine: Engine | None = None, listen: str = "tcp://127.0.0.1:0", **fields: Any) -> RunningManager:
+async def start_manager(
+    nursery: trio.Nursery, data: Path, *, engine: Engine | None = None, listen: str = "tcp://127.0.0.1:0", **fields: Any
+) -> RunningManager:
     fields = {"lease_ms": int(LEASE_S * 1000), "client_lease_ms": 1000, "primary_lease_ms": 1500, "cluster_id": CLUSTER, **fields}
     config = ManagerConfig(data=str(data), listen=(listen,), **fields)
     scope, done = trio.CancelScope(), trio.Event()
@@ -195,9 +197,11 @@ def test_a_node_dies_and_comes_back(tmp_path: Path) -> None:
 
                 seen: list[int] = []
                 versions: list[int] = []
+
                 def watch(_: object) -> None:
                     seen.append(states(link, chain_id)[-1][1])
                     versions.append(link.routing.chain(chain_id).version)
+
                 link.on_routing(watch)
                 back = Node([manager.address], "uuid-1", own=victim.own)
                 back.complete = False
@@ -383,7 +387,7 @@ def test_a_blank_target_is_filled_by_its_predecessor(tmp_path: Path) -> None:
             async with connected(manager.address) as link:
                 nursery.start_soon(link.run)
                 await create(link, replicas=2, expected_nodes=2)
-                await until(lambda: all(t.born for t in link.routing.targets))
+                await until(lambda: len(nodes[1].own) == 4 and all(t.born for t in link.routing.targets))
                 nodes[1].kill()
                 back = Node([manager.address], "uuid-1")
                 await nursery.start(back.run)
@@ -415,6 +419,9 @@ def test_create_targets(tmp_path: Path) -> None:
                 assert answers[0] == answers[1]
                 assert answers[0].table.replicas == 2 and len(answers[0].table.chain_ids) == 6
                 assert (answers[0].best_pair_chains, answers[0].worst_pair_chains) == (2, 2)
+                with trio.fail_after(5.0):
+                    while not all(target.born for target in (await link.refresh()).targets):
+                        await trio.sleep(0.05)
                 version = (await link.refresh()).version
                 assert await create(link, replicas=2) == answers[0]
                 assert (await link.refresh()).version == version

@@ -29,13 +29,17 @@ def test_six_disks_five_targets_three_replicas_every_pair_twice(seed: int) -> No
     assert (layout.best_pair, layout.worst_pair) == (2, 2)
 
 
-@pytest.mark.parametrize(("nodes", "replicas", "targets", "pairs"), [(3, 3, 4, 4), (7, 3, 3, 1), (9, 3, 4, 1), (13, 4, 4, 1), (5, 3, 6, 3), (4, 2, 3, 1)])
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "targets", "pairs"), [(3, 3, 4, 4), (7, 3, 3, 1), (9, 3, 4, 1), (13, 4, 4, 1), (5, 3, 6, 3), (4, 2, 3, 1)]
+)
 def test_designs_that_exist_are_found(nodes: int, replicas: int, targets: int, pairs: int) -> None:
     layout = make(disks(nodes), replicas, targets)
     assert (layout.best_pair, layout.worst_pair) == (pairs, pairs)
 
 
-@pytest.mark.parametrize(("nodes", "replicas", "targets", "chains"), [(3, 3, 4, 4), (3, 1, 4, 12), (1, 1, 4, 4), (2, 2, 4, 4), (6, 3, 5, 10), (4, 3, 6, 8)])
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "targets", "chains"), [(3, 3, 4, 4), (3, 1, 4, 12), (1, 1, 4, 4), (2, 2, 4, 4), (6, 3, 5, 10), (4, 3, 6, 8)]
+)
 def test_targets_chosen_for_small_clusters(nodes: int, replicas: int, targets: int, chains: int) -> None:
     assert choose_targets_per_disk(nodes, replicas) == targets
     assert len(make(disks(nodes), replicas, targets).chains) == chains
