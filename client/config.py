@@ -17,7 +17,8 @@ class ClientConfig:
     """What a client may use and how long it tries."""
 
     deadline_s: float = 30.0
-    """How long an operation tries, over all retries, before it fails with DeadlineExceeded. A chain needs up to two leases (4 s) to drop a dead target."""
+    """How long an operation tries, over all retries, before it fails with DeadlineExceeded. A chain needs up to two leases (4 s) to drop a
+    dead target."""
     meta_attempt_s: float = 10.0
     """One attempt at the metadata service."""
     read_attempt_s: float = 2.0

@@ -7,22 +7,19 @@ Replies are the protobuf messages of meta.proto. It caches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from kvfs.client.user import User
 from kvfs.common.boundary.random import Random
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
 
-Reply = TypeVar("Reply")
-Layout = pb.Layout
-
 
 class MetaCaller(Protocol):
     """One request to the metadata service, with retries: `caller.RetryingCaller`."""
 
-    async def __call__(self, method: str, request: Any, *, deadline_s: float | None = None) -> Any: ...
+    async def __call__(self, name: str, request: Any, /, *, deadline_s: float | None = None) -> Any: ...
 
 
 class MetaClient:
@@ -159,7 +156,7 @@ class MetaClient:
         self,
         parent: int,
         name: bytes,
-        type: pb.InodeType.ValueType,
+        type: pb.InodeType,
         mode: int,
         *,
         user: User | None = None,
@@ -178,9 +175,7 @@ class MetaClient:
         reply: pb.InodeReply = await self._call("Link", pb.LinkRequest(context=self._change(user), inode=inode, parent=parent, name=name))
         return reply.inode
 
-    async def remove(
-        self, parent: int, name: bytes, *, user: User | None = None, directory: bool = False, recursive: bool = False
-    ) -> pb.Inode:
+    async def remove(self, parent: int, name: bytes, *, user: User | None = None, directory: bool = False, recursive: bool = False) -> pb.Inode:
         """unlink, rmdir (`directory`), or the whole tree (`recursive`). Gives the inode as it is after, with its new nlink."""
         request = pb.RemoveRequest(context=self._change(user), parent=parent, name=name, directory=directory, recursive=recursive)
         reply: pb.RemoveReply = await self._call("Remove", request)
@@ -264,7 +259,3 @@ class MetaClient:
         """Run the queue of deleted files to its end now."""
         reply: pb.MetaStatusReply = await self._call("CollectGarbage", base_pb2.Empty())
         return reply
-
-
-Revoked = Callable[[int, bytes], Awaitable[None]]
-"""A callback of the watcher: (inode, entry name or empty)."""

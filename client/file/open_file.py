@@ -1,59 +1,317 @@
-"""An open file. (Interface first; the body follows.)"""
+"""An open file.
+
+Owns a handle: its rights, its session, how it reads, and which write errors it has already reported. All handles of one inode in a client share a
+`FileState`, so they see each other's writes at once.
+Invariants: no byte is given that was not verified or written here; a read is short only at the end of the file; an error of the
+write-behind comes out
+of every handle once; a handle that was closed stays closed, also when closing failed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from kvfs.client.file.fetch import fetch_block, fetch_into
+from kvfs.client.file.memory import bytes_of, size_of
+from kvfs.client.file.readahead import Stream, Window
+from kvfs.client.file.state import FileState, Held, let_go
+from kvfs.client.peers import Buffer
+from kvfs.client.storage_writes import ChunkWrite
 from kvfs.client.user import User
+from kvfs.common.errors import BadHandle, InvalidArgument, KvfsError
+from kvfs.common.transport.region import Span
 from kvfs.common.wire import meta_pb2 as pb
+
+_EMPTY = memoryview(b"")
 
 
 class OpenFile:
-    """One open file of this client. All OpenFiles of one inode share buffers: they see each other's writes at once."""
+    """One open file of this client. Made by AsyncClient.open_file and path operations, not directly."""
 
-    inode: int
-    session: bytes
-    user: User
+    def __init__(
+        self, state: FileState, *, session: bytes, read: bool, write: bool, append: bool, user: User, on_close: Callable[[OpenFile, FileState], None]
+    ) -> None:
+        self._state = state
+        self._read = read
+        self._write = write
+        self._append = append
+        self._on_close = on_close
+        self._stream = Stream(state.shared.config)
+        self._errors_seen = state.errors
+        self._closed = False
+        self.inode = state.number
+        self.session = session
+        self.user = user
 
     @property
     def length(self) -> int:
         """The length as this client sees it, unflushed writes included."""
-        raise NotImplementedError
+        return self._state.length
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def appending(self) -> bool:
+        """Whether every write goes to the end."""
+        return self._append
 
     def attributes(self) -> pb.Inode:
-        """The newest attributes known, with the local length and mtime."""
-        raise NotImplementedError
+        """The newest attributes known, with the local length and mtime. Do not change the message."""
+        return self._state.view()
+
+    # --- reading ---------------------------------------------------------------------------------------------------------------------
 
     async def pread(self, offset: int, length: int) -> memoryview:
-        """Up to `length` bytes, fewer only at the end of the file. A read-only view of the client's registered memory, without a copy where it was read
+        """Up to `length` bytes, fewer only at the end of the file. A read-only view of the client's registered memory, without a copy where
+        it was read
         ahead: the memory goes back to the pool when the last view of it is gone, so hand it on or copy it, do not collect many."""
-        raise NotImplementedError
+        end = await self._range(offset, length)
+        if end <= offset:
+            return _EMPTY
+        state = self._state
+        held = state.hold_unacknowledged(offset, end)
+        try:
+            window = state.windows.at(offset)
+            if window is not None and not held and window.end >= end:
+                window.hold()
+                try:
+                    await window.ready.wait()
+                    if window.block is not None:
+                        state.shared.storage.counters.window_hits += 1
+                        lent = window.block.lend(offset - window.start, end - window.start)
+                        state.windows.consumed(window, end - offset)
+                        return lent
+                finally:
+                    window.let_go()
+            block = state.shared.memory.allocate(end - offset)
+            try:
+                if held or window is not None:
+                    await self._gather(offset, block.part(0, block.size), held)
+                else:
+                    block = await fetch_block(state.shared.storage, state.shared.memory, state.placement, offset, block)
+                return block.lend(0, block.size)
+            finally:
+                block.release()
+        finally:
+            let_go(held)
 
-    async def pread_into(self, offset: int, views: Sequence[Any]) -> int:
-        """Fill writable views (or Spans of a RegisteredBuffer, then without a copy) in order; the count is short only at the end of the file."""
-        raise NotImplementedError
+    async def pread_into(self, offset: int, views: Sequence[Buffer]) -> int:
+        """Fill writable views (or Spans of a RegisteredBuffer, which the storage fills without a copy) in order. The count is short only at the end
+        of the file."""
+        total = sum(map(size_of, views))
+        end = await self._range(offset, total, ahead=not (views and isinstance(views[0], Span)))
+        if end <= offset:
+            return 0
+        held = self._state.hold_unacknowledged(offset, end)
+        try:
+            start = offset
+            parts: list[tuple[int, Span | memoryview]] = []
+            for view in views:
+                count = min(size_of(view), end - start)
+                if count <= 0:
+                    break
+                if isinstance(view, Span):
+                    parts.append((start, view if count == view.length else view.part(0, count)))
+                else:
+                    parts.append((start, bytes_of(view)[:count]))
+                start += count
+            if len(parts) > 1 and not held and not self._state.windows.overlapping(offset, end):
+                await fetch_into(self._state.shared.storage, self._state.placement, parts)
+            else:
+                for start, part in parts:
+                    await self._gather(start, part, held)
+        finally:
+            let_go(held)
+        return end - offset
 
-    async def pwrite(self, offset: int, buffers: Sequence[Any]) -> int:
-        """Write bytes-likes (or Spans of a RegisteredBuffer: sent from there, acknowledged by the storage before this returns). Gives the count. bytes-likes are
-        copied before this returns; errors of the write behind come out of a later pwrite, flush, fsync or close."""
-        raise NotImplementedError
+    async def _range(self, offset: int, length: int, *, ahead: bool = True) -> int:
+        """Where the read ends; starts reading ahead."""
+        if self._closed or not self._read:
+            raise BadHandle("the file is not open for reading")
+        if offset < 0 or length < 0:
+            raise InvalidArgument(f"cannot read {length} bytes from {offset}")
+        state = self._state
+        await state.fresh(self.user)
+        end = min(offset + length, state.length)
+        if ahead and end > offset and state.shared.ahead.enabled:
+            self._stream.advance(state.windows, offset, end, state.length)
+        return end
 
-    async def append(self, buffers: Sequence[Any]) -> int:
-        """Write at the end of the file, also with respect to other clients; gives the offset."""
-        raise NotImplementedError
+    async def _gather(self, offset: int, into: Span | memoryview, held: list[Held]) -> None:
+        """Fill `into` from our own unacknowledged writes, from what was read ahead, and from the storage for the rest."""
+        state = self._state
+        end = offset + len(into)
+        view = into.view if isinstance(into, Span) else into
+        missing = _without([(offset, end)], [(part.start, part.end) for part in held])
+        windows: list[Window] = []
+        for start, stop in missing:
+            windows += [window for window in state.windows.overlapping(start, stop) if window not in windows]
+        for window in windows:
+            window.hold()
+        try:
+            direct = _without(missing, [(window.start, window.end) for window in windows])
+            await self._fetch_parts(offset, into, direct)
+            for window in windows:
+                await window.ready.wait()
+                parts = _within(missing, window.start, window.end)
+                if window.block is None:
+                    await self._fetch_parts(offset, into, parts)
+                    continue
+                for start, stop in parts:
+                    view[start - offset : stop - offset] = window.block.view[start - window.start : stop - window.start]
+                    state.windows.consumed(window, stop - start)
+        finally:
+            for window in windows:
+                window.let_go()
+        for part in held:
+            start, stop = max(part.start, offset), min(part.end, end)
+            if start < stop:
+                first = part.offset + start - part.start
+                view[start - offset : stop - offset] = part.block.view[first : first + stop - start]
+
+    async def _fetch_parts(self, offset: int, into: Span | memoryview, ranges: list[tuple[int, int]]) -> None:
+        if not ranges:
+            return
+        parts: list[tuple[int, Span | memoryview]] = []
+        for start, stop in ranges:
+            part = into.part(start - offset, stop - start) if isinstance(into, Span) else into[start - offset : stop - offset]
+            parts.append((start, part))
+        await fetch_into(self._state.shared.storage, self._state.placement, parts)
+
+    # --- writing ---------------------------------------------------------------------------------------------------------------------
+
+    async def pwrite(self, offset: int, buffers: Sequence[Buffer]) -> int:
+        """Write bytes-likes: copied before this returns, sent behind it; an error of the sending comes out of a later pwrite, flush, fsync or close.
+        Spans of a RegisteredBuffer are sent from where they are, and acknowledged before this returns. Gives the count."""
+        self._check_writable(offset)
+        if self._append:
+            await self.append(buffers)
+            return sum(map(size_of, buffers))
+        await self._state.fresh_for_writing(self.user)
+        return await self._put(offset, buffers)
+
+    async def append(self, buffers: Sequence[Buffer]) -> int:
+        """Write at the end of the file, whoever else appends; gives the offset."""
+        self._check_writable(0)
+        state = self._state
+        total = sum(map(size_of, buffers))
+        if not total:
+            return state.length
+        if state.unreported_end > state.attributes.length:
+            # The end that the metadata service knows must be the true one before it gives out what is behind it.
+            await self._flush_and_report()
+        reply = await state.shared.meta.append(self.inode, self.session, total, user=self.user)
+        state.adopt(reply.inode, own=True)
+        await self._put(reply.offset, buffers)
+        return reply.offset
+
+    async def _put(self, offset: int, buffers: Sequence[Buffer]) -> int:
+        state = self._state
+        self._raise_pending()
+        start = offset
+        for buffer in buffers:
+            count = size_of(buffer)
+            if not count:
+                continue
+            async with state.writing(start, count):
+                if isinstance(buffer, Span):
+                    await self._send_now(start, buffer)
+                else:
+                    await state.dirty.write(start, bytes_of(buffer))
+            start += count
+        return start - offset
+
+    async def _send_now(self, offset: int, span: Span) -> None:
+        """From the caller's registered memory straight to the storage, behind what is buffered of the same chunks."""
+        state = self._state
+        placement = state.placement
+        await state.dirty.flush(offset, offset + span.length)
+        writes = [
+            ChunkWrite(
+                placement.chain(piece.index),
+                placement.chunk(piece.index),
+                piece.offset,
+                piece.length,
+                placement.chunk_size,
+                span.part(piece.start, piece.length),
+            )
+            for piece in placement.pieces(offset, span.length)
+        ]
+        try:
+            await state.shared.storage.write(writes)
+        finally:
+            state.windows.drop_range(offset, offset + span.length)
 
     async def flush(self) -> None:
         """Wait until everything written (through any handle of the inode in this client) is acknowledged by the storage."""
-        raise NotImplementedError
+        await self._state.flush()
+        self._raise_pending()
 
     async def fsync(self) -> None:
-        """flush, then synced on every replica, then the length and mtime reported to the metadata service."""
-        raise NotImplementedError
+        """flush; then everything of the file synced on every replica; then the length and mtime known to the metadata service."""
+        if self._closed:
+            raise BadHandle("the file is closed")
+        state = self._state
+        await self.flush()
+        chains = state.placement.chains_up_to(state.length)
+        if chains:
+            await state.shared.storage.sync(chains)
+        if state.unreported:
+            await state.report(self.session, self.user, still_open=True)
 
     async def truncate(self, length: int) -> pb.Inode:
-        raise NotImplementedError
+        """Cut or extend to `length`, in order with this client's writes."""
+        self._check_writable(length)
+        self._raise_pending()
+        return await self._state.truncate(length, self.session, self.user)
 
     async def close(self) -> None:
         """flush, report, end the session. The handle is closed even when this raises; a second close does nothing."""
-        raise NotImplementedError
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._write:
+                await self._state.flush()
+                await self._state.report(self.session, self.user, still_open=False)
+                self._raise_pending()
+        finally:
+            self._on_close(self, self._state)
+
+    async def _flush_and_report(self) -> None:
+        await self.flush()
+        await self._state.report(self.session, self.user, still_open=True)
+
+    def _check_writable(self, offset: int) -> None:
+        if self._closed or not self._write:
+            raise BadHandle("the file is not open for writing")
+        if offset < 0:
+            raise InvalidArgument(f"{offset} is before the start of the file")
+
+    def _raise_pending(self) -> None:
+        state = self._state
+        if self._errors_seen != state.errors:
+            self._errors_seen = state.errors
+            error = state.last_error
+            assert isinstance(error, KvfsError)
+            raise type(error)(f"earlier written bytes are lost: {error.message}") from error
+
+
+def _without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges less the holes, in order."""
+    for low, high in holes:
+        left = []
+        for start, stop in ranges:
+            if start < low:
+                left.append((start, min(stop, low)))
+            if stop > high:
+                left.append((max(start, high), stop))
+            # what lies in [low, high) is gone
+        ranges = [(start, stop) for start, stop in left if start < stop]
+    return ranges
+
+
+def _within(ranges: list[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
+    return [(max(start, low), min(stop, high)) for start, stop in ranges if start < high and stop > low]

@@ -1,0 +1,238 @@
+"""An open inode: what all handles of this client on one file share.
+
+Owns the local view of a file: its attributes as last heard, its length with the client's own unreported writes, the buffers of
+unacknowledged writes and
+of read-ahead. Invariants:
+  - a read sees every write that this client finished before it, acknowledged or not;
+  - what was read ahead is used only while the attribute lease runs, or after the metadata service has confirmed that `data_version` is the same;
+  - the length reported is that of acknowledged bytes, with the truncate version under which they were written: a report never undoes a truncate;
+  - truncates and writes of this client exclude each other.
+It must never change attributes by itself: those are the metadata service's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from kvfs.client.config import ClientConfig
+from kvfs.client.file.memory import Block, Memory
+from kvfs.client.file.readahead import ReadAhead, Windows
+from kvfs.client.file.writeback import DirtyChunks, WriteBack
+from kvfs.client.meta_client import MetaClient
+from kvfs.client.placement import MAX_FILE_BYTES, Placement
+from kvfs.client.storage_client import StorageClient
+from kvfs.client.user import User
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.errors import FileTooBig, KvfsError
+from kvfs.common.wire import meta_pb2 as pb
+
+LEASE_USE = 0.9
+"""Part of a lease that is trusted: it began a little before we heard of it."""
+WRITER_REFRESH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the states of all files of a client use."""
+
+    meta: MetaClient
+    storage: StorageClient
+    memory: Memory
+    ahead: ReadAhead
+    back: WriteBack
+    clock: Clock
+    config: ClientConfig
+
+
+@dataclass(slots=True)
+class Held:
+    """Unacknowledged bytes [start, end) of a file that a read must show; the block is retained."""
+
+    start: int
+    end: int
+    block: Block
+    offset: int
+
+
+class FileState:
+    def __init__(self, shared: Shared, inode: pb.Inode) -> None:
+        self.shared = shared
+        self.number = inode.inode
+        self.placement = Placement.of(inode)
+        self.attributes = inode
+        self.length = inode.length
+        self.handles = 0
+        self.windows = Windows(shared.ahead, self.placement)
+        self.dirty = DirtyChunks(shared.back, self.placement, shared.clock, self._written)
+        self.mtime_ns = 0
+        self.unreported_end = 0
+        self.unreported = False
+        self._serial = 0
+        self._lease_end = float("-inf")
+        self._heard = float("-inf")
+        self._asking: trio.Event | None = None
+        self._resizing: trio.Event | None = None
+        self._writers = 0
+        self._writers_gone = trio.Event()
+        self.errors = 0
+        self.last_error: KvfsError | None = None
+        self.adopt(inode)
+
+    # --- attributes ------------------------------------------------------------------------------------------------------------------
+
+    def adopt(self, inode: pb.Inode, *, own: bool = False) -> None:
+        """Attributes heard just now. `own`: the answer to a change of our own, which by itself makes nothing stale."""
+        now = self.shared.clock.monotonic()
+        known = self.attributes
+        if inode.type == pb.TYPE_INVALID:
+            self._heard = now  # removed while open: what we know of it stays true
+            self._lease_end = now + WRITER_REFRESH_S
+            return
+        if inode.data_version < known.data_version:
+            return  # an answer that another has overtaken
+        self._heard = now
+        self._lease_end = now + LEASE_USE * inode.attr_lease_ms / 1000 if self.shared.config.watch else float("-inf")
+        cut = inode.truncate_version != known.truncate_version
+        if cut and not own:
+            self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
+        if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
+            self.windows.drop_all()
+        self.attributes = inode
+        self.length = max(inode.length, self.unreported_end)
+
+    def revoke(self) -> None:
+        """The lease is over: ask before anything cached is used again."""
+        self._lease_end = float("-inf")
+        self._heard = float("-inf")
+
+    def lose_all(self) -> None:
+        """The metadata service was restarted: nothing cached is known to be true."""
+        self.revoke()
+        self.windows.drop_all()
+
+    async def fresh(self, user: User) -> None:
+        """Return with attributes that are true now (a lease says so, or the metadata service)."""
+        if self.shared.clock.monotonic() >= self._lease_end:
+            await self._ask(user)
+
+    async def fresh_for_writing(self, user: User) -> None:
+        """A writer must hear of another client's truncate, but need not ask before each write."""
+        now = self.shared.clock.monotonic()
+        if now >= self._lease_end and now >= self._heard + WRITER_REFRESH_S:
+            await self._ask(user)
+
+    async def _ask(self, user: User) -> None:
+        if self._asking is not None:
+            await self._asking.wait()
+            return
+        self._asking = trio.Event()
+        try:
+            [inode] = await self.shared.meta.get_attr([self.number], user=user)
+            self.adopt(inode)
+        finally:
+            self._asking.set()
+            self._asking = None
+
+    def view(self, inode: pb.Inode | None = None) -> pb.Inode:
+        """Attributes with our unreported writes on top: of `inode` (newer ones, say), or as last heard."""
+        base = self.attributes if inode is None else inode
+        if not self.unreported or base.truncate_version < self.attributes.truncate_version:
+            return base
+        shown = pb.Inode()
+        shown.CopyFrom(base)
+        shown.length = max(base.length, self.unreported_end)
+        shown.mtime_ns = max(base.mtime_ns, self.mtime_ns)
+        shown.ctime_ns = max(base.ctime_ns, self.mtime_ns)
+        return shown
+
+    # --- writing ---------------------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def writing(self, offset: int, size: int) -> AsyncIterator[None]:
+        """Around a write of [offset, offset + size): keeps truncates out, and what was read ahead true."""
+        end = offset + size
+        if end > MAX_FILE_BYTES:
+            raise FileTooBig(f"a file ends at {MAX_FILE_BYTES} bytes")
+        while self._resizing is not None:
+            await self._resizing.wait()
+        self._writers += 1
+        try:
+            self.windows.drop_range(offset, end)
+            self._serial += 1
+            yield
+            self._serial += 1
+            self.unreported = True
+            self.unreported_end = max(self.unreported_end, end)
+            self.length = max(self.length, end)
+            self.mtime_ns = self.shared.clock.wall_ns()
+        finally:
+            self._writers -= 1
+            if not self._writers:
+                self._writers_gone.set()
+
+    def _written(self, start: int, end: int, error: KvfsError | None) -> None:
+        self.windows.drop_range(start, end)  # fetched while the bytes were on their way
+        if error is not None:
+            self.errors += 1
+            self.last_error = error
+
+    async def flush(self) -> None:
+        await self.dirty.flush()
+
+    async def report(self, session: bytes, user: User, *, still_open: bool) -> None:
+        """Tell the metadata service what was written; end the session unless `still_open`. Flush first."""
+        serial = self._serial
+        reply = await self.shared.meta.close(
+            self.number,
+            session,
+            user=user,
+            wrote=self.unreported,
+            length=self.unreported_end,
+            truncate_version=self.attributes.truncate_version,
+            mtime_ns=self.mtime_ns,
+            still_open=still_open,
+        )
+        if serial == self._serial and not self._writers:
+            self.unreported = False
+            self.unreported_end = 0
+        self.adopt(reply, own=True)
+
+    async def truncate(self, length: int, session: bytes, user: User) -> pb.Inode:
+        """Cut or extend, in order with our own writes: those before are told of first (a cut must know what there is to cut)."""
+        while self._resizing is not None:
+            await self._resizing.wait()
+        self._resizing = trio.Event()
+        try:
+            while self._writers:
+                self._writers_gone = trio.Event()
+                await self._writers_gone.wait()
+            await self.flush()
+            if self.unreported:
+                await self.report(session, user, still_open=True)
+            reply = await self.shared.meta.set_attr(self.number, user=user, length=length, session=session)
+            self.windows.drop_all()
+            self.adopt(reply, own=True)
+            return reply
+        finally:
+            self._resizing.set()
+            self._resizing = None
+
+    # --- reading ---------------------------------------------------------------------------------------------------------------------
+
+    def hold_unacknowledged(self, start: int, end: int) -> list[Held]:
+        """Our own bytes in [start, end) that the storage may not show yet, in the order in which they were written. `let_go` them."""
+        held = []
+        for buffer in self.dirty.overlapping(start, end):
+            buffer.block.retain()
+            first, last = max(start, buffer.file_start), min(end, buffer.file_end)
+            held.append(Held(first, last, buffer.block, first - buffer.file_start))
+        return held
+
+
+def let_go(held: list[Held]) -> None:
+    for part in held:
+        part.block.release()

@@ -1,0 +1,294 @@
+"""Write-behind: what was written and is not yet acknowledged.
+
+`WriteBack` (one a client) sends chunk buffers in batches, several requests under way; `DirtyChunks` (one a file) gathers writes into chunk buffers.
+Invariants:
+  - a buffer holds one unbroken range of one chunk, exactly the bytes written: nothing is read to fill a chunk up, so that writers of
+    disjoint ranges in
+    different clients never touch each other's bytes;
+  - of one chunk at most one buffer is on its way and at most one is being filled: the later bytes are sent after the earlier ones are acknowledged;
+  - dirty bytes of all files together stay under the limit: writers wait;
+  - a failed send drops its bytes and marks the file: the error comes out of the next write, flush, fsync and close, once per handle.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import trio
+
+from kvfs.client.config import ClientConfig
+from kvfs.client.file.memory import Block, Memory
+from kvfs.client.placement import Placement
+from kvfs.client.storage_client import StorageClient
+from kvfs.client.storage_writes import ChunkWrite
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.errors import KvfsError
+
+STREAM_BYTES = 4 << 20
+"""Memory that a buffer of a sequential writer starts with, at most (a chunk may be 64 MiB)."""
+LARGE_WRITE_BYTES = 64 * 1024
+
+
+class Owner(Protocol):
+    """What a buffer tells its file."""
+
+    def written(self, buffer: ChunkBuffer, error: KvfsError | None) -> None: ...
+
+
+class ChunkBuffer:
+    """A range [start, end) of chunk `index`; `block` begins with the byte at `start`."""
+
+    __slots__ = ("block", "born", "done", "end", "index", "owner", "placement", "sealed", "start", "wanted")
+
+    def __init__(self, owner: Owner, placement: Placement, index: int, start: int, block: Block, born: float) -> None:
+        self.owner = owner
+        self.placement = placement
+        self.index = index
+        self.start = start
+        self.end = start
+        self.block = block
+        self.born = born
+        self.sealed = False
+        """On its way: no more bytes come in."""
+        self.wanted = False
+        """To be sent as soon as the chunk's buffer before it is acknowledged."""
+        self.done = trio.Event()
+
+    @property
+    def file_start(self) -> int:
+        return self.index * self.placement.chunk_size + self.start
+
+    @property
+    def file_end(self) -> int:
+        return self.index * self.placement.chunk_size + self.end
+
+    def bytes(self, start: int, end: int) -> memoryview:
+        """Bytes of the chunk, from offset to offset, all within the buffer's range."""
+        return self.block.view[start - self.start : end - self.start]
+
+    def operation(self) -> ChunkWrite:
+        placement = self.placement
+        length = self.end - self.start
+        return ChunkWrite(
+            placement.chain(self.index),
+            placement.chunk(self.index),
+            self.start,
+            length,
+            placement.chunk_size,
+            self.block.part(0, length),
+        )
+
+
+class WriteBack:
+    def __init__(self, storage: StorageClient, memory: Memory, config: ClientConfig, clock: Clock, nursery: trio.Nursery) -> None:
+        self._storage = storage
+        self._memory = memory
+        self._config = config
+        self._clock = clock
+        self._nursery = nursery
+        self._queue: deque[ChunkBuffer] = deque()
+        self._in_flight = 0
+        self.dirty_bytes = 0
+        self._room = trio.Event()
+        self.files: set[DirtyChunks] = set()
+        """Those that have a buffer being filled."""
+
+    @property
+    def send_bytes(self) -> int:
+        """A buffer of that many bytes is sent without waiting for its chunk to be full."""
+        return self._config.write_batch_bytes
+
+    def full(self, size: int) -> bool:
+        """Whether `size` more dirty bytes would be too many (a single buffer above the limit passes alone)."""
+        return self.dirty_bytes > 0 and self.dirty_bytes + size > self._config.dirty_max_bytes
+
+    async def make_room(self, size: int) -> None:
+        """Send what there is, and wait until `size` more dirty bytes are within the limit."""
+        while self.full(size):
+            for dirty in list(self.files):
+                dirty.send_all()
+            if self._room.is_set():
+                self._room = trio.Event()
+            await self._room.wait()
+
+    def block(self, size: int) -> Block:
+        block = self._memory.allocate(size)
+        self.dirty_bytes += size
+        return block
+
+    def grow(self, block: Block, size: int, used: int) -> Block:
+        """A larger block with the first `used` bytes of the old one, which is let go."""
+        larger = self._memory.allocate(size)
+        larger.view[:used] = block.view[:used]
+        self.dirty_bytes += size - block.size
+        block.release()
+        return larger
+
+    def submit(self, buffer: ChunkBuffer) -> None:
+        self._queue.append(buffer)
+        self._pump()
+
+    def _pump(self) -> None:
+        config = self._config
+        while self._queue and self._in_flight < config.writes_in_flight:
+            batch: list[ChunkBuffer] = []
+            size = 0
+            while self._queue and len(batch) < config.batch_max_ios:
+                length = self._queue[0].end - self._queue[0].start
+                if batch and size + length > config.write_batch_bytes:
+                    break
+                size += length
+                batch.append(self._queue.popleft())
+            self._in_flight += 1
+            self._nursery.start_soon(self._send, batch)
+
+    async def _send(self, batch: list[ChunkBuffer]) -> None:
+        done = 0
+        try:
+            outcomes = await self._storage.write_each([buffer.operation() for buffer in batch])
+            for buffer, outcome in zip(batch, outcomes, strict=True):
+                done += 1
+                self._finish(buffer, outcome if isinstance(outcome, KvfsError) else None)
+        finally:
+            for buffer in batch[done:]:  # only when the client is being closed under it
+                self._finish(buffer, KvfsError("the client was closed before the bytes were sent"))
+            self._in_flight -= 1
+            self._pump()
+
+    def _finish(self, buffer: ChunkBuffer, error: KvfsError | None) -> None:
+        self.dirty_bytes -= buffer.block.size
+        buffer.owner.written(buffer, error)
+        buffer.block.release()
+        buffer.done.set()
+        self._room.set()
+
+    async def flush_old(self) -> None:
+        """For ever: send buffers that have been filling for longer than `dirty_age_s`."""
+        age_s = self._config.dirty_age_s
+        while True:
+            await self._clock.sleep(age_s / 2)
+            before = self._clock.monotonic() - age_s
+            for dirty in list(self.files):
+                dirty.send_older(before)
+
+
+class DirtyChunks:
+    """The unacknowledged bytes of one file."""
+
+    def __init__(self, back: WriteBack, placement: Placement, clock: Clock, on_written: Callable[[int, int, KvfsError | None], None]) -> None:
+        """`on_written(start, end, error)`: a range of the file was acknowledged, or lost."""
+        self._back = back
+        self._placement = placement
+        self._clock = clock
+        self._on_written = on_written
+        self._filling: dict[int, ChunkBuffer] = {}
+        self._sending: dict[int, ChunkBuffer] = {}
+        self._stream_end = -1
+        """Where the last write ended: one that goes on there gets whole chunks of memory at once."""
+
+    def __bool__(self) -> bool:
+        return bool(self._filling or self._sending)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Take the bytes over. Waits for room, and for an earlier buffer of the same chunk where the new bytes do not adjoin."""
+        streaming = len(data) >= LARGE_WRITE_BYTES or (offset == self._stream_end and offset > 0)
+        full = False
+        for piece in self._placement.pieces(offset, len(data)):
+            await self._put(piece.index, piece.offset, data[piece.start : piece.start + piece.length], streaming)
+            full = full or piece.offset + piece.length == self._placement.chunk_size
+        self._stream_end = offset + len(data)
+        if full:
+            await trio.lowlevel.checkpoint()  # the sender's turn: a writer that never waits would keep it from starting
+
+    async def _put(self, index: int, start: int, data: memoryview, streaming: bool) -> None:
+        size = self._placement.chunk_size
+        end = start + len(data)
+        while True:
+            buffer = self._filling.get(index)
+            if buffer is not None and not buffer.start <= start <= buffer.end:
+                self._want(buffer)  # does not adjoin: the bytes before go first
+                if not buffer.sealed:
+                    await self._sending[index].done.wait()
+                continue
+            if buffer is None:
+                want = max(len(data), min(size - start, STREAM_BYTES) if streaming else 4096)
+                more = want
+            elif end - buffer.start > buffer.block.size:
+                want = min(size - buffer.start, max(end - buffer.start, 2 * buffer.block.size))
+                more = want - buffer.block.size
+            else:
+                break
+            if self._back.full(more):
+                await self._back.make_room(more)
+                continue  # the world may have changed meanwhile
+            if buffer is None:
+                buffer = ChunkBuffer(self, self._placement, index, start, self._back.block(want), self._clock.monotonic())
+                self._filling[index] = buffer
+                self._back.files.add(self)
+            else:
+                buffer.block = self._back.grow(buffer.block, want, buffer.end - buffer.start)
+            break
+        buffer.block.view[start - buffer.start : end - buffer.start] = data
+        buffer.end = max(buffer.end, end)
+        if buffer.end == size or buffer.end - buffer.start >= self._back.send_bytes:
+            self._want(buffer)
+
+    def _want(self, buffer: ChunkBuffer) -> None:
+        """Send it now, or as soon as the one before it is acknowledged."""
+        buffer.wanted = True
+        if buffer.index in self._sending:
+            return
+        buffer.sealed = True
+        del self._filling[buffer.index]
+        if not self._filling:
+            self._back.files.discard(self)
+        self._sending[buffer.index] = buffer
+        self._back.submit(buffer)
+
+    def written(self, buffer: ChunkBuffer, error: KvfsError | None) -> None:
+        del self._sending[buffer.index]
+        self._on_written(buffer.file_start, buffer.file_end, error)
+        following = self._filling.get(buffer.index)
+        if following is not None and following.wanted:
+            self._want(following)
+
+    def send_all(self) -> None:
+        for buffer in list(self._filling.values()):
+            self._want(buffer)
+
+    def send_older(self, born_before: float) -> None:
+        for buffer in list(self._filling.values()):
+            if buffer.born <= born_before:
+                self._want(buffer)
+
+    async def flush(self, first: int = 0, end: int | None = None) -> None:
+        """Wait until all bytes taken before this call in [first, end) are acknowledged or lost (the file knows which)."""
+        size = self._placement.chunk_size
+        waiting: list[ChunkBuffer] = []
+        for table in (self._sending, self._filling):
+            for buffer in list(table.values()):
+                if (end is None or buffer.index * size < end) and (buffer.index + 1) * size > first:
+                    waiting.append(buffer)
+        for buffer in waiting:
+            if not buffer.sealed:
+                self._want(buffer)
+        for buffer in waiting:
+            await buffer.done.wait()
+
+    def overlapping(self, start: int, end: int) -> Iterator[ChunkBuffer]:
+        """Buffers with bytes of [start, end), older ones before newer ones of the same chunk."""
+        if not self._filling and not self._sending:
+            return
+        size = self._placement.chunk_size
+        for index in range(start // size, -(-end // size)):
+            for table in (self._sending, self._filling):
+                buffer = table.get(index)
+                if buffer is not None and buffer.file_start < end and buffer.file_end > start:
+                    yield buffer
+
+    @property
+    def end(self) -> int:
+        """The highest end of unacknowledged bytes."""
+        return max((buffer.file_end for table in (self._filling, self._sending) for buffer in table.values()), default=0)

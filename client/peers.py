@@ -1,0 +1,108 @@
+"""The other side: where requests go, over which routing, and who is not to be asked first just now.
+
+Owns the newest routing known, the table of suspects (storage nodes that just lost a connection) and the counters. It makes single attempts;
+whether and where to try again is the business of its callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.boundary.random import Random
+from kvfs.common.errors import KvfsError, TransportError
+from kvfs.common.routing import Routing
+from kvfs.common.transport.region import Span
+from kvfs.common.wire.service import Method
+
+Buffer = Span | memoryview | bytes | bytearray
+
+
+class RoutingSource(Protocol):
+    """What this client needs of common/membership.ManagerLink."""
+
+    @property
+    def routing(self) -> Routing: ...
+
+    async def refresh(self, *, timeout_s: float = ...) -> Any: ...
+
+
+class Caller(Protocol):
+    """What this client needs of common/wire's ChannelPool."""
+
+    async def call(
+        self,
+        addresses: Sequence[str],
+        method: Method,
+        request: Any,
+        *,
+        timeout_s: float,
+        send: Sequence[Buffer] = (),
+        receive: Sequence[Buffer] = (),
+    ) -> Any: ...
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened, for tests, status and curiosity."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    read_requests: int = 0
+    read_failovers: int = 0
+    checksum_mismatches: int = 0
+    holes: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+    write_requests: int = 0
+    write_retries: int = 0
+    meta_calls: int = 0
+    meta_retries: int = 0
+    routing_refreshes: int = 0
+    window_hits: int = 0
+    window_fetches: int = 0
+    heap_blocks: int = 0
+
+
+@dataclass(slots=True)
+class Peers:
+    source: RoutingSource
+    caller: Caller
+    clock: Clock
+    random: Random
+    host_id: str
+    suspect_s: float
+    counters: Counters = field(default_factory=Counters)
+    _suspects: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def routing(self) -> Routing:
+        return self.source.routing
+
+    def suspect(self, node_id: int, error: KvfsError) -> None:
+        """A request to the node failed: ask others first for a while, if it was the connection that failed."""
+        if isinstance(error, TransportError):
+            self._suspects[node_id] = self.clock.monotonic() + self.suspect_s
+
+    def trust(self, node_id: int) -> None:
+        if self._suspects:
+            self._suspects.pop(node_id, None)
+
+    def suspected(self, node_id: int) -> bool:
+        until = self._suspects.get(node_id)
+        if until is None:
+            return False
+        if self.clock.monotonic() < until:
+            return True
+        del self._suspects[node_id]
+        return False
+
+    async def refresh(self, limit_s: float) -> None:
+        """Ask the manager for newer routing; failing that, carry on with what is known (the next attempt will tell)."""
+        self.counters.routing_refreshes += 1
+        try:
+            await self.source.refresh(timeout_s=max(limit_s, 0.001))
+        except KvfsError:
+            pass  # the manager is away: data still flows over the routing known, and the caller's next attempt asks again

@@ -1,0 +1,199 @@
+"""The storage services, seen as chunks on chains.
+
+Owns the face of the storage side: `read`, `write`, `sync` and the calls that look after chains and targets. Everything here is retried over
+newer routing
+until the deadline. How reads and writes go is in storage_reads.py and storage_writes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from kvfs.client.config import ClientConfig
+from kvfs.client.peers import Counters, Peers
+from kvfs.client.retry import Attempts
+from kvfs.client.storage_reads import ChunkRead, ReadDone, ReadPath
+from kvfs.client.storage_writes import ChunkWrite, WriteDone, WritePath
+from kvfs.client.tags import Channels
+from kvfs.common.errors import KvfsError, NoServingTarget
+from kvfs.common.routing import Routing
+from kvfs.common.wire import base_pb2
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.service import Method, method
+
+SYNC = method("Storage", "Sync")
+REMOVE_RANGE = method("Storage", "RemoveRange")
+LAST_CHUNK = method("Storage", "LastChunk")
+LIST_CHUNKS = method("Storage", "ListChunks")
+STATUS = method("Storage", "Status")
+CHECK_TARGET = method("Storage", "CheckTarget")
+NO_END = 0
+
+
+class StorageClient:
+    def __init__(self, peers: Peers, config: ClientConfig, client_id: bytes, nursery: trio.Nursery) -> None:
+        self._peers = peers
+        self._config = config
+        self._nursery = nursery
+        self._refreshing = False
+        self._channels = Channels(client_id, config.channels)
+        self._reads = ReadPath(peers, config, self._refresh_in_background)
+        self._writes = WritePath(peers, config, self._channels)
+
+    @property
+    def routing(self) -> Routing:
+        return self._peers.routing
+
+    @property
+    def counters(self) -> Counters:
+        return self._peers.counters
+
+    async def read(self, reads: Sequence[ChunkRead], *, deadline_s: float | None = None) -> list[ReadDone]:
+        """Verified bytes of every range, or an error. Holes have length 0. See storage_reads.py."""
+        return await self._reads.read(reads, deadline_s=deadline_s)
+
+    async def write(self, writes: Sequence[ChunkWrite], *, deadline_s: float | None = None) -> list[WriteDone]:
+        """All acknowledged, or the error of one that was not (the others have been tried all the same)."""
+        done = []
+        for outcome in await self._writes.write_each(writes, deadline_s=deadline_s):
+            if isinstance(outcome, KvfsError):
+                raise outcome
+            done.append(outcome)
+        return done
+
+    async def write_each(self, writes: Sequence[ChunkWrite], *, deadline_s: float | None = None) -> list[WriteDone | KvfsError]:
+        """The outcome of each; never raises for a failed write."""
+        return await self._writes.write_each(writes, deadline_s=deadline_s)
+
+    async def sync(self, chain_ids: Sequence[int], *, deadline_s: float | None = None) -> None:
+        """What was acknowledged on these chains before the call survives power loss after it: synced on every target that serves them now."""
+        pending = set(chain_ids)
+        attempts = self._attempts(deadline_s, self._config.write_attempt_s)
+        while pending:
+            routing = self._peers.routing
+            failed: dict[int, KvfsError] = {}
+            by_node: dict[int, tuple[tuple[str, ...], list[int]]] = {}
+            chains_of: dict[int, set[int]] = {}
+            for chain in pending:
+                try:
+                    serving = routing.serving(chain)
+                    if not serving:
+                        raise NoServingTarget(f"chain {chain} has no serving target")
+                    for target in serving:
+                        node = routing.node_of_target(target)
+                        by_node.setdefault(node.node_id, (tuple(node.addresses), []))[1].append(target)
+                        chains_of.setdefault(node.node_id, set()).add(chain)
+                except KvfsError as error:
+                    failed[chain] = error
+            timeout_s = attempts.timeout_s()
+
+            async def sync_node(
+                node_id: int, addresses: tuple[str, ...], targets: list[int], chains: set[int], timeout_s: float, failed: dict[int, KvfsError]
+            ) -> None:
+                try:
+                    await self._peers.caller.call(addresses, SYNC, pb.SyncRequest(target_ids=targets), timeout_s=timeout_s)
+                except KvfsError as error:
+                    self._peers.suspect(node_id, error)
+                    failed.update(dict.fromkeys(chains, error))
+
+            async with trio.open_nursery() as nursery:
+                for node_id, (addresses, targets) in by_node.items():
+                    nursery.start_soon(sync_node, node_id, addresses, targets, chains_of[node_id], timeout_s, failed)
+            # A chain that changed meanwhile may have a member that was not asked, or one that failed and is out: look again.
+            pending = {chain for chain in pending if chain in failed}
+            if pending:
+                await self._peers.refresh(min(attempts.left_s(), self._config.read_attempt_s))
+                await attempts.wait(failed[next(iter(pending))])
+
+    async def remove_range(self, chain_id: int, inode: int, first: int, end: int = NO_END) -> int:
+        """Remove the chunks of an inode with first <= index < end on one chain; gives how many there were."""
+        removed = 0
+        while True:
+            [tag] = await self._channels.acquire(1)
+            try:
+                reply: pb.RemoveRangeReply = await self._at_head(
+                    chain_id,
+                    REMOVE_RANGE,
+                    lambda version, target, tag=tag: pb.RemoveRangeRequest(
+                        chain_id=chain_id, chain_version=version, target_id=target, inode=inode, first_index=first, end_index=end, tag=tag
+                    ),
+                )
+            finally:
+                self._channels.release([tag])
+            removed += reply.removed
+            if not reply.more:
+                return removed
+
+    async def last_chunk(self, chain_id: int, inode: int) -> pb.LastChunkReply:
+        """The highest chunk of an inode that a chain holds, and how much it holds of it altogether."""
+        reply: pb.LastChunkReply = await self._at_head(
+            chain_id, LAST_CHUNK, lambda version, target: pb.LastChunkRequest(chain_id=chain_id, target_id=target, inode=inode)
+        )
+        return reply
+
+    async def list_chunks(self, target_id: int, *, after: bytes = b"", limit: int = 0, inode: int = 0) -> pb.ListChunksReply:
+        """One page of what a target holds, behind `after`."""
+        reply: pb.ListChunksReply = await self._at_target(
+            target_id, LIST_CHUNKS, pb.ListChunksRequest(target_id=target_id, after=after, limit=limit, inode=inode)
+        )
+        return reply
+
+    async def check_target(self, target_id: int, *, read_data: bool = False, deadline_s: float = 600.0) -> pb.CheckTargetReply:
+        """fsck of one target, by its service."""
+        reply: pb.CheckTargetReply = await self._at_target(
+            target_id, CHECK_TARGET, pb.CheckTargetRequest(target_id=target_id, read_data=read_data), deadline_s=deadline_s, attempt_s=deadline_s
+        )
+        return reply
+
+    async def node_status(self, node_id: int, *, timeout_s: float = 5.0) -> pb.StorageStatusReply:
+        """What a storage node says of its targets; one attempt."""
+        node = self._peers.routing.node(node_id)
+        reply: pb.StorageStatusReply = await self._peers.caller.call(tuple(node.addresses), STATUS, base_pb2.Empty(), timeout_s=timeout_s)
+        return reply
+
+    def _attempts(self, deadline_s: float | None, attempt_s: float) -> Attempts:
+        config = self._config
+        return Attempts(
+            self._peers.clock,
+            self._peers.random,
+            deadline=self._peers.clock.monotonic() + (config.deadline_s if deadline_s is None else deadline_s),
+            attempt_s=attempt_s,
+            first_s=config.backoff_first_s,
+            max_s=config.backoff_max_s,
+        )
+
+    async def _at_head(self, chain_id: int, what: Method, make: Any) -> Any:
+        attempts = self._attempts(None, self._config.write_attempt_s)
+        while True:
+            try:
+                routing = self._peers.routing
+                target = routing.head(chain_id)
+                request = make(routing.chain(chain_id).version, target)
+                return await self._peers.caller.call(routing.addresses_of_target(target), what, request, timeout_s=attempts.timeout_s())
+            except KvfsError as error:
+                await self._peers.refresh(min(max(attempts.left_s(), 0), self._config.read_attempt_s))
+                await attempts.wait(error)
+
+    async def _at_target(self, target_id: int, what: Method, request: Any, *, deadline_s: float | None = None, attempt_s: float | None = None) -> Any:
+        attempts = self._attempts(deadline_s, attempt_s or self._config.write_attempt_s)
+        while True:
+            try:
+                addresses = self._peers.routing.addresses_of_target(target_id)
+                return await self._peers.caller.call(addresses, what, request, timeout_s=attempts.timeout_s())
+            except KvfsError as error:
+                await self._peers.refresh(min(max(attempts.left_s(), 0), self._config.read_attempt_s))
+                await attempts.wait(error)
+
+    def _refresh_in_background(self, limit_s: float) -> None:
+        if not self._refreshing:
+            self._refreshing = True
+            self._nursery.start_soon(self._refresh_once, limit_s)
+
+    async def _refresh_once(self, limit_s: float) -> None:
+        try:
+            await self._peers.refresh(limit_s)
+        finally:
+            self._refreshing = False

@@ -1,0 +1,216 @@
+"""Reading chunks: which replica, what when it fails, and the check of every byte.
+
+Owns the read path. Invariants:
+  - bytes count as read only after their checksums were verified here, fragment by fragment; a mismatch is counted and another replica is asked;
+  - any serving replica may answer: first one on this machine (shared memory), spread by chunk, suspects last; a failed attempt goes to
+    another replica
+    at once, and only when all have failed it waits, with newer routing;
+  - a chunk that is not there is a hole: length 0, no error;
+  - a replica that did not answer in time may still write into the memory it was given. The bytes are then read again into other memory:
+    `ReadDone.view` says where they are, and only that view is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from kvfs.client.batch import Group, group_by_node
+from kvfs.client.config import ClientConfig
+from kvfs.client.peers import Buffer, Peers
+from kvfs.client.retry import Attempts, worth_retrying
+from kvfs.common.checksum import verify
+from kvfs.common.errors import ChainError, ChecksumMismatch, ChunkNotFound, InputOutput, KvfsError, NoServingTarget, from_wire
+from kvfs.common.ids import ChunkId
+from kvfs.common.routing import Routing
+from kvfs.common.transport.region import Span
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.service import method
+
+READ = method("Storage", "Read")
+
+
+@dataclass(slots=True)
+class ChunkRead:
+    """`length` bytes of a chunk from `offset`, to go into `into` (of that length)."""
+
+    chain_id: int
+    chunk_id: ChunkId
+    offset: int
+    length: int
+    into: Span | memoryview
+
+
+@dataclass(slots=True)
+class ReadDone:
+    length: int
+    """Bytes there are; less than asked: the rest is beyond the chunk's end."""
+    view: memoryview
+    """Where they are: `view[:length]`. The memory given, but for a replica that hangs (see above)."""
+    moved: bool
+    found: bool
+    version: int
+    chunk_length: int
+
+
+class ReadPath:
+    def __init__(self, peers: Peers, config: ClientConfig, in_background: Callable[[float], None]) -> None:
+        """`in_background(limit_s)` starts a refresh of the routing that nobody waits for."""
+        self._peers = peers
+        self._config = config
+        self._in_background = in_background
+
+    async def read(self, reads: Sequence[ChunkRead], *, deadline_s: float | None = None) -> list[ReadDone]:
+        """All of them, in order, or the error of one that could not be read."""
+        config, peers = self._config, self._peers
+        attempts = Attempts(
+            peers.clock,
+            peers.random,
+            deadline=peers.clock.monotonic() + (config.deadline_s if deadline_s is None else deadline_s),
+            attempt_s=config.read_attempt_s,
+            first_s=config.backoff_first_s,
+            max_s=config.backoff_max_s,
+        )
+        run = _Run(reads)
+        peers.counters.reads += len(reads)
+        while run.pending:
+            groups, stuck = self._plan(run, peers.routing)
+            if groups:
+                timeout_s = attempts.timeout_s()
+                if len(groups) == 1:
+                    await self._ask(run, groups[0], timeout_s)
+                else:
+                    async with trio.open_nursery() as nursery:
+                        for group in groups:
+                            nursery.start_soon(self._ask, run, group, timeout_s)
+                run.pending = [index for index in run.pending if run.done[index] is None]
+            elif stuck is not None:
+                final = run.final_error()
+                if final is not None:
+                    raise final
+                await peers.refresh(min(attempts.left_s(), config.read_attempt_s))
+                await attempts.wait(stuck)
+                run.tried.clear()
+        return [done for done in run.done if done is not None]
+
+    def _plan(self, run: _Run, routing: Routing) -> tuple[list[Group], KvfsError | None]:
+        """Groups to ask now; without any, the error that everything is stuck on."""
+        operations = []
+        stuck: KvfsError | None = None
+        for index in run.pending:
+            read = run.reads[index]
+            try:
+                target = self._choose(routing, read, run.tried.get(index, ()))
+                node = routing.node_of_target(target)
+            except KvfsError as error:
+                stuck = run.errors.get(index, error)
+                continue
+            operations.append((index, target, node.node_id, tuple(node.addresses), read.length))
+        return group_by_node(operations, max_ios=self._config.batch_max_ios, max_bytes=self._config.batch_max_bytes), stuck
+
+    def _choose(self, routing: Routing, read: ChunkRead, tried: Sequence[int] | set[int]) -> int:
+        serving = routing.serving(read.chain_id)
+        count = len(serving)
+        if count == 1 and not tried:
+            return serving[0]
+        best, best_rank = 0, (2, 2)
+        turn = read.chunk_id[-1] + read.chunk_id[-2]
+        for step in range(count):
+            target = serving[(turn + step) % count]
+            if target in tried:
+                continue
+            node = routing.node_of_target(target)
+            rank = (int(self._peers.suspected(node.node_id)), int(node.host_id != self._peers.host_id))
+            if rank < best_rank:
+                best, best_rank = target, rank
+                if rank == (0, 0):
+                    break
+        if not best:
+            raise NoServingTarget(f"no replica of chain {read.chain_id} could be read")
+        return best
+
+    async def _ask(self, run: _Run, group: Group, timeout_s: float) -> None:
+        """One request. Fills run.done for what came right, run.errors and run.tried for the rest."""
+        counters = self._peers.counters
+        counters.read_requests += 1
+        request = pb.ReadRequest()
+        memory: list[Buffer] = []
+        add = request.reads.add
+        for index, target in zip(group.indexes, group.targets, strict=True):
+            read = run.reads[index]
+            add(chain_id=read.chain_id, target_id=target, chunk_id=read.chunk_id, offset=read.offset, length=read.length)
+            memory.append(run.memory(index))
+        try:
+            reply = await self._peers.caller.call(group.addresses, READ, request, timeout_s=timeout_s, receive=memory)
+        except KvfsError as error:
+            self._peers.suspect(group.node_id, error)
+            for index, target in zip(group.indexes, group.targets, strict=True):
+                self._failed(run, index, target, error)
+            return
+        if len(reply.results) != len(group.indexes):
+            for index, target in zip(group.indexes, group.targets, strict=True):
+                self._failed(run, index, target, InputOutput(f"a reply with {len(reply.results)} results for {len(group.indexes)} reads"))
+            return
+        self._peers.trust(group.node_id)
+        for index, target, buffer, result in zip(group.indexes, group.targets, memory, reply.results, strict=True):
+            self._take(run, index, target, buffer, result)
+
+    def _take(self, run: _Run, index: int, target: int, buffer: Buffer, result: pb.ReadResult) -> None:
+        read = run.reads[index]
+        counters = self._peers.counters
+        view = buffer.view if isinstance(buffer, Span) else memoryview(buffer)
+        status, length = result.status, result.length
+        if status == 0:
+            if length > read.length:
+                self._failed(run, index, target, InputOutput(f"target {target} sent {length} bytes where {read.length} were asked for"))
+            elif verify(view if length == read.length else view[:length], read.offset, result.checksums):
+                counters.read_bytes += length
+                run.done[index] = ReadDone(length, view, index in run.moved, True, result.version, result.chunk_length)
+            else:
+                counters.checksum_mismatches += 1
+                self._failed(
+                    run, index, target, ChecksumMismatch(f"target {target} sent bytes of chunk {read.chunk_id.hex()} that fail their checksum")
+                )
+        elif status == ChunkNotFound.code:
+            counters.holes += 1
+            run.done[index] = ReadDone(0, view, index in run.moved, False, 0, 0)
+        else:
+            self._failed(run, index, target, from_wire(status, f"target {target}, chunk {read.chunk_id.hex()}"))
+
+    def _failed(self, run: _Run, index: int, target: int, error: KvfsError) -> None:
+        self._peers.counters.read_failovers += 1
+        run.errors[index] = error
+        run.tried.setdefault(index, set()).add(target)
+        if isinstance(error, ChainError):
+            self._in_background(self._config.read_attempt_s)
+
+
+class _Run:
+    """The state of one call of `read`."""
+
+    __slots__ = ("done", "errors", "moved", "pending", "reads", "tried")
+
+    def __init__(self, reads: Sequence[ChunkRead]) -> None:
+        self.reads = reads
+        self.done: list[ReadDone | None] = [None] * len(reads)
+        self.pending = list(range(len(reads)))
+        self.tried: dict[int, set[int]] = {}
+        self.errors: dict[int, KvfsError] = {}
+        self.moved: dict[int, memoryview] = {}
+
+    def memory(self, index: int) -> Buffer:
+        """Where the next attempt may put the bytes: not where an earlier one may still write."""
+        given = self.reads[index].into
+        if isinstance(given, Span) and (given.pinned if index in self.errors else False):
+            return self.moved.setdefault(index, memoryview(bytearray(self.reads[index].length)))
+        return self.moved.get(index, given)
+
+    def final_error(self) -> KvfsError | None:
+        """An error that no waiting will mend, where one read has met such from every replica."""
+        for index in self.pending:
+            error = self.errors.get(index)
+            if error is not None and not worth_retrying(error):
+                return error
+        return None
