@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyfuse3
 import trio
@@ -108,8 +108,7 @@ class KernelOperations(pyfuse3.Operations):
         """The kernel and libfuse have shaken hands: requests follow."""
         self.ready.set()
 
-    def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        # Called synchronously, with no guard of pyfuse3's around it.
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         try:
             self._fs.forget([inode for inode, _ in inode_list])
         except Exception:
@@ -200,7 +199,8 @@ class KernelOperations(pyfuse3.Operations):
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         # pyfuse3 takes any contiguous buffer, and copies it to the kernel before it runs anything else.
-        return await self._guard("read", self._fs.read(fh, off, size))  # type: ignore[return-value]
+        data: Any = await self._guard("read", self._fs.read(fh, off, size))
+        return data  # type: ignore[no-any-return]
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         return await self._guard("write", self._fs.write(fh, off, buf))
@@ -230,6 +230,3 @@ class KernelOperations(pyfuse3.Operations):
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self._guard("fsyncdir", self._fs.fsyncdir(fh, datasync))
-
-
-Emit = Callable[[bytes, Attributes, int], bool]

@@ -53,7 +53,7 @@ async def _serve(config: MountConfig, mount_point: str, client: AsyncClient, tas
     file_system = FileSystem(client, invalidate=invalidator, attr_cache=config.attr_cache, data_cache=config.data_cache)
     operations = KernelOperations(file_system, deadline_s=config.operation_deadline_s)
     try:
-        pyfuse3.init(operations, mount_point, _options(config, client.cluster_id))
+        pyfuse3.init(operations, mount_point, _options(config, client.routing.cluster_id))
     except RuntimeError as error:
         raise MountError(
             f"mounting on {mount_point} failed ({error}): run as root, or check that fusermount3 is installed and, with allow_other, that "
@@ -96,7 +96,7 @@ async def _run(
             if not operations.ready.is_set():
                 raise MountError(f"the kernel did not answer the handshake for {mount_point} within {HANDSHAKE_TIMEOUT_S:.0f} s")
             _tune(config, mount_point)
-            log.info("mounted %s on %s", client.cluster_id, mount_point)
+            log.info("mounted %s on %s", client.routing.cluster_id, mount_point)
             task_status.started(mount_point)
             await _until_signalled()
         finally:

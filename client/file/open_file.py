@@ -48,6 +48,11 @@ class OpenFile:
         """The length as this client sees it, unflushed writes included."""
         return self._state.length
 
+    async def current_length(self) -> int:
+        """The length as the metadata service has it now, or as this client made it."""
+        await self._state.fresh(self.user)
+        return self._state.length
+
     @property
     def closed(self) -> bool:
         return self._closed
@@ -260,6 +265,14 @@ class OpenFile:
             await state.shared.storage.sync(chains)
         if state.unreported:
             await state.report(self.session, self.user, still_open=True)
+
+    async def report(self) -> None:
+        """flush; then the length and mtime known to the metadata service, so that other clients see what was written. The session stays."""
+        if self._closed:
+            raise BadHandle("the file is closed")
+        await self.flush()
+        if self._state.unreported:
+            await self._state.report(self.session, self.user, still_open=True)
 
     async def truncate(self, length: int) -> pb.Inode:
         """Cut or extend to `length`, in order with this client's writes."""

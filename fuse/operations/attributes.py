@@ -9,7 +9,8 @@ from __future__ import annotations
 import stat
 import time
 
-from kvfs.client import ROOT, User
+from kvfs.client import User
+from kvfs.client.user import ROOT
 from kvfs.common.errors import AccessDenied, NotFound, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.model import Attributes, Caller, Changes, Statistics
@@ -58,8 +59,9 @@ class AttributeOperations(Base):
             )
 
         if changes.mtime_ns is not None:
-            # Buffered writes carry the time at which they were made: sent later, they would undo the time that is set now.
-            await self._client.flush_inode(inode)
+            # Unreported writes carry the time at which they were made: reported later, they would undo the time that is set now.
+            for opened in self._writing.get(inode, ())[:1]:
+                await opened.file.report()
         if changes.mode is not None and changes.mode & stat.S_ISGID and caller.uid != 0:
             # Whether the bit may stay is a question of membership: without the groups the service would clear it.
             return await change(self._user_with_groups(caller))

@@ -48,12 +48,14 @@ class Base:
         self._client = client
         self._meta = client.meta
         self._invalidate = invalidate or NoKernel()
-        self._attr_cache = attr_cache
+        self._attr_cache = attr_cache and client.config.watch
         self._data_cache = data_cache
         self._users: dict[tuple[int, int], User] = {}
         self._files: HandleTable[FileHandle] = HandleTable()
         self._directories: HandleTable[DirectoryHandle] = HandleTable()
         self._allocation = Allocation(client)
+        self._writing: dict[int, list[FileHandle]] = {}
+        """Handles open for writing, by inode."""
         self._seen: OrderedDict[int, int] = OrderedDict()
         """inode -> data_version that the kernel's cached pages stand for, at this mount's last open."""
 
@@ -93,7 +95,7 @@ class Base:
     def _attributes(self, answered: pb.Inode) -> Attributes:
         """The same without a call: the blocks of a large file are those last known, and its lease is none when they are not."""
         inode = self._client.local_view(answered)
-        lease_s = answered.attr_lease_ms / 1000 * LEASE_MARGIN if self._attr_cache and self._client.watching else 0.0
+        lease_s = answered.attr_lease_ms / 1000 * LEASE_MARGIN if self._attr_cache else 0.0
         kind = inode.type
         length = inode.length
         block_size = 4096

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvfs.client import ROOT
+from kvfs.client.user import ROOT
 from kvfs.common.errors import NotFound
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.handles import DirectoryHandle

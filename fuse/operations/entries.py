@@ -41,7 +41,7 @@ class EntryOperations(Base):
         return await self._make(parent, name, pb.SYMLINK, 0o777, caller, symlink=target)
 
     async def _make(
-        self, parent: int, name: bytes, kind: pb.InodeType.ValueType, mode: int, caller: Caller, *, rdev: int = 0, symlink: bytes = b""
+        self, parent: int, name: bytes, kind: pb.InodeType, mode: int, caller: Caller, *, rdev: int = 0, symlink: bytes = b""
     ) -> Attributes:
         inode = await self._as(caller, lambda user: self._meta.make(parent, name, kind, mode, user=user, rdev=rdev, symlink=symlink))
         return await self._present(inode)

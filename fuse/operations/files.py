@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import stat
 
-from kvfs.client import ROOT, OpenFile, User
+from kvfs.client import OpenFile, User
+from kvfs.client.user import ROOT
 from kvfs.common.errors import KvfsError
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.handles import FileHandle
@@ -63,8 +64,10 @@ class FileOperations(Base):
 
     def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
         privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
-        handle = self._files.add(FileHandle(inode.inode, flags, user, file, strip_privileges=bool(privileged) and user.uid != 0))
-        return Opened(handle, keep_cache=self._keep_cache(inode), direct_io=bool(flags & os.O_APPEND))
+        handle = FileHandle(inode.inode, flags, user, file, strip_privileges=bool(privileged) and user.uid != 0)
+        if handle.writable:
+            self._writing.setdefault(inode.inode, []).append(handle)
+        return Opened(self._files.add(handle), keep_cache=self._keep_cache(inode), direct_io=bool(flags & os.O_APPEND))
 
     def _keep_cache(self, inode: pb.Inode) -> bool:
         same = self._seen.get(inode.inode) == inode.data_version
@@ -110,14 +113,26 @@ class FileOperations(Base):
 
     async def release(self, handle: int) -> None:
         """The last descriptor is gone. Nobody hears an error any more: flush has told it."""
-        await self._files.remove(handle).file.close()
+        await self._close(self._files.remove(handle))
+
+    async def _close(self, opened: FileHandle) -> None:
+        if opened.writable:
+            others = self._writing[opened.inode]
+            others.remove(opened)
+            if not others:
+                del self._writing[opened.inode]
+            await opened.file.close()
+        else:
+            # The client closes its side without a word; the session that keeps a removed file alive for this reader is the mount's own.
+            await opened.file.close()
+            await self._meta.close(opened.inode, opened.file.session, user=ROOT)
 
     async def close(self) -> None:
         """The end of the mount: flush and close whatever is still open. Raises the first error, after all were tried."""
         first: KvfsError | None = None
         for opened in self._files:
             try:
-                await opened.file.close()
+                await self._close(opened)
             except KvfsError as error:
                 first = first or error
         if first is not None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.mount.agent import Agent
 
 ROOT = (0, 0, ())

@@ -8,7 +8,6 @@ import stat
 import time
 
 import pytest
-
 from tests.mount.agent import UTIME_NOW, UTIME_OMIT
 from tests.mount.posix.conftest import OTHER, OWNER, Posix
 

@@ -6,7 +6,6 @@ import errno
 import os
 
 import pytest
-
 from tests.mount.posix.conftest import OTHER, OWNER, Posix
 
 LINKABLE = ["file", "fifo", "socket", "char", "block", "symlink"]

@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import pytest
-
 from tests.mount.agent import Agent
 from tests.mount.posix.conftest import OWNER, Posix
 

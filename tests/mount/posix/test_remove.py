@@ -7,7 +7,6 @@ import os
 import stat
 
 import pytest
-
 from tests.mount.posix.conftest import OTHER, OWNER, Posix
 
 KINDS = ["file", "fifo", "socket", "char", "block", "symlink"]

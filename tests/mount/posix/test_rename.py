@@ -7,7 +7,6 @@ import os
 import stat
 
 import pytest
-
 from tests.mount.agent import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from tests.mount.posix.conftest import OTHER, OWNER, Posix
 

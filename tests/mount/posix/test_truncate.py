@@ -6,7 +6,6 @@ import errno
 import os
 
 import pytest
-
 from tests.mount.posix.conftest import OWNER, Posix
 
 MIB = 1 << 20
