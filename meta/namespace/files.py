@@ -27,6 +27,8 @@ def create(step: Step, request: pb.CreateRequest) -> pb.CreateReply:
         if request.exclusive:
             raise AlreadyExists("the name is taken")
         inode = step.inode(existing.inode)
+        if inode.type == pb.DIRECTORY:
+            raise IsDirectory("the name is a directory's")
         _open(step, inode, read=request.read, write=request.write, cut=request.truncate, session=request.session)
         return pb.CreateReply(inode=with_writers(step, inode), created=False)
     access.require(parent, step.user, access.WRITE | access.EXECUTE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvfs.common.boundary.random import Random
+from kvfs.common.boundary.random import Random, SeededRandom
 from kvfs.common.errors import FormatTooNew, NoServingTarget
 from kvfs.common.ids import ROOT_INODE
 from kvfs.common.routing import Routing
@@ -79,25 +79,34 @@ class InodeNumbers:
 
 
 class Placement:
-    """Chooses the chains of a new file: the next ones of the table, round-robin, so that files spread evenly, and shuffled, so that the first chunks
-    of files do too."""
+    """Chooses the chains of a new file: the first by turns, so that small files spread evenly, the rest after it in the table and shuffled, so that
+    the second and later chunks of files do too."""
 
     def __init__(self, routing: Callable[[], Routing], random: Random) -> None:
         self._routing = routing
-        self._random = random
-        self._cursor = random.randrange(1 << 16)
+        # Not an identifier: a quick generator does, seeded from the boundary.
+        self._random = SeededRandom(random.randrange(1 << 62))
+        self._cursor = self._random.randrange(1 << 16)
+        self._version = -1
+        self._tables: dict[int, list[int]] = {}
 
     def __call__(self, wanted: pb.Layout) -> pb.Layout:
         table_id = wanted.table_id or TABLE
-        routing = self._routing()
-        if not routing.has_table(table_id):
-            raise NoServingTarget(f"chain table {table_id} is not there yet: the cluster is starting, or has too few storage services")
-        chains = list(routing.table(table_id).chain_ids)
+        chains = self._chains(table_id)
         stripe = min(wanted.stripe or STRIPE, len(chains))
-        if stripe == 0:
-            raise NoServingTarget(f"chain table {table_id} has no chains")
         start = self._cursor % len(chains)
-        self._cursor += stripe
-        chosen = [chains[(start + place) % len(chains)] for place in range(stripe)]
-        self._random.shuffle(chosen)
-        return pb.Layout(table_id=table_id, chunk_size=wanted.chunk_size or CHUNK_BYTES, stripe=stripe, chain_ids=chosen)
+        self._cursor += 1
+        around = chains[start + 1 : start + stripe]
+        around += chains[: stripe - 1 - len(around)]
+        self._random.shuffle(around)
+        return pb.Layout(table_id=table_id, chunk_size=wanted.chunk_size or CHUNK_BYTES, stripe=stripe, chain_ids=[chains[start], *around])
+
+    def _chains(self, table_id: int) -> list[int]:
+        routing = self._routing()
+        if routing.version != self._version:
+            self._version = routing.version
+            self._tables = {table.table_id: list(table.chain_ids) for table in routing.tables}
+        chains = self._tables.get(table_id)
+        if not chains:
+            raise NoServingTarget(f"chain table {table_id} is not there yet: the cluster is starting, or has too few storage services")
+        return chains
