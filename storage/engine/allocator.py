@@ -250,23 +250,35 @@ class Allocator:
         self.used_bytes += block.block_bytes
         return True
 
-    def load_done(self) -> list[_Group]:
-        """All used blocks are loaded: find the places without a group. They are returned, to be punched: a crash may have left space behind them."""
-        for block_bytes, file in self._files.existing():
+    def load_done(self) -> tuple[list[_Group], list[_Group]]:
+        """All used blocks are loaded: find (places without a group, groups that reach past the end of their file).
+
+        A crash may have left space behind the former (`give_back` them), and a power loss may have undone the allocation of the latter though
+        its bytes are there (`allocate_again`).
+        """
+        sizes = {key: self._files.get(*key).size() for key in self._files.existing()}
+        for (block_bytes, file), size in sizes.items():
             cls = self._class(block_bytes)
             cls.ensure_file(file)
-            cls.ends[file] = -(-self._files.get(block_bytes, file).size() // cls.group_bytes)
-        unused = []
+            cls.ends[file] = -(-size // cls.group_bytes)
+        unused, short = [], []
         for cls in self._classes.values():
             for (file, number), group in sorted(cls.groups.items()):
                 cls.ends[file] = max(cls.ends[file], number + 1)
+                if (number + 1) * cls.group_bytes > sizes.get((cls.block_bytes, file), 0):
+                    short.append(group)
                 if group.free:
                     cls.spacious[file].append(group)
             for file, end in enumerate(cls.ends):
                 missing = [number for number in range(end) if (file, number) not in cls.groups]
                 cls.holes[file] = missing
                 unused += [_Group(cls.block_bytes, file, number, cls.blocks_per_group) for number in missing]
-        return unused
+        return unused, short
+
+    def allocate_again(self, groups: list[_Group]) -> None:
+        for group in groups:
+            size = group.blocks * group.block_bytes
+            self._files.get(group.block_bytes, group.file).allocate(group.number * size, size)
 
     # --- looking ---
 

@@ -46,13 +46,14 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
         for key, value in index.scan(tags.PREFIX, tags.PREFIX + b"\xff" * 21):
             kept_tags.load(key, value)
         chunks = _load_chunks(index, allocator, judge)
-        unused = allocator.load_done()
+        unused, short = allocator.load_done()
     except BaseException:
         index.close()
         files.close()
         raise
     # From here on the directory changes.
     allocator.give_back(unused)
+    allocator.allocate_again(short)
     remove_segments_behind(disk, next_sequence)
     journal = Journal(disk, next_sequence, config.journal_bytes)
     files.dirty = set(files.existing())
