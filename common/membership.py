@@ -208,6 +208,7 @@ class ManagerLink:
         deadline_s = self._clock.monotonic() + timeout_s
         backoff_s = BACKOFF_FIRST_S
         tries = 0
+        before: KvfsError | None = None
         while True:
             address = self._primary or self._managers[self._next_manager % len(self._managers)]
             left_s = deadline_s - self._clock.monotonic()
@@ -226,7 +227,9 @@ class ManagerLink:
                 else:
                     pause_s = 0.0
                 if left_s <= pause_s:
-                    raise
+                    # The last try had whatever time was left; what an earlier one said tells more than that it was too short.
+                    raise (before if before is not None and isinstance(error, DeadlineExceeded) else error) from None
+                before = error
                 await self._clock.sleep(pause_s)
             else:
                 self._primary = address

@@ -17,7 +17,7 @@ import trio
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
-from kvfs.common.errors import BadRequest, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation, TxnConflict
+from kvfs.common.errors import BadRequest, InvalidArgument, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation
 from kvfs.common.membership import not_primary
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import joining, placing, routing
@@ -318,7 +318,7 @@ class Primary:
             current = self.records.configs.get(request.name)
             version = current.version if current else 0
             if request.version and request.version != version:
-                raise TxnConflict(f"configuration {request.name!r} is at version {version}, not {request.version}: read it again")
+                raise InvalidArgument(f"configuration {request.name!r} is at version {version}, not {request.version}: read it again")
             blob = pb.ConfigBlob(name=request.name, version=version + 1, toml=request.toml)
             await self._commit(Change(configs={request.name: blob}))
             return blob
