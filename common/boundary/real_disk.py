@@ -19,6 +19,7 @@ from typing import Any, Final
 import lmdb
 
 from kvfs.common.boundary.disk import Disk, DiskFile, OrderedMap
+from kvfs.common.boundary.lmdb_check import check_lmdb_file
 from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, NoSpace, from_os
 
 _IOV_MAX: Final = 1024
@@ -236,6 +237,7 @@ class LmdbMap(OrderedMap):
 
     def __init__(self, path: str, size_bytes: int) -> None:
         self._path = path
+        check_lmdb_file(os.path.join(path, "data.mdb"))
         with self._typed("open"):
             self._env = lmdb.open(path, map_size=size_bytes, subdir=True, max_readers=512, max_spare_txns=8, readahead=False, mode=0o600)
 

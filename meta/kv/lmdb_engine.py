@@ -11,12 +11,14 @@ holds all of it. A failed sync ends the engine (nobody knows what the disk holds
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 import trio
+import xxhash
 
 from kvfs.common.boundary.disk import Disk, DiskFile
 from kvfs.common.boundary.random import Random, SystemRandom
@@ -44,11 +46,11 @@ AT_ONCE_COMMITS: Final = 16
 """So many commits in a row may be synced in the trio thread itself, after one by the writer's thread was quick and found nobody else committing:
 waking two threads costs as much as a sync here. The next goes through the writer's thread again, to see whether that still holds."""
 
-# Keys of the engine's own, in the map beside the users': longer than any key or bound a user can name, and behind all of them.
-_OWN: Final = b"\xff" * (MAX_KEY_BYTES + 2)
-FORMAT_KEY: Final = _OWN + b"f"
-SEED_KEY: Final = _OWN + b"s"
-VERSION_KEY: Final = _OWN + b"v"
+HEADER_KEY: Final = b"\xff" * (MAX_KEY_BYTES + 2)
+"""The engine's own key, beside the users' keys: longer than any key or bound that a user can name, and behind all of them."""
+_HEADER: Final = struct.Struct("<I8sQ")
+"""Format, seed of all checksums, version up to which the map is complete. The place of the format never changes."""
+_CHECKSUM_BYTES: Final = 8
 
 _SCAN_ROWS: Final = 256
 _ZEROS: Final = bytes(1 << 20)
@@ -123,22 +125,19 @@ class LmdbEngine(LocalEngine):
     def _open(self, random: Random) -> int:
         """Check the format, replay the journal; the version of the store. Changes nothing before everything has been read and found good."""
         names = [name for name in self._disk.list() if name.startswith("journal-")]
-        own = [self._map.get(key) for key in (FORMAT_KEY, SEED_KEY, VERSION_KEY)]
-        fresh = {}
-        if own == [None, None, None]:
-            if names or self._map.count():
-                raise IndexCorrupt("the metadata store has lost its version: nothing was changed; restore this directory from a copy")
-            own = [FORMAT.to_bytes(4, "little"), random.bytes(8), bytes(8)]
-            fresh = {FORMAT_KEY: own[0], SEED_KEY: own[1]}
-        found_format, seed, found_version = own
-        if found_format is None or seed is None or found_version is None:
-            raise IndexCorrupt("the metadata store has lost a part of its header: nothing was changed; restore this directory from a copy")
-        if int.from_bytes(found_format, "little") > FORMAT:
-            raise FormatTooNew(
-                f"the metadata store has format {int.from_bytes(found_format, 'little')}, this kvfs knows {FORMAT}: upgrade kvfs. Nothing was changed"
-            )
-        self._seed = int.from_bytes(seed, "little")
-        base = int.from_bytes(found_version, "big")
+        header = self._map.get(HEADER_KEY)
+        if header is None and not names and not self._map.count():
+            header = _seal(HEADER_KEY, _HEADER.pack(FORMAT, random.bytes(8), 0), 0)
+            fresh = True
+        else:
+            fresh = False
+        if header is None or len(header) < _CHECKSUM_BYTES + 4:
+            raise IndexCorrupt("the metadata store has lost its header. Nothing was changed; restore this directory from a copy")
+        found_format = int.from_bytes(header[_CHECKSUM_BYTES : _CHECKSUM_BYTES + 4], "little")
+        if found_format > FORMAT:
+            raise FormatTooNew(f"the metadata store has format {found_format}, this kvfs knows {FORMAT}: upgrade kvfs. Nothing was changed")
+        _, self._seed_bytes, base = _HEADER.unpack(_unseal(HEADER_KEY, header, 0))
+        self._seed = int.from_bytes(self._seed_bytes, "little")
         self._free = [_Segment(name, None) for name in names]
         self._sealed: list[_Segment] = []
         try:
@@ -150,7 +149,7 @@ class LmdbEngine(LocalEngine):
                 records += read_segment(segment.name, data, base, self._seed)
             version, changes = replay(records, base)
             if fresh or version > base:
-                self._map.commit({**fresh, **changes, VERSION_KEY: version.to_bytes(8, "big")})
+                self._checkpoint(version, changes)
             if not self._free:
                 self._free.append(self._new_segment())
                 self._fill(self._free[0])
@@ -186,14 +185,16 @@ class LmdbEngine(LocalEngine):
     # --- reads of the base
 
     def base_get(self, key: bytes) -> bytes | None:
-        return self._map.get(key)
+        sealed = self._map.get(key)
+        return None if sealed is None else _unseal(key, sealed, self._seed)
 
     def base_scan(self, begin: bytes, end: bytes, *, reverse: bool, hint: int) -> Iterator[Row]:
         # In parts: the merge above may drop rows, and a whole directory must not be read for one entry.
         limit = max(1, min(hint, _SCAN_ROWS))
         while True:
             rows = self._map.range(begin, end, limit=limit, reverse=reverse)
-            yield from rows
+            for key, sealed in rows:
+                yield key, _unseal(key, sealed, self._seed)
             if len(rows) < limit:
                 return
             if reverse:
@@ -304,7 +305,10 @@ class LmdbEngine(LocalEngine):
 
     def _checkpoint(self, version: int, changes: Changes) -> None:
         """In the checkpointer's thread."""
-        self._map.commit({**changes, VERSION_KEY: version.to_bytes(8, "big")})
+        seed = self._seed
+        writes = {key: None if value is None else _seal(key, value, seed) for key, value in changes.items()}
+        writes[HEADER_KEY] = _seal(HEADER_KEY, _HEADER.pack(FORMAT, self._seed_bytes, version), 0)
+        self._map.commit(writes)
 
     def _checkpoint_done(self, version: int, error: Exception | None) -> None:
         """In the trio thread."""
@@ -344,6 +348,18 @@ class LmdbEngine(LocalEngine):
         self._close_segments([*self._free, *self._sealed, self._current])
         self._map.close()
         self._disk.close()
+
+
+def _seal(key: bytes, value: bytes, seed: int) -> bytes:
+    """A value as the map holds it: LMDB has no checksums, so each value carries one of itself and its key."""
+    return xxhash.xxh3_64_digest(key + value, seed) + value
+
+
+def _unseal(key: bytes, sealed: bytes, seed: int) -> bytes:
+    value = sealed[_CHECKSUM_BYTES:]
+    if xxhash.xxh3_64_digest(key + value, seed) != sealed[:_CHECKSUM_BYTES]:
+        raise IndexCorrupt(f"the metadata store is damaged at key {key[:32]!r}. Nothing was changed; restore its directory from a copy")
+    return value
 
 
 class _SyncFailed(Exception):

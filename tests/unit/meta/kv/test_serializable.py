@@ -67,7 +67,7 @@ class Modelled:
         self.tracked: list[bool] = []
 
     def read(self, step: tuple, newest: State) -> None:
-        if self.before is None and not self.answered_by_own_writes(step):
+        if self.before is None and not self.needs_no_snapshot(step):
             self.before = dict(newest)  # the snapshot is taken at the first read that needs it
         snapshot = step[-1]
         view = dict(self.before or {})
@@ -85,13 +85,15 @@ class Modelled:
         self.answers.append(found)
         self.tracked.append(not snapshot)
 
-    def answered_by_own_writes(self, step: tuple) -> bool:
+    def needs_no_snapshot(self, step: tuple) -> bool:
         def covers(earlier: tuple) -> bool:
             if earlier[0] == "clear_range":
                 return earlier[1][0] <= step[1] < earlier[1][1]
             return earlier[0] in ("set", "clear") and earlier[1] == step[1]
 
-        return step[0] == "get" and any(covers(earlier) for earlier in self.steps)
+        if step[0] == "range":
+            return step[1][0] >= step[1][1]
+        return any(covers(earlier) for earlier in self.steps)
 
     def write(self, step: tuple) -> None:
         getattr(self.txn, step[0])(*(step[1] if step[0] == "clear_range" else step[1:]))
