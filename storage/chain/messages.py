@@ -15,7 +15,7 @@ from kvfs.storage.engine.requests import UpdateKind
 if TYPE_CHECKING:
     from kvfs.storage.chain.flight import Flight
 
-_RECORDED = struct.Struct("<QQI")
+_RECORDED = struct.Struct("<Q")
 
 CLEAN_REFUSALS = frozenset(
     error.code
@@ -82,14 +82,18 @@ class Result:
     def clean(self) -> bool:
         return self.status in CLEAN_REFUSALS
 
-    def recorded(self) -> bytes:
-        """The form in which a result is kept with its tag."""
-        return _RECORDED.pack(self.version, self.checksum, self.length)
 
-    @classmethod
-    def from_record(cls, record: bytes, chain_version: int) -> Result:
-        version, checksum, length = _RECORDED.unpack(record)
-        return cls(0, version, chain_version, length, checksum)
+def record_of(update_version: int) -> bytes:
+    """What is kept with an idempotency tag: the version that the update made. Known before the update is written, equal on every replica."""
+    return _RECORDED.pack(update_version)
+
+
+def from_record(record: bytes, chain_version: int, stored: Stored) -> Result:
+    """The answer to a duplicate; length and checksum only while the chunk still is as that update left it."""
+    (version,) = _RECORDED.unpack(record)
+    if version == stored.version:
+        return Result(0, version, chain_version, stored.length, stored.checksum)
+    return Result(0, version, chain_version)
 
 
 def refusal(error: errors.KvfsError | type[errors.KvfsError], chain_version: int, message: str = "") -> Result:

@@ -40,6 +40,7 @@ from kvfs.storage.chain.messages import (
     Stored,
     TargetEffect,
     Wait,
+    from_record,
     refusal,
 )
 from kvfs.storage.chain.view import ChainView, LocalState, PublicState, Successor
@@ -135,11 +136,8 @@ class Replica:
             return [Report()]
         if self.phase is Phase.UPTODATE:
             if self.public in (PublicState.OFFLINE, PublicState.LASTSRV):
-                return [
-                    Exit(
-                return [Exit(f"target {self.target_id} thinks it serves, the cluster has it {self.public.name.lower()} at chain version {self.version}")]
-                    )
-                ]
+                listed = f"the cluster has it {self.public.name.lower()} at chain version {self.version}"
+                return [Exit(f"target {self.target_id} thinks it serves, {listed}")]
             if self.public in (PublicState.WAITING, PublicState.SYNCING):
                 # The chain changed before anyone took notice of "up to date": whoever is before us now starts again.
                 self.phase = Phase.ONLINE
@@ -232,7 +230,8 @@ class Replica:
         flight = Flight(incoming.chunk_id, incoming.kind, version, incoming)
         if answer is not None:
             flight.done = True
-            return flight, [Reply(flight, answer)]
+            effects: list[FlightEffect] = [Reply(flight, answer)]
+            return flight, [Report(), *effects] if self.phase is Phase.EJECTED else effects
         flight.clean = stored.pending_version == 0
         self.flights[flight.chunk_id] = flight
         return flight, self._advance(flight)
@@ -250,7 +249,7 @@ class Replica:
         if incoming.tag is None or incoming.tag.sequence > stored.tag_sequence:
             return None
         if incoming.tag.sequence == stored.tag_sequence:
-            return Result.from_record(stored.tag_result, self.version)
+            return from_record(stored.tag_result, self.version, stored)
         return refusal(errors.StaleUpdate, self.version, f"sequence {incoming.tag.sequence} came after {stored.tag_sequence}")
 
     def _screen_client(self, incoming: Incoming, stored: Stored) -> Result | None:
@@ -273,13 +272,15 @@ class Replica:
             return refusal(errors.MissingUpdate, self.version, "syncing: send the whole chunk")
         if incoming.kind is UpdateKind.REMOVE and here == 0 and stored.pending_version == 0:
             return Result(0, update, self.version)
-        if update == here + 1 or (incoming.kind is UpdateKind.REPLACE and update > here):
+        if update == here + 1:
             return None
         if update == here:
             # Committed here, and the acknowledgement was lost: the sender compares the checksums.
             return Result(0, here, self.version, stored.length, stored.checksum)
         if update > here + 1:
-            return refusal(errors.MissingUpdate, self.version, f"version {update} came, here is {here}")
+            # The predecessor committed what this target acknowledged and does not have: it lost something. Out, and back through resync.
+            self.eject(f"target {self.target_id} lacks version {update - 1} of chunk {incoming.chunk_id.hex()}: it has {here}")
+            return self._absent()
         return Result(errors.StaleUpdate.code, here, self.version, message=f"version {update} came, {here} is committed here")
 
     def prepared(self, flight: Flight, length: int, checksum: int) -> list[FlightEffect]:
@@ -337,6 +338,12 @@ class Replica:
         """Its time is over: it ends at the next point where it can. A pending version stays, to be recovered."""
         flight.hopeless = True
         return self._finish(flight, refusal(errors.ForwardFailed, self.version, "the successor did not answer in time")) if flight.waiting else []
+
+    def abandon(self, flight: Flight) -> None:
+        """Its driver is being ended. A pending version stays, to be recovered."""
+        flight.done = True
+        if self.flights.get(flight.chunk_id) is flight:
+            del self.flights[flight.chunk_id]
 
     def _advance(self, flight: Flight) -> list[FlightEffect]:
         """Everything that this flight can do now."""
@@ -425,7 +432,5 @@ class Replica:
         return refusal(error, self.version, self.problem or f"target {self.target_id} left the chain")
 
     def _finish(self, flight: Flight, result: Result) -> list[FlightEffect]:
-        flight.done = True
-        if self.flights.get(flight.chunk_id) is flight:
-            del self.flights[flight.chunk_id]
+        self.abandon(flight)
         return [Reply(flight, result)]

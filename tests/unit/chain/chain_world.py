@@ -99,8 +99,7 @@ class ModelDisk:
         if pending.tag is not None:
             key = (pending.tag.client_id, pending.tag.channel)
             if pending.tag.sequence > self.tags.get(key, (-1, b""))[0]:
-                digest = 0 if pending.removes else checksum(pending.data)
-                self.tags[key] = (pending.tag.sequence, Result(0, pending.version, 0, len(pending.data), digest).recorded())
+                self.tags[key] = (pending.tag.sequence, m.record_of(pending.version))
 
 
 @dataclass(slots=True)

@@ -1,0 +1,109 @@
+"""The data directories of a storage process: whose they are, which targets lie in them, opening and making targets.
+
+Layout of a directory (one per disk): LOCK, node.json, targets/<target id>/ (the chunk engine's). Invariants: a directory of another cluster, node or
+role is refused before anything in it changes; a target whose index cannot be read is left alone and out of service, the others serve.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.boundary.disk import Disk
+from kvfs.common.boundary.random import Random
+from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.errors import KvfsError, SetupError, WrongDataDirectory
+from kvfs.common.node_file import NodeFile, open_node_file, read_node_file
+from kvfs.common.wire import cluster_pb2 as cluster
+from kvfs.storage.config import StorageConfig
+from kvfs.storage.engine import superblock
+from kvfs.storage.engine.config import EngineConfig
+from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.superblock import Superblock
+
+log = logging.getLogger("kvfs.storage")
+
+TARGETS = "targets"
+OpenDisk = Callable[[str], Disk]
+
+
+@dataclass(slots=True)
+class DataDirectory:
+    number: int
+    path: str
+    disk: Disk
+    target_ids: list[int]
+    """Found at the start."""
+
+    def info(self) -> cluster.DiskInfo:
+        capacity, free = self.disk.space()
+        return cluster.DiskInfo(disk=self.number, capacity_bytes=capacity, free_bytes=free, targets=self.target_ids, path=self.path)
+
+
+class Disks:
+    def __init__(self, config: StorageConfig, clock: Clock, random: Random, open_disk: OpenDisk = RealDisk) -> None:
+        """Locks every directory. Raises SetupError and has then changed nothing but, at most, made empty directories."""
+        self._config = config
+        self._clock = clock
+        self._open_disk = open_disk
+        self.directories: list[DataDirectory] = []
+        try:
+            for number, path in enumerate(config.data):
+                disk = open_disk(path)
+                disk.makedirs("")
+                disk.lock()
+                self.directories.append(DataDirectory(number, path, disk, []))
+            self.node = self._identify(random)
+            for directory in self.directories:
+                directory.disk.makedirs(TARGETS)
+                directory.target_ids = sorted(int(name) for name in directory.disk.list(TARGETS) if name.isdecimal())
+        except BaseException:
+            self.close()
+            raise
+        self.cluster_id = config.cluster_id or self.node.cluster_id
+
+    def _identify(self, random: Random) -> NodeFile:
+        """All directories are of one node: checked in full before any is marked."""
+        first = self.directories[0]
+        known = read_node_file(first.disk, where=first.path)
+        for directory in self.directories[1:]:
+            found = read_node_file(directory.disk, where=directory.path)
+            if found is not None and (known is None or found.node_uuid != known.node_uuid):
+                raise WrongDataDirectory(
+                    f"{directory.path} belongs to another storage node than {first.path}: "
+                    "check storage.data (the order of the directories must not change); nothing was touched"
+                )
+        node = open_node_file(first.disk, random, where=first.path, role="storage", cluster_id=self._config.cluster_id)
+        for directory in self.directories[1:]:
+            if read_node_file(directory.disk, where=directory.path) is None:
+                directory.disk.write_file("node.json", node.encode())
+        return node
+
+    def path_of(self, directory: DataDirectory, target_id: int) -> str:
+        return f"{directory.path}/{TARGETS}/{target_id}"
+
+    def open_target(self, directory: DataDirectory, target_id: int, cluster_id: str) -> ChunkEngine:
+        """Blocking: open a target, or make it when it is not there."""
+        name = f"{TARGETS}/{target_id}"
+        directory.disk.makedirs(name)
+        disk = self._open_disk(self.path_of(directory, target_id))
+        if not cluster_id:
+            there = superblock.load(disk)
+            cluster_id = there.cluster_id if there is not None else ""
+        block = Superblock(cluster_id, target_id, bytes.fromhex(self.node.node_uuid)[:16])
+        return ChunkEngine(disk, self._clock, block, EngineConfig(capacity_bytes=self._config.target_capacity_bytes))
+
+    def close(self) -> None:
+        for directory in self.directories:
+            directory.disk.close()
+
+
+def openable(error: BaseException) -> bool:
+    """Whether the process should go on without the target that could not be opened: a failed disk or a damaged index, not a wrong setup."""
+    return isinstance(error, KvfsError) and not isinstance(error, SetupError)
+
+
+def infos(directories: Sequence[DataDirectory]) -> list[cluster.DiskInfo]:
+    return [directory.info() for directory in directories]

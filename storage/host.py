@@ -1,0 +1,81 @@
+"""What the parts of one storage process share: its targets, locks, workers, buffers, peers and configuration.
+
+Owns nothing but the bundle and a few steps that every part needs. One trio thread uses it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import trio
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.errors import DeadlineExceeded, InputOutput, KvfsError, TargetOffline, UnknownTarget
+from kvfs.common.membership import ManagerLink
+from kvfs.common.transport.region import BufferPool
+from kvfs.common.wire.channel import ChannelPool
+from kvfs.storage.chain.locks import ChunkKey, ChunkLocks, Ticket
+from kvfs.storage.config import StorageConfig
+from kvfs.storage.target import Target
+from kvfs.storage.workers import WorkerPool
+
+log = logging.getLogger("kvfs.storage")
+
+
+@dataclass(slots=True)
+class Host:
+    config: StorageConfig
+    clock: Clock
+    pool: ChannelPool
+    link: ManagerLink
+    workers: WorkerPool
+    buffers: BufferPool
+    nursery: trio.Nursery
+    """Of work that outlives the request it came with."""
+    targets: dict[int, Target] = field(default_factory=dict)
+    locks: ChunkLocks = field(default_factory=ChunkLocks)
+
+    def target(self, target_id: int) -> Target:
+        target = self.targets.get(target_id)
+        if target is None:
+            raise UnknownTarget(f"target {target_id} is not on node {self.link.node_id}: refresh the routing")
+        return target
+
+    def usable(self, target_id: int) -> Target:
+        """A target with an engine."""
+        target = self.target(target_id)
+        if not target.opened:
+            raise TargetOffline(target.replica.problem)
+        return target
+
+    async def lock(self, keys: list[ChunkKey], deadline: float) -> Ticket:
+        """First come, first served, each chunk for itself. Raises DeadlineExceeded."""
+        ticket = self.locks.join(keys)
+        if not ticket.ready:
+            ready = trio.Event()
+            ticket.on_ready = ready.set
+            try:
+                with trio.move_on_after(max(0.0, deadline - self.clock.monotonic())):
+                    await ready.wait()
+            except BaseException:
+                self.unlock(ticket)
+                raise
+            if not ticket.ready:
+                self.unlock(ticket)
+                raise DeadlineExceeded(f"{len(keys)} chunks are being written by others")
+        return ticket
+
+    def unlock(self, ticket: Ticket) -> None:
+        for ready in self.locks.leave(ticket):
+            if ready.on_ready is not None:
+                ready.on_ready()
+
+    def addresses(self, target_id: int) -> tuple[str, ...]:
+        return self.link.routing.addresses_of_target(target_id)
+
+    def note_error(self, target: Target, error: KvfsError) -> None:
+        """What the engine raised may mean that its disk is gone."""
+        if isinstance(error, InputOutput | TargetOffline):
+            target.fail(error)
+            self.link.report_now()

@@ -1,0 +1,221 @@
+"""Reads: straight into the caller's memory, inline when small and cached, else in worker threads; and the question to the tail when a chunk is dirty.
+
+Invariants: only a serving target answers, and only while this node's lease is good; what is answered was committed by the chain when the read began
+or later (CRAQ 2.3): a chunk with an update under way or a pending version is read only after the last target of the path told its committed version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import trio
+
+from kvfs.common.errors import ChainError, ChunkNotFound, InternalError, InvalidArgument, KvfsError, TargetNotServing, TargetOffline
+from kvfs.common.ids import CHUNK_ID_BYTES
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.server import Call
+from kvfs.common.wire.service import method
+from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.requests import ReadOutcome
+from kvfs.storage.host import Host
+from kvfs.storage.target import Target
+
+log = logging.getLogger("kvfs.storage")
+
+VERSION = method("Storage", "Version")
+INLINE_BYTES = 64 << 10
+"""Reads up to this are tried without a thread."""
+INLINE_TOTAL_BYTES = 256 << 10
+"""And no more than this in one request, so that others get their turn."""
+SPREAD_BYTES = 1 << 20
+"""A worker job reads about this much before a second one is worth its hop."""
+SPREAD_MAX = 4
+RETRY_S = 0.01
+
+
+class Wanted:
+    """One read that could not be answered inline."""
+
+    __slots__ = ("io", "place", "result", "target", "version", "view")
+
+    def __init__(self, place: int, io: pb.ReadIO, target: Target, view: memoryview) -> None:
+        self.place = place
+        self.io = io
+        self.target = target
+        self.view = view
+        self.version = 0
+        """0: the committed one; else the pending one that the tail has committed."""
+        self.result: pb.ReadResult | None = None
+
+
+class Reader:
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def target_for(self, io: pb.ReadIO) -> Target:
+        """The target, if it may answer."""
+        target = self._host.target(io.target_id)
+        replica = target.replica
+        if not replica.serving:
+            if not target.opened:
+                raise TargetOffline(replica.problem)
+            raise TargetNotServing(f"target {io.target_id} is {replica.public.name.lower()}, {replica.phase.value}: read another replica")
+        if not self._host.link.lease_valid():
+            raise TargetNotServing(f"node {self._host.link.node_id} has not reached a manager for half a lease: read another replica")
+        if len(io.chunk_id) != CHUNK_ID_BYTES:
+            raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(io.chunk_id)}")
+        return target
+
+    def begin(self, request: pb.ReadRequest, call: Call) -> tuple[list[pb.ReadResult | None], list[Wanted]]:
+        """Answer what can be answered at once; the rest is wanted."""
+        views = call.bulk.sink()
+        if len(views) != len(request.reads):
+            raise InvalidArgument(f"{len(request.reads)} reads came with {len(views)} spans")
+        results: list[pb.ReadResult | None] = []
+        wanted: list[Wanted] = []
+        inline_left = INLINE_TOTAL_BYTES
+        for place, (io, view) in enumerate(zip(request.reads, views, strict=True)):
+            result: pb.ReadResult | None = None
+            try:
+                target = self.target_for(io)
+                if io.length > len(view):
+                    raise InvalidArgument(f"a read of {io.length} bytes came with a span of {len(view)}")
+                if io.length <= INLINE_BYTES and inline_left > 0 and io.chunk_id not in target.replica.flights:
+                    inline_left -= io.length
+                    result = self._inline(target, io, view)
+                if result is None:
+                    wanted.append(Wanted(place, io, target, view[: io.length]))
+            except KvfsError as error:
+                result = _refused(error)
+            results.append(result)
+        return results, wanted
+
+    def _inline(self, target: Target, io: pb.ReadIO, view: memoryview) -> pb.ReadResult | None:
+        try:
+            outcome = target.engine.read(io.chunk_id, io.offset, io.length, view[: io.length], nowait=True)
+        except ChunkNotFound:
+            # Perhaps only not committed yet.
+            meta = target.engine.get(io.chunk_id)
+            if meta is not None and target.replica.successor is not None:
+                return None
+            raise
+        except KvfsError as error:
+            self._host.note_error(target, error)
+            raise
+        if outcome is None or (outcome.pending_version and target.replica.successor is not None):
+            return None
+        return _placed(outcome)
+
+    async def finish(self, wanted: Sequence[Wanted], deadline: float) -> None:
+        """Every wanted read has a result afterwards."""
+        dirty: dict[tuple[int, int], list[Wanted]] = {}
+        for want in wanted:
+            tail = self._ask_whom(want)
+            if tail:
+                dirty.setdefault((want.target.target_id, tail), []).append(want)
+        if dirty:
+            async with trio.open_nursery() as nursery:
+                for (_, tail), group in dirty.items():
+                    nursery.start_soon(self._settle_dirty, group, tail, deadline)
+        ready = [want for want in wanted if want.result is None]
+        groups = _spread(ready)
+        jobs = [self._host.workers.submit(lambda group=group: _read_all(group)) for group in groups]  # type: ignore[misc]
+        for job in jobs:
+            for want, error in await job.wait():
+                self._host.note_error(want.target, error)
+
+    def _ask_whom(self, want: Wanted) -> int:
+        target = want.target
+        if target.replica.successor is None:
+            return 0
+        return target.replica.ask_whom(want.io.chunk_id, target.stored(want.io.chunk_id, None))
+
+    async def _settle_dirty(self, group: Sequence[Wanted], tail: int, deadline: float) -> None:
+        """Find out which version of each chunk may be read, and wait for it to be here if it is on its way."""
+        target = group[0].target
+        host = self._host
+        while True:
+            try:
+                request = pb.VersionRequest(chain_id=target.chain_id, target_id=tail, chunk_ids=[want.io.chunk_id for want in group])
+                left_s = max(0.01, deadline - host.clock.monotonic())
+                reply = await host.pool.call(host.addresses(tail), VERSION, request, timeout_s=left_s)
+                break
+            except KvfsError as error:
+                refused = error
+            # The tail died or the chain changed: the next look may find another tail, or that this target is it.
+            if host.clock.monotonic() + RETRY_S >= deadline or not target.replica.serving:
+                answer = refused if isinstance(refused, ChainError) else TargetNotServing(f"the tail does not answer: {refused.message}")
+                for want in group:
+                    want.result = _refused(answer)
+                return
+            with trio.move_on_after(RETRY_S):
+                await target.moved.wait()
+            view = target.replica.view
+            assert view is not None
+            tail = view.writable[-1] if view.writable else tail
+            if tail == target.target_id:
+                return
+        for want, version in zip(group, reply.versions, strict=True):
+            await self._choose(want, version, deadline)
+
+    async def _choose(self, want: Wanted, tail_version: int, deadline: float) -> None:
+        target, chunk_id = want.target, want.io.chunk_id
+        stored = target.stored(chunk_id, None)
+        if not target.replica.committed_after(chunk_id, stored, tail_version):
+            return
+        if stored.pending_version == tail_version and not stored.pending_removes:
+            want.version = tail_version
+            return
+        # Committed further down and not written here yet: the update's own driver holds the lock until it is.
+        try:
+            ticket = await self._host.lock([(target.target_id, chunk_id)], deadline)
+            self._host.unlock(ticket)
+        except KvfsError as error:
+            want.result = _refused(error)
+
+
+def _spread(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+    """Groups of about equal bytes, as many as are worth a thread each."""
+    total = sum(want.io.length for want in wanted)
+    count = max(1, min(SPREAD_MAX, total // SPREAD_BYTES, len(wanted)))
+    if not wanted:
+        return []
+    if count == 1:
+        return [list(wanted)]
+    groups: list[list[Wanted]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for want in sorted(wanted, key=lambda one: -one.io.length):
+        least = loads.index(min(loads))
+        groups[least].append(want)
+        loads[least] += want.io.length
+    return groups
+
+
+def _read_all(group: Sequence[Wanted]) -> list[tuple[Wanted, KvfsError]]:
+    """In a worker thread. The failures are returned too, for whoever judges disks."""
+    failed: list[tuple[Wanted, KvfsError]] = []
+    for want in group:
+        io = want.io
+        engine: ChunkEngine = want.target.engine
+        try:
+            outcome = engine.read(io.chunk_id, io.offset, io.length, want.view, version=want.version, nowait=False)
+            assert outcome is not None
+            want.result = _placed(outcome)
+        except ChunkNotFound as error:
+            want.result = _refused(error)
+        except KvfsError as error:
+            want.result = _refused(error)
+            failed.append((want, error))
+        except Exception as error:
+            log.exception("reading chunk %s failed in an unforeseen way", io.chunk_id.hex())
+            want.result = _refused(InternalError(f"reading chunk {io.chunk_id.hex()}: {error}"))
+    return failed
+
+
+def _placed(outcome: ReadOutcome) -> pb.ReadResult:
+    return pb.ReadResult(length=outcome.length, checksums=outcome.checksums, version=outcome.version, chunk_length=outcome.chunk_length)
+
+
+def _refused(error: KvfsError) -> pb.ReadResult:
+    return pb.ReadResult(status=error.code)

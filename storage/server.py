@@ -1,0 +1,242 @@
+"""The storage process: its data directories, its targets, its place in the cluster, and the Storage service within.
+
+Invariants: every directory is locked and found to be ours before anything is opened; targets of an earlier run are open before the manager hears of
+this one; a target takes part only as its replica core says. It ends with a typed error when the cluster went on without it (a newer run of the node,
+ a lease declared dead, a target listed as offline that thinks it serves). What is opened is closed in reverse order, also when cancelled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from kvfs.common.boundary.clock import Clock, SystemClock
+from kvfs.common.boundary.net import Net, SystemNet
+from kvfs.common.boundary.random import Random, SystemRandom
+from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.errors import KvfsError, LeaseExpired
+from kvfs.common.membership import ManagerLink
+from kvfs.common.routing import Routing
+from kvfs.common.transport.region import BufferPool
+from kvfs.common.wire import cluster_pb2 as cluster
+from kvfs.common.wire.channel import ChannelPool
+from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.server import RpcServer
+from kvfs.storage.chain import messages as m
+from kvfs.storage.chain.replica import Replica
+from kvfs.storage.chain.view import ChainView
+from kvfs.storage.config import StorageConfig
+from kvfs.storage.disks import DataDirectory, Disks, OpenDisk, infos, openable
+from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.host import Host
+from kvfs.storage.resync import Resync
+from kvfs.storage.service import StorageService
+from kvfs.storage.target import Target
+from kvfs.storage.updates import carry_on
+from kvfs.storage.workers import WorkerPool
+
+log = logging.getLogger("kvfs.storage")
+
+RECOVER_CHUNKS = 256
+CREATE_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The boundaries; None: the real one."""
+
+    clock: Clock | None = None
+    random: Random | None = None
+    net: Net | None = None
+    open_disk: OpenDisk | None = None
+
+
+async def serve(config: StorageConfig, *, world: World = World(), task_status: trio.TaskStatus[dict[str, Any]] = trio.TASK_STATUS_IGNORED) -> None:
+    """Until cancelled. Starts with {"addresses", "node_id", "cluster_id"}. Raises a KvfsError that says what to do."""
+    clock, random = world.clock or SystemClock(), world.random or SystemRandom()
+    disks = Disks(config, clock, random, world.open_disk or RealDisk)
+    workers = WorkerPool(config.threads)
+    try:
+        process = _Process(config, clock, random, world.net or SystemNet(), disks, workers)
+        try:
+            await process.run(task_status)
+        finally:
+            process.close()
+    finally:
+        workers.close()
+        disks.close()
+
+
+class _Process:
+    def __init__(self, config: StorageConfig, clock: Clock, random: Random, net: Net, disks: Disks, workers: WorkerPool) -> None:
+        self._config = config
+        self._clock = clock
+        self._random = random
+        self._net = net
+        self._disks = disks
+        self._workers = workers
+        self._engines: list[ChunkEngine] = []
+        self._host: Host | None = None
+        self._failure: KvfsError | None = None
+        self._resyncs: dict[int, Resync] = {}
+        self._making: set[int] = set()
+        self._cluster_id = disks.cluster_id
+
+    @property
+    def host(self) -> Host:
+        assert self._host is not None
+        return self._host
+
+    async def run(self, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
+        config = self._config
+        identity = Identity(cluster_id=self._cluster_id, client_id=self._random.bytes(16), role="storage")
+        buffers = BufferPool(config.buffer_bytes, name="kvfs-forward")
+        try:
+            async with ChannelPool(self._net, self._clock, identity) as pool, trio.open_nursery() as nursery:
+                link = ManagerLink(pool, self._clock, self._random, config.managers, identity, exit_when_lost=config.exit_when_lease_lost)
+                self._host = host = Host(config, self._clock, pool, link, self._workers, buffers, nursery)
+                for directory in self._disks.directories:
+                    for target_id in directory.target_ids:
+                        await self._open(directory, target_id, 0, fresh=False)
+                server = RpcServer(self._net, self._clock, identity)
+                server.add("Storage", StorageService(host))
+                await nursery.start(self._follow, link)
+                addresses = await nursery.start(server.serve, config.listen)
+                registered = await link.register(
+                    role=cluster.ROLE_STORAGE,
+                    node_uuid=self._disks.node.node_uuid,
+                    addresses=addresses,
+                    disks=infos(self._disks.directories),
+                    node_id=config.node_id,
+                )
+                self._cluster_id = self._cluster_id or registered.cluster_id
+                link.on_routing(self._on_routing)
+                self._on_routing(link.routing)
+                link.start_heartbeats(self._report)
+                log.info("storage node %d of cluster %s serves at %s", registered.node_id, registered.cluster_id, ", ".join(addresses))
+                task_status.started({"addresses": addresses, "node_id": registered.node_id, "cluster_id": registered.cluster_id})
+        finally:
+            buffers.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        for engine in self._engines:
+            try:
+                engine.close()
+            except KvfsError as error:
+                log.error("closing a target: %s", error.message)
+
+    async def _follow(self, link: ManagerLink, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await link.run(task_status=task_status)
+        except KvfsError as error:
+            self._end(error)
+
+    def _end(self, error: KvfsError) -> None:
+        log.error("ending: %s", error.message)
+        self._failure = self._failure or error
+        self.host.nursery.cancel_scope.cancel()
+
+    def _report(self) -> Iterable[cluster.TargetReport]:
+        for target in self.host.targets.values():
+            target.refresh_space()
+        return [target.report() for target in self.host.targets.values()]
+
+    # --- targets ---------------------------------------------------------------------------------------------------------------------
+
+    async def _open(self, directory: DataDirectory, target_id: int, chain_id: int, *, fresh: bool) -> Target:
+        replica = Replica(target_id, fresh=fresh)
+        engine: ChunkEngine | None = None
+        try:
+            engine = await self._workers.run(lambda: self._disks.open_target(directory, target_id, self._cluster_id))
+            self._engines.append(engine)
+        except KvfsError as error:
+            if not openable(error):
+                raise
+            log.error("target %d cannot be opened and stays out of service: %s", target_id, error.message)
+            replica.fail(error.message)
+        target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica)
+        target.refresh_space()
+        self.host.targets[target_id] = target
+        return target
+
+    async def _make(self, wanted: cluster.Target) -> None:
+        """A target that the manager says this node must have."""
+        try:
+            directory = self._disks.directories[wanted.disk]
+            # Registration takes everything that this node ever had out of service: what serves and is not here has never held anything.
+            chain = self.host.link.routing.chain(wanted.chain_id)
+            fresh = any(member.target_id == wanted.target_id and member.state == cluster.SERVING for member in chain.targets)
+            await self._open(directory, wanted.target_id, wanted.chain_id, fresh=fresh)
+        except (KvfsError, IndexError) as error:
+            log.error("target %d cannot be made: %s", wanted.target_id, error)
+            await self._clock.sleep(CREATE_RETRY_S)
+        finally:
+            self._making.discard(wanted.target_id)
+        self._on_routing(self.host.link.routing)
+        self.host.link.report_now()
+
+    # --- routing ---------------------------------------------------------------------------------------------------------------------
+
+    def _on_routing(self, routing: Routing) -> None:
+        host = self.host
+        for wanted in host.link.targets:
+            target = host.targets.get(wanted.target_id)
+            if target is None:
+                if wanted.chain_id and wanted.target_id not in self._making:
+                    self._making.add(wanted.target_id)
+                    host.nursery.start_soon(self._make, wanted)
+                continue
+            target.chain_id = wanted.chain_id
+            if wanted.chain_id:
+                self._show(target, routing)
+
+    def _show(self, target: Target, routing: Routing) -> None:
+        try:
+            chain = routing.chain(target.chain_id)
+        except KvfsError:
+            return
+        replica = target.replica
+        before = replica.version
+        view = ChainView.of(chain.chain_id, chain.version, [(member.target_id, member.state) for member in chain.targets])
+        for effect in replica.on_chain(view):
+            self._effect(target, effect)
+        if replica.version != before:
+            target.on_successor()
+            target.wake()
+
+    def _effect(self, target: Target, effect: m.TargetEffect) -> None:
+        host = self.host
+        if isinstance(effect, m.Report):
+            host.link.report_now()
+        elif isinstance(effect, m.ResolveLeftovers):
+            host.nursery.start_soon(self._resolve, target)
+        elif isinstance(effect, m.StartResync):
+            self._stop_resync(target)
+            resync = self._resyncs[target.target_id] = Resync(host, target, effect.target_id, effect.chain_version)
+            host.nursery.start_soon(resync.run)
+        elif isinstance(effect, m.StopResync):
+            self._stop_resync(target)
+        elif isinstance(effect, m.Exit):
+            self._end(LeaseExpired(effect.reason))
+
+    def _stop_resync(self, target: Target) -> None:
+        resync = self._resyncs.pop(target.target_id, None)
+        if resync is not None:
+            resync.scope.cancel()
+
+    async def _resolve(self, target: Target) -> None:
+        """Pending versions that a former shape of the chain left behind."""
+        try:
+            chunks = await self._workers.run(target.pending_chunks)
+        except KvfsError as error:
+            self.host.note_error(target, error)
+            return
+        chunks = [chunk for chunk in chunks if chunk not in target.replica.flights]
+        for first in range(0, len(chunks), RECOVER_CHUNKS):
+            await carry_on(self.host, target, chunks[first : first + RECOVER_CHUNKS])

@@ -1,0 +1,363 @@
+"""The Storage service: what each RPC does, over the reader, the driver of updates and the resync.
+
+One object per process. Handlers check what came from outside, and answer an error per IO where the message has room for one. Invariants: client
+writes and reads being worked on are bounded in bytes (forwards are not counted: they were, at the head); a node without a good lease takes no
+update of a client.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Sequence
+
+import trio
+
+from kvfs.common.errors import (
+    BadRequest,
+    ChainVersionMismatch,
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    KvfsError,
+    TargetNotServing,
+)
+from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id
+from kvfs.common.transport.region import Span
+from kvfs.common.wire import base_pb2 as base
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.server import Call
+from kvfs.storage.chain.messages import Incoming, Result, TagKey, refusal
+from kvfs.storage.engine.requests import Tag, UpdateKind
+from kvfs.storage.forwards import MAX_CHUNK_BYTES
+from kvfs.storage.host import Host
+from kvfs.storage.reads import Reader
+from kvfs.storage.target import Target
+from kvfs.storage.updates import Item, Round
+
+log = logging.getLogger("kvfs.storage")
+
+MARGIN_S = 0.05
+"""An update ends this much before its caller's deadline, so that the answer still arrives."""
+LIST_LIMIT = 4096
+REMOVE_LIMIT = 4096
+_WITH_BYTES = (pb.WRITE, pb.REPLACE)
+
+
+class Budget:
+    """Bytes of requests under way, first come, first served."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._left = total_bytes
+        self._total = total_bytes
+        self._waiting: deque[tuple[int, trio.Event]] = deque()
+
+    def try_take(self, count: int) -> bool:
+        if self._waiting or count > self._left:
+            return False
+        self._left -= count
+        return True
+
+    async def take(self, count: int, timeout_s: float) -> None:
+        count = min(count, self._total)
+        if self.try_take(count):
+            return
+        entry = (count, trio.Event())
+        self._waiting.append(entry)
+        try:
+            with trio.fail_after(max(0.0, timeout_s)):
+                await entry[1].wait()
+        except BaseException as error:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            else:
+                self.give(count)
+            if isinstance(error, trio.TooSlowError):
+                raise DeadlineExceeded(f"{self._total} bytes of other requests are under way") from None
+            raise
+
+    def give(self, count: int) -> None:
+        self._left += min(count, self._total)
+        while self._waiting and self._waiting[0][0] <= self._left:
+            needed, event = self._waiting.popleft()
+            self._left -= needed
+            event.set()
+
+
+class StorageService:
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._reader = Reader(host)
+        self._budget = Budget(host.config.in_flight_bytes)
+
+    # --- reads -----------------------------------------------------------------------------------------------------------------------
+
+    def read(self, request: pb.ReadRequest, call: Call) -> pb.ReadReply | Awaitable[pb.ReadReply]:
+        """Inline when everything is small and cached; else the rest in the background."""
+        results, wanted = self._reader.begin(request, call)
+        if not wanted:
+            call.bulk.placed([result.length for result in results if result is not None])
+            return pb.ReadReply(results=results)  # type: ignore[arg-type]
+        return self._read_rest(results, wanted, call)
+
+    async def _read_rest(self, results: list[pb.ReadResult | None], wanted: list, call: Call) -> pb.ReadReply:  # type: ignore[type-arg]
+        count = sum(want.io.length for want in wanted)
+        await self._budget.take(count, call.remaining_s())
+        try:
+            await self._reader.finish(wanted, call.deadline - MARGIN_S)
+        finally:
+            self._budget.give(count)
+        for want in wanted:
+            results[want.place] = want.result
+        done = [result for result in results if result is not None]
+        if len(done) != len(results):
+            raise InternalError("a read was left without a result")
+        call.bulk.placed([result.length for result in done])
+        return pb.ReadReply(results=done)
+
+    def version(self, request: pb.VersionRequest, call: Call) -> pb.VersionReply:
+        """Asked of the last target of the chain's path: what has it committed?"""
+        target = self._host.usable(request.target_id)
+        replica = target.replica
+        if not replica.takes_part or replica.successor is not None:
+            raise ChainVersionMismatch(f"target {request.target_id} is not the last of chain {request.chain_id} at version {replica.version}")
+        versions = []
+        for chunk in request.chunk_ids:
+            meta = target.engine.get(chunk)
+            versions.append(meta.version if meta is not None else 0)
+        return pb.VersionReply(versions=versions)
+
+    # --- updates ---------------------------------------------------------------------------------------------------------------------
+
+    async def write(self, request: pb.WriteRequest, call: Call) -> pb.WriteReply:
+        views = await call.bulk.source()
+        from_client = request.from_target == 0
+        count = sum(call.bulk.lengths) if from_client else 0
+        if from_client:
+            self._host.link.check_lease()
+            await self._budget.take(count, call.remaining_s())
+        try:
+            results = await self._update(request.writes, views, call.bulk.spans(), from_client, call.deadline - MARGIN_S)
+        finally:
+            if from_client:
+                self._budget.give(count)
+        return pb.WriteReply(results=[_to_wire(result) for result in results])
+
+    async def _update(
+        self, writes: Sequence[pb.WriteIO], views: Sequence[memoryview], spans: Sequence[Span], from_client: bool, deadline: float
+    ) -> list[Result]:
+        results: list[Result | None] = [None] * len(writes)
+        rounds: list[dict[tuple[int, bytes], tuple[int, Item]]] = []
+        taken = 0
+        for place, io in enumerate(writes):
+            view, span = None, None
+            if io.kind in _WITH_BYTES and io.length:
+                if taken >= len(views):
+                    raise BadRequest(f"{len(views)} spans came, too few for {len(writes)} writes")
+                view, span = views[taken], spans[taken]
+                taken += 1
+            try:
+                item = self._item(io, view, span, from_client)
+            except KvfsError as error:
+                results[place] = refusal(error, 0)
+                continue
+            key = (io.target_id, io.chunk_id)
+            # Several updates of one chunk in one request keep their order: each goes into a later round.
+            where = next((at for at in range(len(rounds) - 1, -1, -1) if key in rounds[at]), -1) + 1 if rounds else 0
+            if where == len(rounds):
+                rounds.append({})
+            rounds[where][key] = (place, item)
+        if taken != len(views):
+            raise BadRequest(f"{len(views)} spans came, {taken} updates have bytes")
+        for members in rounds:
+            await self._catch_up([item for _, item in members.values()])
+            await Round(self._host, [item for _, item in members.values()], deadline).run()
+            for place, item in members.values():
+                results[place] = item.result
+        return [result if result is not None else refusal(InternalError, 0) for result in results]
+
+    def _item(self, io: pb.WriteIO, view: memoryview | None, span: Span | None, from_client: bool) -> Item:
+        target = self._host.usable(io.target_id)
+        if len(io.chunk_id) != CHUNK_ID_BYTES:
+            raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(io.chunk_id)}")
+        if view is not None and len(view) != io.length:
+            raise BadRequest(f"an update of {io.length} bytes came with {len(view)}")
+        if not 0 < io.chunk_size <= MAX_CHUNK_BYTES and io.kind != pb.REMOVE:
+            raise InvalidArgument(f"a chunk size of {io.chunk_size}: 1 to {MAX_CHUNK_BYTES}")
+        tag = TagKey(io.tag.client_id, io.tag.channel, io.tag.sequence) if io.tag.client_id else None
+        incoming = Incoming(
+            chunk_id=io.chunk_id,
+            kind=UpdateKind(io.kind),
+            chain_version=io.chain_version,
+            length=io.length,
+            tag=tag,
+            from_target=0 if from_client else io.from_target,
+            update_version=0 if from_client else io.update_version,
+            sequence=io.sequence,
+            roomy=target.take_room(io.length),
+        )
+        return Item(target, io.chunk_id, incoming, io, view, span)
+
+    async def _catch_up(self, items: Sequence[Item]) -> None:
+        """A sender that knows a newer chain than this node does: ask before refusing it."""
+        if any(item.incoming is not None and item.incoming.chain_version > item.target.replica.version for item in items):
+            try:
+                await self._host.link.refresh(timeout_s=1.0)
+            except KvfsError as error:
+                log.debug("refreshing the routing: %s", error.message)
+
+    async def remove_range(self, request: pb.RemoveRangeRequest, call: Call) -> pb.RemoveRangeReply:
+        """Ordinary REMOVE updates of every chunk in the range, a batch at a time: they pass down the chain as such."""
+        self._host.link.check_lease()
+        target = self._host.usable(request.target_id)
+        limit = min(request.limit or REMOVE_LIMIT, REMOVE_LIMIT)
+        first = chunk_id(request.inode, request.first_index)
+        end = chunk_id(request.inode, request.end_index) if request.end_index else chunk_id(request.inode, (1 << 128) - 1) + b"\0"
+        before = (int.from_bytes(first, "big") - 1).to_bytes(CHUNK_ID_BYTES, "big") if any(first) else b""
+        metas, more = await self._host.workers.run(lambda: target.engine.list(after=before, limit=limit, inode=request.inode))
+        doomed = [meta for meta in metas if meta.chunk_id < end]
+        more = more and len(doomed) == len(metas)
+        items = []
+        for meta in doomed:
+            io = pb.WriteIO(chain_id=target.chain_id, chunk_id=meta.chunk_id, kind=pb.REMOVE, chain_version=request.chain_version, chunk_size=1)
+            items.append(Item(target, meta.chunk_id, Incoming(meta.chunk_id, UpdateKind.REMOVE, request.chain_version), io))
+        if not items:
+            refused = target.replica.screen(Incoming(first, UpdateKind.REMOVE, request.chain_version))
+            if refused is not None:
+                raise _error(refused)
+        await self._catch_up(items)
+        await Round(self._host, items, call.deadline - MARGIN_S).run()
+        removed = freed = 0
+        for item, meta in zip(items, doomed, strict=True):
+            if item.result is None or item.result.status:
+                if removed:
+                    return pb.RemoveRangeReply(removed=removed, more=True, freed_bytes=freed)
+                raise _error(item.result or refusal(InternalError, 0))
+            removed += 1
+            freed += meta.allocated_bytes
+        return pb.RemoveRangeReply(removed=removed, more=more, freed_bytes=freed)
+
+    # --- questions -------------------------------------------------------------------------------------------------------------------
+
+    def _serving(self, target_id: int) -> Target:
+        target = self._host.usable(target_id)
+        if not target.replica.serving or not self._host.link.lease_valid():
+            raise TargetNotServing(f"target {target_id} is {target.replica.public.name.lower()}, {target.replica.phase.value}")
+        return target
+
+    def last_chunk(self, request: pb.LastChunkRequest, call: Call) -> pb.LastChunkReply:
+        last = self._serving(request.target_id).engine.last_chunk(request.inode)
+        if last is None:
+            return pb.LastChunkReply(found=False)
+        return pb.LastChunkReply(found=True, index=last.index, length=last.length, chunks=last.chunks, bytes=last.bytes)
+
+    async def list_chunks(self, request: pb.ListChunksRequest, call: Call) -> pb.ListChunksReply:
+        target = self._host.usable(request.target_id)
+        limit = min(request.limit or LIST_LIMIT, LIST_LIMIT)
+        metas, more = await self._host.workers.run(lambda: target.engine.list(after=request.after, limit=limit, inode=request.inode))
+        reply = pb.ListChunksReply(more=more)
+        for meta in metas:
+            reply.chunks.add(
+                chunk_id=meta.chunk_id,
+                version=meta.version,
+                chain_version=meta.chain_version,
+                pending_version=meta.pending.version if meta.pending is not None else 0,
+                length=meta.length,
+                checksum=meta.checksum_of_list if meta.version else 0,
+                allocated=meta.allocated_bytes,
+                mtime_ns=meta.mtime_ns,
+            )
+        return reply
+
+    async def sync(self, request: pb.SyncRequest, call: Call) -> pb.SyncReply:
+        targets = {target_id: self._serving(target_id) for target_id in request.target_ids}
+        errors: list[KvfsError] = []
+
+        async def one(target: Target) -> None:
+            try:
+                await target.sync(self._host.workers)
+            except KvfsError as error:
+                self._host.note_error(target, error)
+                errors.append(error)
+
+        if len(targets) == 1:
+            for target in targets.values():
+                await one(target)
+        else:
+            async with trio.open_nursery() as nursery:
+                for target in targets.values():
+                    nursery.start_soon(one, target)
+        if errors:
+            raise errors[0]
+        return pb.SyncReply()
+
+    def status(self, request: base.Empty, call: Call) -> pb.StorageStatusReply:
+        return pb.StorageStatusReply(targets=[target.status() for _, target in sorted(self._host.targets.items())])
+
+    async def check_target(self, request: pb.CheckTargetRequest, call: Call) -> pb.CheckTargetReply:
+        target = self._host.usable(request.target_id)
+        report = await self._host.workers.run(lambda: target.engine.check(read_data=request.read_data))
+        return pb.CheckTargetReply(chunks=report.chunks, bytes=report.bytes, problems=report.problems)
+
+    # --- resync, the returning side --------------------------------------------------------------------------------------------------
+
+    async def sync_start(self, request: pb.SyncStartRequest, call: Call) -> base.Empty:
+        target = self._host.usable(request.target_id)
+        await self._know(target, request.chain_version)
+        result, effects = target.replica.sync_start(request.chain_version, request.from_target)
+        if result.status:
+            raise _error(result)
+        assert effects
+        self._host.link.report_now()
+        await drop_leftovers(self._host, target, call.deadline - MARGIN_S)
+        return base.Empty()
+
+    async def sync_done(self, request: pb.SyncDoneRequest, call: Call) -> base.Empty:
+        target = self._host.usable(request.target_id)
+        tags = []
+        for record in request.tags:
+            known = target.engine.tag(record.tag.client_id, record.tag.channel)
+            if known is None or known.sequence < record.tag.sequence:
+                tags.append(Tag(record.tag.client_id, record.tag.channel, record.tag.sequence, record.result))
+        if tags:
+            target.engine.commit([], target.replica.version, tags)
+        result, _ = target.replica.sync_done(request.chain_version, request.from_target)
+        if result.status:
+            raise _error(result)
+        self._host.link.report_now()
+        return base.Empty()
+
+    async def _know(self, target: Target, chain_version: int) -> None:
+        if target.replica.version < chain_version:
+            try:
+                await self._host.link.refresh(timeout_s=1.0)
+            except KvfsError as error:
+                log.debug("refreshing the routing: %s", error.message)
+
+
+async def drop_leftovers(host: Host, target: Target, deadline: float) -> None:
+    """Forget the pending versions of a target that is about to be brought up to date."""
+    for chunk in await host.workers.run(target.pending_chunks):
+        ticket = await host.lock([(target.target_id, chunk)], deadline)
+        try:
+            target.engine.drop_pending([chunk])
+            target.leftover_tags.pop(chunk, None)
+        finally:
+            host.unlock(ticket)
+
+
+def _to_wire(result: Result) -> pb.WriteResult:
+    return pb.WriteResult(
+        status=result.status,
+        version=result.version,
+        chain_version=result.chain_version,
+        chunk_length=result.length,
+        checksum=result.checksum,
+        message=result.message,
+    )
+
+
+def _error(result: Result) -> KvfsError:
+    from kvfs.common.errors import from_wire
+
+    return from_wire(result.status, result.message)

@@ -1,0 +1,210 @@
+"""One target of this process: its engine, its replica core, and what the service knows of it besides.
+
+Owns the pairing of engine and core. Everything here runs in trio's thread; the engine's slow calls are made by others, through the workers.
+Invariants: `stored()` is asked under the chunk's lock; a target whose disk failed never serves again in this process.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import trio
+
+from kvfs.common.errors import KvfsError
+from kvfs.common.wire import cluster_pb2 as cluster
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.storage.chain.messages import ABSENT, Stored, TagKey, record_of
+from kvfs.storage.chain.replica import Replica
+from kvfs.storage.chain.view import LocalState, PublicState
+from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.requests import Space, Tag, UpdateKind
+from kvfs.storage.workers import WorkerPool
+
+log = logging.getLogger("kvfs.storage")
+
+LOCAL = {state: cluster.LocalState.Name(int(state)) for state in LocalState}
+PUBLIC = {state: cluster.PublicState.Name(int(state)) for state in PublicState}
+OVERLAP_RESERVE_BYTES = 256 << 20
+"""With less room than this an update is written here before it is forwarded: a refusal for lack of space must come before anyone holds it."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Of the resync that this target drives."""
+
+    successor: int = 0
+    done_chunks: int = 0
+    total_chunks: int = 0
+
+
+class Target:
+    def __init__(self, target_id: int, chain_id: int, disk: int, path: str, engine: ChunkEngine | None, replica: Replica) -> None:
+        self.target_id = target_id
+        self.chain_id = chain_id
+        self.disk = disk
+        self.path = path
+        self._engine = engine
+        """None: it could not be opened; the replica is failed then."""
+        self.replica = replica
+        self.moved = trio.Event()
+        """Set, and replaced, at every change of the chain."""
+        self.leftover_tags: dict[bytes, TagKey] = {}
+        """Of pending versions that nobody carries at the moment."""
+        self.forwards: dict[trio.CancelScope, int] = {}
+        """Forwards under way, and to which target."""
+        self.progress = Progress()
+        self.space = Space(0, 0, 0, 0)
+        self._credit_bytes = 0
+        self._sync: _SyncRound | None = None
+        self._next_sync: _SyncRound | None = None
+
+    @property
+    def engine(self) -> ChunkEngine:
+        assert self._engine is not None, f"target {self.target_id} has no engine: its replica takes no part"
+        return self._engine
+
+    @property
+    def opened(self) -> bool:
+        return self._engine is not None
+
+    def stored(self, chunk_id: bytes, tag: TagKey | None) -> Stored:
+        meta = self.engine.get(chunk_id)
+        record = self.engine.tag(tag.client_id, tag.channel) if tag is not None else None
+        if meta is None and record is None:
+            return ABSENT
+        sequence, result = (record.sequence, record.result) if record is not None else (-1, b"")
+        if meta is None:
+            return Stored(tag_sequence=sequence, tag_result=result)
+        pending = meta.pending
+        if pending is None:
+            return Stored(meta.version, meta.length, meta.checksum_of_list, tag_sequence=sequence, tag_result=result)
+        removes = pending.kind is UpdateKind.REMOVE
+        return Stored(
+            meta.version,
+            meta.length,
+            meta.checksum_of_list if meta.version else 0,
+            pending.version,
+            pending.length,
+            0 if removes else pending.checksum_of_list,
+            removes,
+            sequence,
+            result,
+        )
+
+    def record(self, tag: TagKey | None, update_version: int) -> Tag | None:
+        """The idempotency record to write with an update; None when a later one of the channel is there already."""
+        if tag is None:
+            return None
+        known = self.engine.tag(tag.client_id, tag.channel)
+        if known is not None and known.sequence >= tag.sequence:
+            return None
+        return Tag(tag.client_id, tag.channel, tag.sequence, record_of(update_version))
+
+    # --- space -----------------------------------------------------------------------------------------------------------------------
+
+    def refresh_space(self) -> None:
+        """Called at every heartbeat."""
+        if self._engine is None:
+            return
+        try:
+            self.space = self._engine.space()
+        except KvfsError as error:
+            self.fail(error)
+            return
+        self._credit_bytes = self.space.free_bytes - OVERLAP_RESERVE_BYTES
+
+    def take_room(self, length: int) -> bool:
+        """Whether the disk surely has room for this update, whatever else is under way."""
+        self._credit_bytes -= 2 * length
+        return self._credit_bytes > 0
+
+    # --- state -----------------------------------------------------------------------------------------------------------------------
+
+    def fail(self, error: KvfsError) -> None:
+        """The disk failed. The others of this process go on."""
+        if self.replica.phase.name != "FAILED":
+            log.error("target %d (%s) is out of service: %s", self.target_id, self.path, error.message)
+            self.replica.fail(error.message)
+            self.wake()
+
+    def wake(self) -> None:
+        moved, self.moved = self.moved, trio.Event()
+        moved.set()
+
+    def on_successor(self) -> None:
+        """The chain changed: forwards to whom is no longer the successor are hopeless."""
+        successor = self.replica.successor
+        for scope, target_id in list(self.forwards.items()):
+            if successor is None or successor.target_id != target_id:
+                scope.cancel()
+
+    def pending_chunks(self) -> list[bytes]:
+        """Blocking: all chunks with a pending version."""
+        found: list[bytes] = []
+        after, more = b"", True
+        while more:
+            metas, more = self.engine.list(after=after, limit=4096)
+            found += [meta.chunk_id for meta in metas if meta.pending is not None]
+            after = metas[-1].chunk_id if metas else after
+        return found
+
+    def report(self) -> cluster.TargetReport:
+        return cluster.TargetReport(
+            target_id=self.target_id,
+            local_state=LOCAL[self.replica.local_state],
+            chain_version=self.replica.version,
+            capacity_bytes=self.space.capacity_bytes,
+            used_bytes=self.space.used_bytes,
+            free_bytes=self.space.free_bytes,
+        )
+
+    def status(self) -> pb.TargetStatus:
+        self.refresh_space()
+        return pb.TargetStatus(
+            target_id=self.target_id,
+            chain_id=self.chain_id,
+            chain_version=self.replica.version,
+            public_state=PUBLIC[self.replica.public],
+            local_state=LOCAL[self.replica.local_state],
+            chunks=self.space.chunks,
+            capacity_bytes=self.space.capacity_bytes,
+            used_bytes=self.space.used_bytes,
+            free_bytes=self.space.free_bytes,
+            path=self.path,
+            problem=self.replica.problem,
+            sync_done_chunks=self.progress.done_chunks,
+            sync_total_chunks=self.progress.total_chunks,
+        )
+
+    async def sync(self, workers: WorkerPool) -> None:
+        """Everything acknowledged before this call survives power loss after it. One sync runs at a time; who comes meanwhile shares the next."""
+        waits = self._next_sync
+        if waits is not None:
+            await waits.done.wait()
+        else:
+            waits = self._next_sync = _SyncRound()
+            with trio.CancelScope(shield=True):  # others wait for it
+                await self._run_sync(waits, workers)
+        if waits.error is not None:
+            raise waits.error
+
+    async def _run_sync(self, waits: _SyncRound, workers: WorkerPool) -> None:
+        if self._sync is not None:
+            await self._sync.done.wait()
+        self._sync, self._next_sync = waits, None
+        try:
+            await workers.run(self.engine.sync)
+        except KvfsError as error:
+            waits.error = error
+        finally:
+            self._sync = None
+            waits.done.set()
+
+
+class _SyncRound:
+    __slots__ = ("done", "error")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: KvfsError | None = None
