@@ -17,7 +17,7 @@ from kvfs.common.boundary.disk import Disk
 from kvfs.common.boundary.net import Net
 from kvfs.common.boundary.random import Random, SystemRandom
 from kvfs.common.boundary.real_disk import RealDisk
-from kvfs.common.boundary.real_net import RealNet
+from kvfs.common.boundary.net import SystemNet
 from kvfs.common.errors import ConfigError, KvfsError
 from kvfs.common.membership import ManagerLink
 from kvfs.common.node_file import NodeFile, open_node_file
@@ -74,7 +74,7 @@ async def serve(config: MetaConfig, *, world: World = World(), task_status: trio
 
 
 async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFile, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
-    clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or RealNet()
+    clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or SystemNet()
     made_now = await engine.transact(lambda txn: store.prepare(txn, clock.wall_ns()))
     identity = Identity(cluster_id=config.cluster_id or node.cluster_id, client_id=random.bytes(16), role="meta")
     failure: KvfsError | None = None
