@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from kvfs.common.errors import ConfigError
 
+CHUNK_SIZES = tuple(1 << shift for shift in range(16, 27))
+
 
 @dataclass(frozen=True, slots=True)
 class MetaConfig:
@@ -19,6 +21,8 @@ class MetaConfig:
     """host:port for the gRPC face; empty: none."""
     kv: str = ""
     """The store: 'memory' or 'lmdb:/path'; empty: lmdb:<data>/kv."""
+    chunk_size_bytes: int = 1 << 20
+    """Of new files of a new file system: a power of two from 64 KiB to 64 MiB. One that exists keeps its own."""
     attr_lease_ms: int = 1000
     """How long a client that watches may trust attributes without asking; 0: not at all."""
     gc_delay_s: float = 2.0
@@ -29,6 +33,8 @@ class MetaConfig:
     def __post_init__(self) -> None:
         if not self.managers:
             raise ConfigError("managers: the address of at least one manager is needed")
+        if self.chunk_size_bytes not in CHUNK_SIZES:
+            raise ConfigError(f"chunk_size_bytes = {self.chunk_size_bytes}: a power of two from 65536 to 67108864")
         if not 0 <= self.attr_lease_ms <= 60_000:
             raise ConfigError(f"attr_lease_ms = {self.attr_lease_ms}: from 0 to 60000")
         if self.gc_delay_s < 0 or self.prune_grace_s < 0:

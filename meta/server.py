@@ -14,10 +14,9 @@ import trio
 
 from kvfs.common.boundary.clock import Clock, SystemClock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.boundary.net import Net
+from kvfs.common.boundary.net import Net, SystemNet
 from kvfs.common.boundary.random import Random, SystemRandom
 from kvfs.common.boundary.real_disk import RealDisk
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.errors import ConfigError, KvfsError
 from kvfs.common.membership import ManagerLink
 from kvfs.common.node_file import NodeFile, open_node_file
@@ -75,7 +74,7 @@ async def serve(config: MetaConfig, *, world: World = World(), task_status: trio
 
 async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFile, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
     clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or SystemNet()
-    made_now = await engine.transact(lambda txn: store.prepare(txn, clock.wall_ns()))
+    made_now = await engine.transact(lambda txn: store.prepare(txn, clock.wall_ns(), config.chunk_size_bytes))
     identity = Identity(cluster_id=config.cluster_id or node.cluster_id, client_id=random.bytes(16), role="meta")
     failure: KvfsError | None = None
     async with ChannelPool(net, clock, identity) as pool, trio.open_nursery() as nursery:

@@ -24,7 +24,7 @@ STRIPE = 16
 TABLE = 1
 
 
-def prepare(txn: Transaction, now_ns: int) -> bool:
+def prepare(txn: Transaction, now_ns: int, chunk_size_bytes: int = CHUNK_BYTES) -> bool:
     """Check the format, or make an empty file system. True: it was made now."""
     stored = txn.get(keys.FORMAT)
     if stored is not None:
@@ -37,7 +37,7 @@ def prepare(txn: Transaction, now_ns: int) -> bool:
     root = pb.Inode(inode=ROOT_INODE, type=pb.DIRECTORY, mode=0o755, nlink=2, parent=ROOT_INODE)
     root.atime_ns = root.mtime_ns = root.ctime_ns = root.birth_ns = now_ns
     root.layout.table_id = TABLE
-    root.layout.chunk_size = CHUNK_BYTES
+    root.layout.chunk_size = chunk_size_bytes
     txn.set(keys.FORMAT, records.encode_number(records.FORMAT_VERSION))
     txn.set(keys.NEXT_INODE, records.encode_number(FIRST_INODE))
     txn.set(keys.inode(ROOT_INODE), records.encode_inode(root))
