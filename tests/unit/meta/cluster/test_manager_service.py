@@ -32,8 +32,10 @@ from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.identity import Identity
 from kvfs.common.wire.service import method
 from kvfs.meta.cluster.config import ManagerConfig
+from kvfs.meta.cluster.registry import chain_from_wire
 from kvfs.meta.cluster.server import World as ServerWorld
 from kvfs.meta.cluster.server import serve
+from kvfs.meta.cluster.states import problems
 from kvfs.meta.kv import Engine, open_engine
 
 CREATE = method("Manager", "CreateTargets")
@@ -64,7 +66,8 @@ class World:
         config = ManagerConfig(data=host, listen=(listen or "tcp://127.0.0.1:0",), **fields)
         self.disks[host] = self.disks[host].reopen() if host in self.disks else SimDisk()
         clock = self.clocks.setdefault(host, SimClock(start_s=1000.0 * len(self.clocks)))
-        world = ServerWorld(clock=clock, random=SeededRandom(list(self.disks).index(host)), net=self.fabric.host(host), disk=self.disks[host], engine=self.engine)
+        random = SeededRandom(list(self.disks).index(host))
+        world = ServerWorld(clock=clock, random=random, net=self.fabric.host(host), disk=self.disks[host], engine=self.engine)
         started = await start_manager(self.nursery, config, world)
         if started.address not in self.addresses:
             self.addresses.append(started.address)
@@ -138,13 +141,16 @@ class Node:
         self.own = own if own is not None else set()
         self.wished_id = node_id
         self.complete = complete
+        self.mute = False
+        """Says nothing of its targets."""
+        self.chain_versions_behind = 0
         self.link: ManagerLink
         self.error: Exception | None = None
         self._scope = trio.CancelScope()
 
     def reports(self) -> list[pb.TargetReport]:
         found = []
-        for target in self.link.targets:
+        for target in () if self.mute else self.link.targets:
             self.own.add(target.target_id)
             chain = self.link.routing.chain(target.chain_id)
             public = next(member.state for member in chain.targets if member.target_id == target.target_id)
@@ -153,7 +159,7 @@ class Node:
                 pb.TargetReport(
                     target_id=target.target_id,
                     local_state=pb.UPTODATE if up else pb.ONLINE,
-                    chain_version=chain.version,
+                    chain_version=chain.version - self.chain_versions_behind,
                     capacity_bytes=100,
                     free_bytes=60,
                     used_bytes=40,
@@ -456,7 +462,7 @@ def test_two_managers_one_primary_failover_and_fence() -> None:
                 assert (await pool.call([first.address], STATUS, base.Empty(), timeout_s=1.0)).primary
                 version = link.routing.version
                 await first.stop()
-                with trio.fail_after(6.0):
+                with trio.fail_after(8.0):
                     while not (status := await pool.call([second.address], STATUS, base.Empty(), timeout_s=1.0)).primary:
                         await trio.sleep(0.05)
             await until(lambda: all(node.link.lease_valid() for node in nodes))
@@ -525,5 +531,170 @@ def test_other_clusters_are_kept_out() -> None:
         # Nothing was touched: it starts as itself, also without being told which cluster it is.
         again = await world.manager(cluster_id="")
         assert again.cluster_id == CLUSTER
+
+    run(body)
+
+
+def test_a_node_cut_off_is_silent_before_it_is_declared_dead_and_must_register_again() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(3)
+        async with world.link() as link:
+            await create(link, expected_nodes=3)
+            await trio.sleep(LEASE_S)
+            world.fabric.partition({nodes[1].host}, {"m1"})
+            cut = trio.current_time()
+            await until(lambda: not nodes[1].link.lease_valid())
+            silent = trio.current_time()
+            await until(lambda: not link.routing.node(nodes[1].link.node_id).alive)
+            dead = trio.current_time()
+            assert silent - cut <= LEASE_S / 2
+            assert silent < dead - LEASE_S / 4, "it stopped serving well before others took its place"
+            assert dead - cut <= LEASE_S * 1.2
+            world.fabric.heal()
+            await until(lambda: nodes[1].error is not None)
+            assert isinstance(nodes[1].error, LeaseExpired)
+            assert nodes[0].error is nodes[2].error is None
+
+    run(body)
+
+
+def test_a_short_cut_off_does_no_harm() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(3)
+        async with world.link() as link:
+            await create(link, expected_nodes=3)
+            await trio.sleep(LEASE_S)
+            version = link.routing.version
+            for _ in range(5):
+                world.fabric.partition({nodes[1].host}, {"m1"})
+                await trio.sleep(LEASE_S * 0.7)
+                assert not nodes[1].link.lease_valid()
+                world.fabric.heal()
+                await until(nodes[1].link.lease_valid, within_s=LEASE_S / 2)
+            assert all(node.error is None for node in nodes) and link.routing.version == version
+
+    run(body)
+
+
+def test_steps_of_the_wall_clock_change_nothing() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(2)
+        async with world.link() as link:
+            await create(link, replicas=2, expected_nodes=2)
+            await trio.sleep(1.0)
+            version = link.routing.version
+            for step_s in (-86_400, 172_800, -1):
+                world.clocks["m1"].wall_offset_ns += step_s * 1_000_000_000
+                await trio.sleep(LEASE_S * 3)
+            assert link.routing.version == version and all(node.link.lease_valid() for node in nodes)
+            assert (await link.call(STATUS, base.Empty(), timeout_s=1.0)).primary
+            # A restart after a step back is not without a primary either (3FS issue 135).
+            world.clocks["m1"].wall_offset_ns -= 10**18
+            await world.manager("m2")
+            assert (await link.call(STATUS, base.Empty(), timeout_s=1.0)).primary
+
+    run(body)
+
+
+def test_everyone_restarts_and_all_serve_again() -> None:
+    async def body(world: World) -> None:
+        manager = await world.manager()
+        nodes = await world.nodes(3)
+        async with world.link() as link:
+            await create(link, expected_nodes=3)
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+        for node in nodes:
+            node.kill()
+        await manager.stop()
+        await world.manager(listen=manager.address)
+        for node in nodes:
+            await world.node(node.uuid, own=node.own)
+        async with world.link() as link:
+            await until(lambda: all_serve(link))
+            assert not any(target.blank for target in link.routing.targets)
+
+    run(body)
+
+
+def test_a_node_that_never_makes_its_targets_is_taken_out() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(2)
+        nodes[1].mute = True
+        async with world.link() as link:
+            chain_id = (await create(link, replicas=2, expected_nodes=2)).table.chain_ids[0]
+            await trio.sleep(5.0)
+            assert all_serve(link)
+            await until(
+                lambda: states(link, chain_id) == [(nodes[0].link.node_id, pb.SERVING), (nodes[1].link.node_id, pb.PUBLIC_OFFLINE)], within_s=15.0
+            )
+            nodes[1].mute = False
+            await until(lambda: all_serve(link))
+
+    run(body)
+
+
+def test_an_uptodate_report_from_an_earlier_shape_of_the_chain_does_not_count() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(2)
+        async with world.link() as link:
+            chain_id = (await create(link, replicas=2, expected_nodes=2)).table.chain_ids[0]
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            nodes[1].kill()
+            back = await world.node("uuid-1", own=nodes[1].own, complete=False)
+            await until(lambda: states(link, chain_id)[-1][1] == pb.SYNCING)
+            back.complete, back.chain_versions_behind = True, 1
+            await trio.sleep(LEASE_S * 2)
+            assert states(link, chain_id)[-1][1] == pb.SYNCING
+            back.chain_versions_behind = 0
+            await until(lambda: all_serve(link))
+
+    run(body)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_faults_end_with_everyone_serving(seed: int) -> None:
+    """Nodes die, come back, are cut off; the manager restarts: chains stay sound all the time, and all serve when it is over."""
+
+    async def body(world: World) -> None:
+        random = SeededRandom(seed)
+        manager = await world.manager()
+        nodes = await world.nodes(4)
+        alive = {node.uuid: node for node in nodes}
+        async with world.link() as link:
+            await create(link, expected_nodes=4)
+            await until(lambda: len(nodes[3].own) > 0 and all(target.born for target in link.routing.targets))
+            unsound: list[str] = []
+            link.on_routing(lambda routing: unsound.extend(p for c in routing.chains for p in problems(chain_from_wire(c))))
+            own = {node.uuid: node.own for node in nodes}
+            for _ in range(60):
+                uuid = random.choice(sorted(own))
+                match random.randrange(4):
+                    case 0:
+                        alive.pop(uuid).kill() if uuid in alive else None
+                    case 1:
+                        world.fabric.partition({f"host-{uuid}"}, {"m1"})
+                    case 2:
+                        world.fabric.heal()
+                    case 3:
+                        await manager.stop()
+                        manager = await world.manager(listen=manager.address)
+                await trio.sleep(random.uniform(0.0, 2.5))
+                for uuid in [uuid for uuid, node in alive.items() if node.error is not None]:
+                    del alive[uuid]
+                for uuid in sorted(set(own) - set(alive)):
+                    if random.randrange(2) and not world.fabric.parted(f"host-{uuid}", "m1"):
+                        alive[uuid] = await world.node(uuid, own=own[uuid])
+            world.fabric.heal()
+            await trio.sleep(LEASE_S)
+            for uuid in sorted(own):
+                if uuid not in alive or alive[uuid].error is not None:
+                    await world.node(uuid, own=own[uuid])
+            await until(lambda: all_serve(link), within_s=20.0)
+            assert unsound == []
 
     run(body)
