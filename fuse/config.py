@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 from kvfs.common.errors import ConfigError
 
-MAX_REQUEST_BYTES = 1 << 20
-"""Largest read and write that the kernel sends: the most that FUSE has (256 pages), and one default chunk."""
-
 
 @dataclass(frozen=True, slots=True)
 class MountConfig:

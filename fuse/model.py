@@ -13,7 +13,7 @@ from kvfs.common.wire import meta_pb2 as pb
 BLOCK_BYTES = 512
 """The unit of st_blocks, whatever the block size of the file system is."""
 
-TYPE_BITS: dict[int, int] = {
+TYPE_BITS: dict[pb.InodeType, int] = {
     pb.FILE: stat.S_IFREG,
     pb.DIRECTORY: stat.S_IFDIR,
     pb.SYMLINK: stat.S_IFLNK,
@@ -23,7 +23,7 @@ TYPE_BITS: dict[int, int] = {
     pb.BLOCK_DEVICE: stat.S_IFBLK,
 }
 
-TYPE_OF_BITS: dict[int, pb.InodeType] = {bits: pb.InodeType(number) for number, bits in TYPE_BITS.items()}
+TYPE_OF_BITS: dict[int, pb.InodeType] = {bits: number for number, bits in TYPE_BITS.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import trio
 from kvfs.client import AsyncClient, open_client
 from kvfs.common.errors import KvfsError, MountError
 from kvfs.fuse import kernel
-from kvfs.fuse.config import MAX_REQUEST_BYTES, MountConfig
+from kvfs.fuse.config import MountConfig
 from kvfs.fuse.invalidate import Invalidator
 from kvfs.fuse.loop import KernelOperations
 from kvfs.fuse.operations import FileSystem
@@ -148,7 +148,8 @@ async def _flush(file_system: FileSystem) -> None:
 
 
 def _options(config: MountConfig, cluster_id: str) -> set[str]:
-    options = {f"fsname=kvfs#{cluster_id}", f"subtype={kernel.SUBTYPE}", "default_permissions", f"max_read={MAX_REQUEST_BYTES}"}
+    # No max_read: libfuse refuses one that its init() has not been told too, which pyfuse3 cannot. Without it the kernel reads up to 256 pages, 1 MiB.
+    options = {f"fsname=kvfs#{cluster_id}", f"subtype={kernel.SUBTYPE}", "default_permissions"}
     if os.geteuid() == 0:
         options |= {"dev", "suid"}
     if config.allow_other:
