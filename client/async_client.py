@@ -80,7 +80,7 @@ class AsyncClient(PathOperations):
         self.pool = self.memory.pool
         back = WriteBack(self.storage, self.memory, config, clock, nursery)
         ahead = ReadAhead(self.storage, self.memory, config, peers.counters, nursery)
-        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, back, clock, config))
+        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, back, clock, config), nursery)
         self.watcher = Watcher(self.meta, config, clock)
         self.watcher.on_revoked(self._revoked)
         self.watcher.on_lost(self._lost)

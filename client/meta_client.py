@@ -97,7 +97,7 @@ class MetaClient:
         truncate: bool = False,
         layout: pb.Layout | None = None,
     ) -> pb.CreateReply:
-        """Create and open (or only open, unless `exclusive`) a regular file. `session`: 16 random bytes that name the open file when `write`."""
+        """Create and open (or only open, unless `exclusive`) a regular file. `session`: 16 random bytes that name the open file."""
         request = pb.CreateRequest(
             context=self._change(user),
             parent=parent,
@@ -116,7 +116,7 @@ class MetaClient:
     async def open(
         self, inode: int, *, user: User | None = None, session: bytes = b"", read: bool = True, write: bool = False, truncate: bool = False
     ) -> pb.Inode:
-        """Check permissions, make the write session, and give attributes true at this moment."""
+        """Check permissions, note the session (a reader's too: it keeps the content of a removed file), and give attributes true at this moment."""
         request = pb.OpenRequest(context=self._change(user), inode=inode, read=read, write=write, truncate=truncate, session=session)
         reply: pb.InodeReply = await self._call("Open", request)
         return reply.inode
@@ -132,8 +132,9 @@ class MetaClient:
         truncate_version: int = 0,
         mtime_ns: int = 0,
         still_open: bool = False,
+        uncertain: bool = False,
     ) -> pb.Inode:
-        """Report what was written through the session; end it unless `still_open`."""
+        """Report what was written through the session; end it unless `still_open`. `uncertain`: a failed write may have been applied."""
         request = pb.CloseRequest(
             context=self._change(user),
             inode=inode,
@@ -143,6 +144,7 @@ class MetaClient:
             truncate_version=truncate_version,
             mtime_ns=mtime_ns,
             still_open=still_open,
+            uncertain=uncertain,
         )
         reply: pb.InodeReply = await self._call("Close", request)
         return reply.inode

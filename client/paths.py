@@ -234,7 +234,7 @@ class PathOperations:
         access = flags & os.O_ACCMODE
         read, write = access in (os.O_RDONLY, os.O_RDWR), access in (os.O_WRONLY, os.O_RDWR)
         truncate = bool(flags & os.O_TRUNC) and write
-        session = self._random.bytes(16) if write else b""
+        session = self._random.bytes(16)
         if flags & os.O_CREAT:
             follow = not flags & (os.O_EXCL | os.O_NOFOLLOW)
             reply = await self._walk(path, follow_last=follow)

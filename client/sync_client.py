@@ -160,7 +160,7 @@ class Client:
         read, write = access != os.O_WRONLY, access != os.O_RDONLY
 
         async def again(client: AsyncClient) -> OpenFile:
-            session = client.new_session() if write else b""
+            session = client.new_session()
             inode = await client.meta.open(file.inode, session=session, read=read, write=write, user=file.user)
             return client.open_file(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=file.user)
 

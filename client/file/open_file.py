@@ -58,6 +58,10 @@ class OpenFile:
         return self._closed
 
     @property
+    def writable(self) -> bool:
+        return self._write
+
+    @property
     def appending(self) -> bool:
         """Whether every write goes to the end."""
         return self._append
@@ -246,6 +250,12 @@ class OpenFile:
         ]
         try:
             await state.shared.storage.write(writes)
+        except KvfsError as error:
+            state.failed(error)
+            self._errors_seen = state.errors  # this handle hears of it now
+            raise
+        else:
+            state.acknowledged(offset + span.length)
         finally:
             state.windows.drop_range(offset, offset + span.length)
 
@@ -263,7 +273,7 @@ class OpenFile:
         chains = state.placement.chains_up_to(state.length)
         if chains:
             await state.shared.storage.sync(chains)
-        if state.unreported:
+        if state.must_report:
             await state.report(self.session, self.user, still_open=True)
 
     async def report(self) -> None:
@@ -271,7 +281,7 @@ class OpenFile:
         if self._closed:
             raise BadHandle("the file is closed")
         await self.flush()
-        if self._state.unreported:
+        if self._state.must_report:
             await self._state.report(self.session, self.user, still_open=True)
 
     async def truncate(self, length: int) -> pb.Inode:

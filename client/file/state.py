@@ -71,6 +71,9 @@ class FileState:
         self.mtime_ns = 0
         self.unreported_end = 0
         self.unreported = False
+        self._acknowledged_end = 0
+        self._uncertain = False
+        """A write failed that may have been applied."""
         self._serial = 0
         self._lease_end = float("-inf")
         self._heard = float("-inf")
@@ -98,6 +101,7 @@ class FileState:
         self._lease_end = now + LEASE_USE * inode.attr_lease_ms / 1000 if self.shared.config.watch else float("-inf")
         cut = inode.truncate_version != known.truncate_version
         if cut and not own:
+            self._acknowledged_end = 0
             self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
         if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
             self.windows.drop_all()
@@ -163,7 +167,11 @@ class FileState:
         try:
             self.windows.drop_range(offset, end)
             self._serial += 1
-            yield
+            try:
+                yield
+            except BaseException:
+                self._uncertain = True  # some of it may go out all the same
+                raise
             self._serial += 1
             self.unreported = True
             self.unreported_end = max(self.unreported_end, end)
@@ -176,16 +184,33 @@ class FileState:
 
     def _written(self, start: int, end: int, error: KvfsError | None) -> None:
         self.windows.drop_range(start, end)  # fetched while the bytes were on their way
-        if error is not None:
-            self.errors += 1
-            self.last_error = error
+        if error is None:
+            self.acknowledged(end)
+        else:
+            self.failed(error)
+
+    def acknowledged(self, end: int) -> None:
+        self._acknowledged_end = max(self._acknowledged_end, end)
+
+    def failed(self, error: KvfsError) -> None:
+        """A write was lost, as far as is known."""
+        self.errors += 1
+        self.last_error = error
+        self._uncertain = True
 
     async def flush(self) -> None:
         await self.dirty.flush()
 
+    @property
+    def must_report(self) -> bool:
+        """Whether the metadata service does not know yet all that was written."""
+        return self.unreported or self._uncertain
+
     async def report(self, session: bytes, user: User, *, still_open: bool) -> None:
         """Tell the metadata service what was written; end the session unless `still_open`. Flush first."""
         serial = self._serial
+        if self._uncertain:  # lost bytes do not count
+            self.unreported_end = max(self._acknowledged_end, self.dirty.end)
         reply = await self.shared.meta.close(
             self.number,
             session,
@@ -195,10 +220,12 @@ class FileState:
             truncate_version=self.attributes.truncate_version,
             mtime_ns=self.mtime_ns,
             still_open=still_open,
+            uncertain=self._uncertain,
         )
         if serial == self._serial and not self._writers:
+            self._uncertain = False
             self.unreported = False
-            self.unreported_end = 0
+            self.unreported_end = self._acknowledged_end = 0
         self.adopt(reply, own=True)
 
     async def truncate(self, length: int, session: bytes, user: User) -> pb.Inode:
@@ -211,7 +238,7 @@ class FileState:
                 self._writers_gone = trio.Event()
                 await self._writers_gone.wait()
             await self.flush()
-            if self.unreported:
+            if self.must_report:
                 await self.report(session, user, still_open=True)
             reply = await self.shared.meta.set_attr(self.number, user=user, length=length, session=session)
             self.windows.drop_all()

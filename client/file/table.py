@@ -6,6 +6,8 @@ service, truncate by number, the attributes as this client sees them.
 
 from __future__ import annotations
 
+import logging
+
 import trio
 
 from kvfs.client.file.open_file import OpenFile
@@ -14,10 +16,15 @@ from kvfs.client.user import User
 from kvfs.common.errors import InvalidArgument, KvfsError
 from kvfs.common.wire import meta_pb2 as pb
 
+log = logging.getLogger("kvfs.client")
+
 
 class FileTable:
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, nursery: trio.Nursery) -> None:
         self._shared = shared
+        self._nursery = nursery
+        self._ending = 0
+        self._ended = trio.Event()
         self._states: dict[int, FileState] = {}
         self._handles: set[OpenFile] = set()
 
@@ -39,11 +46,25 @@ class FileTable:
 
     def _closed(self, handle: OpenFile, state: FileState) -> None:
         self._handles.discard(handle)
+        if handle.session and not handle.writable:
+            self._ending += 1
+            self._nursery.start_soon(self._end_reader, handle)
         state.handles -= 1
         if state.handles == 0:
             state.windows.drop_all()
             if self._states.get(state.number) is state:
                 del self._states[state.number]
+
+    async def _end_reader(self, handle: OpenFile) -> None:
+        """Nobody waits for the end of a reader's session: nothing depends on it but when a removed file's space is freed."""
+        try:
+            await self._shared.meta.close(handle.inode, handle.session, user=handle.user)
+        except KvfsError as error:
+            log.debug("the session of a closed file stays until this client is gone: %s", error.message)
+        finally:
+            self._ending -= 1
+            if not self._ending:
+                self._ended.set()
 
     def state(self, inode: int) -> FileState | None:
         return self._states.get(inode)
@@ -85,5 +106,8 @@ class FileTable:
                 await handle.close()
             except KvfsError as error:
                 first = first or error
+        while self._ending:
+            self._ended = trio.Event()
+            await self._ended.wait()
         if first is not None:
             raise first
