@@ -1,0 +1,106 @@
+"""A whole cluster in one trio run: manager, meta (memory engine) and storage services over loopback, for tests that want the real thing."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from kvfs.client.async_client import AsyncClient, open_client
+from kvfs.client.config import ClientConfig
+from kvfs.client.locate import ClusterAddress
+from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.boundary.net import SystemNet
+from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.membership import ManagerLink
+from kvfs.common.wire import cluster_pb2
+from kvfs.common.wire.channel import ChannelPool
+from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.service import method
+from kvfs.meta.cluster import server as manager_server
+from kvfs.meta.cluster.config import ManagerConfig
+from kvfs.meta.config import MetaConfig
+from kvfs.meta.server import serve as serve_meta
+from kvfs.storage.config import StorageConfig
+from kvfs.storage.server import serve as serve_storage
+
+CREATE_TARGETS = method("Manager", "CreateTargets")
+
+
+@dataclass
+class Whole:
+    folder: Path
+    address: ClusterAddress
+    nursery: trio.Nursery
+    scopes: list[trio.CancelScope] = field(default_factory=list)
+
+    def client(self, **options: Any) -> Any:
+        return open_client(self.address, config=options.pop("config", ClientConfig(buffer_pool_bytes=64 << 20)), **options)
+
+    async def start_storage(self, number: int) -> None:
+        config = StorageConfig(
+            data=(str(self.folder / f"storage-{number}"),),
+            listen=("tcp://127.0.0.1:0", f"unix://{self.folder}/storage-{number}.sock"),
+            cluster_id="whole",
+            managers=self.address.managers,
+        )
+        await self.nursery.start(self._storage, number, config)
+
+    async def _storage(self, number: int, config: StorageConfig, *, task_status: Any) -> None:
+        with trio.CancelScope() as scope:
+            while len(self.scopes) <= number:
+                self.scopes.append(trio.CancelScope())
+            self.scopes[number] = scope
+            await serve_storage(config, task_status=task_status)
+
+    def stop_storage(self, number: int) -> None:
+        self.scopes[number].cancel()
+
+
+@asynccontextmanager
+async def whole(*, storage: int = 3, replicas: int = 2, lease_ms: int = 800) -> AsyncIterator[Whole]:
+    with tempfile.TemporaryDirectory(prefix="kvfs-") as name:
+        folder = Path(name)
+        async with trio.open_nursery() as nursery:
+            info: dict[str, Any] = await nursery.start(
+                lambda task_status: manager_server.serve(
+                    ManagerConfig(data=str(folder / "manager"), listen=("tcp://127.0.0.1:0",), cluster_id="whole", lease_ms=lease_ms, kv="memory"),
+                    task_status=task_status,
+                )
+            )
+            address = ClusterAddress(tuple(info["addresses"]), "whole")
+            made = Whole(folder, address, nursery)
+            for number in range(storage):
+                await made.start_storage(number)
+            await nursery.start(
+                lambda task_status: serve_meta(
+                    MetaConfig(data=str(folder / "meta"), cluster_id="whole", managers=address.managers, kv="memory"), task_status=task_status
+                )
+            )
+            await _create_targets(address, replicas, storage)
+            try:
+                yield made
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+async def _create_targets(address: ClusterAddress, replicas: int, storage: int) -> None:
+    clock = SystemClock()
+    identity = Identity(cluster_id="whole", client_id=SystemRandom().bytes(16), role="admin")
+    async with ChannelPool(SystemNet(), clock, identity) as pool:
+        link = ManagerLink(pool, clock, SystemRandom(), address.managers, identity)
+        request = cluster_pb2.CreateTargetsRequest(table_id=1, replicas=replicas, targets_per_disk=replicas, expected_nodes=storage)
+        await link.call(CREATE_TARGETS, request, timeout_s=10)
+        while True:
+            routing = await link.refresh()
+            if routing.has_table(1) and all(len(routing.serving(chain.chain_id)) == replicas for chain in routing.chains):
+                return
+            await trio.sleep(0.02)
+
+
+__all__ = ["AsyncClient", "Whole", "whole"]
