@@ -210,12 +210,10 @@ class LmdbEngine(LocalEngine):
         if self._failure is not None:
             raise self._failure
 
-    def _check_room(self) -> None:
-        super()._check_room()
+    def _room_error(self) -> KvfsError | None:
         if len(self._sealed) + 1 >= MAX_SEGMENTS:
-            if self._checkpoint_error is not None:
-                raise self._checkpoint_error
-            raise TxnThrottled("the journal is full: checkpoints cannot keep up")
+            return self._checkpoint_error or TxnThrottled("the journal is full: checkpoints cannot keep up, or a transaction stays open for long")
+        return super()._room_error()
 
     def _accepted(self, version: int, changes: Changes) -> Receipt:
         batch = self._pending

@@ -176,7 +176,10 @@ class LocalEngine(Engine):
                 raise TxnTooOld("the transaction's snapshot has ended: start again")
             if reads and snapshot.version < self._latest and self._log.conflicts(snapshot.version, reads):
                 raise TxnConflict("another transaction changed what this one has read")
-        self._check_room()
+        error = self._room_error()
+        if error is not None:
+            self._trim()  # asks for room: a later try finds it
+            raise error
         version = self._latest + 1
         changes = self._flatten(version, writes)
         self._latest = version
@@ -225,9 +228,11 @@ class LocalEngine(Engine):
         for snapshot in list(self._live.values()):
             self.close_snapshot(snapshot)
 
-    def _check_room(self) -> None:
+    def _room_error(self) -> KvfsError | None:
+        """Why no commit can be taken now."""
         if self.recent.size_bytes > MAX_RECENT_BYTES:
-            raise TxnThrottled("commits come faster than the disk takes them")
+            return TxnThrottled("commits come faster than the disk takes them")
+        return None
 
     def _check_open(self) -> None:
         if self._closed:

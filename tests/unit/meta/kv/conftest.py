@@ -21,6 +21,12 @@ T = TypeVar("T")
 Store = Callable[[Callable[[Engine], Awaitable[T]]], T]
 
 
+@pytest.fixture(autouse=True)
+def _small_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that every test of some length goes through several."""
+    monkeypatch.setattr("kvfs.meta.kv.lmdb_engine.CHECKPOINT_COMMITS", 100)
+
+
 class OpenLmdb(Protocol):
     def __call__(self, path: Path, *, inline: bool = False, segment_bytes: int = 2 << 20, disk: Disk | None = None) -> LmdbEngine: ...
 

@@ -134,7 +134,7 @@ def test_one_transaction_sees_one_snapshot(store):
     store(body)
 
 
-def test_a_snapshot_holds_through_thousands_of_commits(store):
+def test_a_snapshot_holds_through_hundreds_of_commits(store):
     """More than a checkpoint's worth: the base must not run ahead of an open snapshot."""
 
     async def body(engine):
@@ -147,7 +147,7 @@ def test_a_snapshot_holds_through_thousands_of_commits(store):
                 other.clear(b"gone")
                 other.set(b"new%d" % number, b"")
 
-            for number in range(2200):
+            for number in range(300):
                 await engine.transact(lambda other, number=number: change(other, number))
             assert txn.get(b"old") == b"vold"
             assert keys(txn.get_range(b"a", b"z")) == [b"gone", b"old"]
@@ -155,8 +155,8 @@ def test_a_snapshot_holds_through_thousands_of_commits(store):
         for number in range(10):
             await engine.transact(lambda other, number=number: other.set(b"more", b"%d" % number))
         rows, _ = await engine.transact(lambda txn: txn.get_range(b"a", b"z"))
-        assert len(rows) == 2202
-        assert dict(rows)[b"old"] == b"2199"
+        assert len(rows) == 302
+        assert dict(rows)[b"old"] == b"299"
 
     store(body)
 
