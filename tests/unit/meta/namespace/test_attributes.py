@@ -6,10 +6,10 @@ import errno
 from typing import Any
 
 import pytest
+from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, SECOND, Tree, fails, updates, user
 
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import attributes
-from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, SECOND, Tree, fails, updates, user
 
 S1, S2 = b"1" * 16, b"2" * 16
 

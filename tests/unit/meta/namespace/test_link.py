@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 
+from tests.unit.meta.namespace.tree import OTHER, OWNER, Tree, fails, updates
+
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import entries
 from kvfs.meta.namespace.step import Surroundings
-from tests.unit.meta.namespace.tree import OTHER, OWNER, Tree, fails, updates
 
 
 def test_link(tree: Tree) -> None:

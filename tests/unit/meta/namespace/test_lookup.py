@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 
 import pytest
+from tests.unit.meta.namespace.tree import OTHER, OWNER, Tree, fails, updates, user
 
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import lookup
-from tests.unit.meta.namespace.tree import OTHER, OWNER, Tree, fails, updates, user
 
 
 def walk(tree: Tree, *names: str, follow: bool = True, last: bool = True, parent: int = 1) -> pb.LookupReply:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 
 import pytest
+from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, Tree, fails, updates, user
 
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import entries, files
-from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, Tree, fails, updates, user
 
 KINDS = {
     "file": pb.FILE,

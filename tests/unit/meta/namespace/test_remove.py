@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 
 import pytest
+from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, STRANGER, Tree, fails, updates
 
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import keys, records, remove
 from kvfs.meta.namespace.step import Reader
-from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, STRANGER, Tree, fails, updates
 
 S1 = b"1" * 16
 

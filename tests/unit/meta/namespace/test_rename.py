@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 
 import pytest
+from tests.unit.meta.namespace.test_remove import build, garbage
+from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, STRANGER, Tree, fails, updates
 
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import rename
-from tests.unit.meta.namespace.test_remove import build, garbage
-from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, STRANGER, Tree, fails, updates
 
 KINDS = ("file", "directory", "symlink", "fifo")
 every_kind = pytest.mark.parametrize("kind", KINDS)

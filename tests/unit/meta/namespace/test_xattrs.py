@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 
 import pytest
+from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, Tree, fails, updates
 
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import xattrs
-from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, Tree, fails, updates
 
 
 def names(tree: Tree, path: str, who: pb.User = ROOT) -> list[bytes]:

@@ -1,0 +1,446 @@
+"""The Meta service: requests that are applied once, truncations on the chains, sessions, appends side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from tests.unit.meta.namespace.service_world import CHAINS, SIZE, A, B, Service, run
+
+from kvfs.common.errors import AlreadyExists, InvalidArgument, NoServingTarget, NotFound
+from kvfs.common.routing import Routing
+from kvfs.common.wire import base_pb2
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.meta.namespace import idempotency, keys
+
+S1, S2 = b"1" * 16, b"2" * 16
+
+
+# --- applied once
+
+
+def retried() -> list[tuple[str, Any]]:
+    return [
+        ("create", pb.CreateRequest(parent=1, name=b"new", exclusive=True)),
+        ("make", pb.MakeRequest(parent=1, name=b"new", type=pb.DIRECTORY)),
+        ("link", pb.LinkRequest(inode=0, parent=1, name=b"new")),
+        ("remove", pb.RemoveRequest(parent=1, name=b"old")),
+        ("rename", pb.RenameRequest(parent=1, name=b"old", new_parent=1, new_name=b"new")),
+        ("rename", pb.RenameRequest(parent=1, name=b"old", new_parent=1, new_name=b"other", exchange=True)),
+        ("append", pb.AppendRequest(inode=0, length=100)),
+        ("set_xattr", pb.XattrRequest(inode=0, name=b"user.a", value=b"1", create=True)),
+        ("set_attr", pb.SetAttrRequest(inode=0, length=5)),
+    ]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("case", range(len(retried())))
+def test_a_retry_gets_the_first_reply_and_changes_nothing(case: int, restart: bool) -> None:
+    async def main() -> None:
+        service = await Service().start()
+        old = await service.create(b"old")
+        await service.create(b"other")
+        method, request = retried()[case]
+        if "inode" in request.DESCRIPTOR.fields_by_name:
+            request.inode = old.inode
+        request_id = b"r" * 16
+        first = await service.call(method, request, request_id=request_id)
+        before = await service.call("read_dir", pb.ReadDirRequest(inode=1, attributes=True))
+        if restart:
+            service = await Service(service.engine, service.chunks).start()
+        again = await service.call(method, request, request_id=request_id)
+        assert again == first
+        after = await service.call("read_dir", pb.ReadDirRequest(inode=1, attributes=True))
+        assert after == before
+        await service.check()
+
+    run(main)
+
+
+def test_two_tries_at_once_are_applied_once() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        number = (await service.create(b"f")).inode
+        offsets: list[int] = []
+
+        async def one() -> None:
+            reply = await service.call("append", pb.AppendRequest(inode=number, length=10), request_id=b"r" * 16)
+            offsets.append(reply.offset)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(one)
+        assert offsets == [0] * 5
+        assert (await service.stat(number)).length == 10
+
+    run(main)
+
+
+def test_a_failed_change_leaves_no_record() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        await service.create(b"f")
+        with pytest.raises(AlreadyExists):
+            await service.call("create", pb.CreateRequest(parent=1, name=b"f", exclusive=True), request_id=b"r" * 16)
+        await service.remove(b"f")
+        await service.call("create", pb.CreateRequest(parent=1, name=b"f", exclusive=True), request_id=b"r" * 16)
+
+    run(main)
+
+
+def test_request_ids_are_checked() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        with pytest.raises(InvalidArgument):
+            await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"short")
+        await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"r" * 16)
+        with pytest.raises(InvalidArgument):
+            await service.call("remove", pb.RemoveRequest(parent=1, name=b"f"), request_id=b"r" * 16)
+
+    run(main)
+
+
+def test_old_request_records_are_swept() -> None:
+    async def main() -> None:
+        service = await Service().start()
+
+        async def records() -> int:
+            rows, _ = await service.engine.transact(lambda txn: txn.get_range(*keys.span(keys.REQUEST)))
+            return len(rows)
+
+        async def sweep() -> None:
+            while await service.engine.transact(lambda txn: idempotency.sweep(txn, service.clock.wall_ns())):
+                pass
+
+        await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"r" * 16)
+        await trio.sleep(290)
+        await sweep()
+        assert await records() == 1
+        reply = await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"r" * 16)
+        assert reply.created
+        await trio.sleep(400)
+        await sweep()
+        assert await records() == 0
+
+    run(main)
+
+
+# --- truncation
+
+
+@pytest.mark.parametrize(
+    ("length", "left"),
+    [
+        (0, {}),
+        (1, {0: 1}),
+        (SIZE, {0: SIZE}),
+        (SIZE + 5, {0: SIZE, 1: 5}),
+        (5 * SIZE + 100, {0: SIZE, 1: SIZE, 2: SIZE, 3: SIZE, 4: SIZE, 5: 100}),
+    ],
+)
+def test_truncate_cuts_the_chunks(length: int, left: dict[int, int]) -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 6 * SIZE + 7)
+        reply = await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=length))
+        assert reply.inode.length == length
+        assert service.chunks.of(made.inode) == left
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10 * SIZE))
+        assert service.chunks.of(made.inode) == left
+        await service.check()
+
+    run(main)
+
+
+def test_opening_with_truncate_cuts_the_chunks() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        await service.call("open", pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S1))
+        assert service.chunks.of(made.inode) == {}
+        service.chunks.write(made, SIZE)
+        reply = await service.call("create", pb.CreateRequest(parent=1, name=b"f", write=True, truncate=True, session=S2))
+        assert reply.inode.length == 0 and not reply.created
+        assert service.chunks.of(made.inode) == {}
+
+    run(main)
+
+
+def test_a_truncation_whose_service_died_is_carried_out_by_the_next() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        service.chunks.failing = set(CHAINS)
+        with pytest.raises(NoServingTarget):
+            await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10))
+        assert (await service.stat(made.inode)).length == 10
+        service.chunks.failing = set()
+        after = await Service(service.engine, service.chunks).start()
+        assert await after.meta.cuts.redo_all() == 1
+        assert service.chunks.of(made.inode) == {0: 10}
+        assert await after.meta.cuts.redo_all() == 0
+
+    run(main)
+
+
+def test_the_retry_of_a_truncation_that_failed_half_way_finishes_it() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        service.chunks.failing = {CHAINS[0]}
+        request = pb.SetAttrRequest(inode=made.inode, length=10)
+        with pytest.raises(NoServingTarget):
+            await service.call("set_attr", request, request_id=b"r" * 16)
+        service.chunks.failing = set()
+        await service.call("set_attr", request, request_id=b"r" * 16)
+        assert service.chunks.of(made.inode) == {0: 10}
+
+    run(main)
+
+
+def test_truncations_of_one_file_follow_each_other() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 8 * SIZE)
+        service.chunks.delay_s = 1.0
+
+        async def cut(length: int) -> None:
+            await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=length))
+
+        async with trio.open_nursery() as nursery:
+            for length in (7 * SIZE, 3 * SIZE + 1, 5 * SIZE, 2 * SIZE, 6 * SIZE):
+                nursery.start_soon(cut, length)
+        assert max(service.chunks.of(made.inode)) <= 2
+        assert not service.meta.cuts._locks
+        await service.check()
+
+    run(main)
+
+
+# --- lengths that only the chains know
+
+
+def test_a_report_from_before_a_truncate() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        await service.write(made, 4 * SIZE)
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=100), B)
+        service.chunks.write(made, SIZE + 9)  # written after the cut by a client that has not heard of it
+        reply = await service.call("close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=4 * SIZE, truncate_version=0))
+        assert reply.inode.length == SIZE + 9
+
+    run(main)
+
+
+def test_an_uncertain_write() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        service.chunks.write(made, 2 * SIZE)
+        reply = await service.call("close", pb.CloseRequest(inode=made.inode, session=S1, uncertain=True))
+        assert (reply.inode.length, reply.inode.writers) == (2 * SIZE, 0)
+
+    run(main)
+
+
+# --- sessions
+
+
+def test_a_close_without_a_report_costs_no_commit() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        commits = service.meta.commits
+        reply = await service.call("close", pb.CloseRequest(inode=made.inode, session=S1))
+        assert service.meta.commits == commits
+        assert reply.inode.writers == 0
+        assert (await service.call("status", base_pb2.Empty())).sessions == 1
+        await service.meta.clear_closed()
+        assert (await service.call("status", base_pb2.Empty())).sessions == 0
+        assert await service.meta.clear_closed() == 0
+
+    run(main)
+
+
+def test_a_reader_keeps_a_removed_file() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 10)
+        await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S1))
+        await service.remove(b"f", B)
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {0: 10}
+        # also across a restart of the service, which knows readers only from their records then
+        after = await Service(service.engine, service.chunks).start()
+        await after.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {0: 10}
+        await after.call("close", pb.CloseRequest(inode=made.inode, session=S1))
+        await after.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {}
+        assert (await after.stat(made.inode)).type == pb.TYPE_INVALID
+        await after.check()
+
+    run(main)
+
+
+def test_a_file_open_for_reading_long_enough_is_recorded() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 10)
+        await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S1))
+        await service.meta.store_readers()
+        assert (await service.stat(made.inode)).writers == 0
+        rows = await service.engine.transact(lambda txn: txn.get_range(*keys.sessions(made.inode)))
+        assert rows[0] == []
+        await trio.sleep(1.1)
+        await service.meta.store_readers()
+        rows = await service.engine.transact(lambda txn: txn.get_range(*keys.sessions(made.inode)))
+        assert len(rows[0]) == 1
+        after = await Service(service.engine, service.chunks).start()
+        await after.remove(b"f", B)
+        await after.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {0: 10}
+
+    run(main)
+
+
+def test_opening_and_closing_to_read_leaves_nothing() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        for _ in range(3):
+            await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S1))
+            await service.call("close", pb.CloseRequest(inode=made.inode, session=S1))
+        assert service.meta.open_files.count() == 0
+        assert await service.meta.clear_closed() == 0
+
+    run(main)
+
+
+# --- the whole
+
+
+def test_create_waits_for_chains() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        service.routing = Routing()
+        with pytest.raises(NoServingTarget) as caught:
+            await service.create(b"f")
+        assert caught.value.retryable
+        await service.call("make", pb.MakeRequest(parent=1, name=b"d", type=pb.DIRECTORY))
+
+    run(main)
+
+
+def test_files_are_spread_over_all_chains() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        first = [(await service.create(b"%d" % index)).layout.chain_ids[0] for index in range(8)]
+        assert sorted(first) == sorted(CHAINS * 2)
+        for index in range(4):
+            assert sorted((await service.create(b"x%d" % index)).layout.chain_ids) == list(CHAINS)
+        narrow = await service.create(b"narrow", layout=pb.Layout(stripe=2))
+        assert len(set(narrow.layout.chain_ids)) == 2
+
+    run(main)
+
+
+def test_side_by_side_creations_in_one_directory_do_not_conflict() -> None:
+    async def main() -> None:
+        service = await Service().start()
+
+        async def worker(number: int) -> None:
+            for index in range(10):
+                await service.create(b"%d-%d" % (number, index))
+                await service.call("make", pb.MakeRequest(parent=1, name=b"d%d-%d" % (number, index), type=pb.DIRECTORY))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(64):
+                nursery.start_soon(worker, number)
+        assert service.meta.conflicts == 0
+        assert (await service.stat(1)).nlink == 642
+        await service.check()
+
+    run(main)
+
+
+def test_appends_side_by_side_do_not_overlap() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        number = (await service.create(b"f")).inode
+        taken: list[int] = []
+
+        async def worker() -> None:
+            for _ in range(10):
+                taken.append((await service.call("append", pb.AppendRequest(inode=number, length=7))).offset)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(16):
+                nursery.start_soon(worker)
+        assert sorted(taken) == list(range(0, 160 * 7, 7))
+
+    run(main)
+
+
+def test_stat_fs_counts_a_disk_once_and_divides_by_the_replicas() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        await service.create(b"f")
+        reply = await service.call("stat_fs", pb.StatFsRequest())
+        assert (reply.capacity_bytes, reply.free_bytes) == (2000, 1200)
+        assert reply.files == 1
+        await service.meta.count_files()
+
+    run(main)
+
+
+def test_files_are_counted() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        await service.meta.count_files()
+        for index in range(5):
+            await service.create(b"%d" % index)
+        await service.remove(b"1")
+        made = await service.create(b"f")
+        await service.write(made, 5)
+        await service.remove(b"f")
+        await service.call("collect_garbage", base_pb2.Empty())
+        again = await Service(service.engine).start()
+        await again.meta.count_files()
+        assert service.meta.files == again.meta.files == 5
+
+    run(main)
+
+
+def test_the_fsck_pages_list_every_inode() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = {(await service.create(b"%d" % index)).inode for index in range(10)} | {1}
+        seen: set[int] = set()
+        cursor, more = b"", True
+        while more:
+            reply = await service.call("fsck", pb.FsckRequest(cursor=cursor, limit=3), A)
+            assert not reply.problems
+            seen |= {inode.inode for inode in reply.inodes}
+            cursor, more = reply.cursor, reply.more
+        assert seen == made
+
+    run(main)
+
+
+def test_an_unknown_name_is_not_found_inline() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        with pytest.raises(NotFound):
+            await service.remove(b"missing", B)
+
+    run(main)
