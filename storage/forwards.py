@@ -108,7 +108,7 @@ class Forwarder:
                 except trio.TooSlowError:
                     log.info("no buffers for forwards within %.1f s", timeout_s)
                 except KvfsError as error:
-                    log.info("forwarding %d updates to %s: %s", len(group), addresses[-1], error.message)
+                    log.debug("forwarding %d updates to %s: %s", len(group), addresses[-1], error.message)
         finally:
             for source in sources:
                 source.forwards.pop(scope, None)

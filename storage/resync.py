@@ -1,7 +1,7 @@
 """Bringing a returning target up to date: the predecessor's side.
 
-Owns one task per target whose successor is syncing. It begins when the chain says so, ends with SyncDone, and starts again after any loss or change of
-the chain. Meanwhile ordinary updates pass to the successor as whole chunks (the core sees to that).
+Owns one task per target whose successor is syncing. It begins when the chain says so, ends with SyncDone, and starts again after any loss or
+change of the chain. Meanwhile ordinary updates pass to the successor as whole chunks (the core sees to that).
 Invariants: nothing is compared before every update that was under way when the successor came has ended, since those do not pass to it; what is sent
 is what is committed here at that moment, under the chunk's lock; "remove there" is decided under the lock too, so a removed chunk cannot come back
 and a new one is never removed. Work and memory are bounded by the configured batches.

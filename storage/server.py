@@ -2,7 +2,7 @@
 
 Invariants: every directory is locked and found to be ours before anything is opened; targets of an earlier run are open before the manager hears of
 this one; a target takes part only as its replica core says. It ends with a typed error when the cluster went on without it (a newer run of the node,
- a lease declared dead, a target listed as offline that thinks it serves). What is opened is closed in reverse order, also when cancelled.
+a lease declared dead, a target listed as offline that thinks it serves). What is opened is closed in reverse order, also when cancelled.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
 from kvfs.common.checksum import checksums
-from kvfs.common.errors import KvfsError, from_wire
+from kvfs.common.errors import ConnectionLost, KvfsError, from_wire
 from kvfs.common.ids import chunk_id
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
@@ -43,11 +43,15 @@ class MiniCluster:
         self.shared = shared
         self.scopes: dict[int, trio.CancelScope] = {}
         self.ended: dict[int, BaseException | None] = {}
+        self.over: dict[int, trio.Event] = {}
         self.buffers = BufferPool(64 << 20)
         self._sequence = itertools.count(1)
         self._channel = itertools.count(1)
 
     async def start(self, number: int, *, disks: int = 1) -> None:
+        if number in self.over:
+            with trio.fail_after(20):
+                await self.over[number].wait()
         data = tuple(str(self.path / f"storage-{number}" / f"disk-{disk}") for disk in range(disks))
         listen = ["tcp://127.0.0.1:0"]
         if self.shared:
@@ -59,10 +63,12 @@ class MiniCluster:
         with trio.CancelScope() as scope:
             self.scopes[number] = scope
             self.ended[number] = None
+            self.over[number] = trio.Event()
             try:
                 await server.serve(config, task_status=task_status)
             except KvfsError as error:
                 self.ended[number] = error
+        self.over[number].set()
 
     def stop(self, number: int) -> None:
         self.scopes.pop(number).cancel()
@@ -100,8 +106,26 @@ class MiniCluster:
         head = self.routing.head(chain_id)
         for io in ios:
             io.chain_id, io.chain_version, io.target_id = chain_id, chain.version, head
-        reply = await self.pool.call(self.routing.addresses_of_target(head), WRITE, pb.WriteRequest(writes=ios), timeout_s=timeout_s, send=data)
-        return list(reply.results)
+        replies: list[pb.WriteReply] = []
+        failed: KvfsError | None = None
+        # A service that is cancelled in its process does not lose its connections as a killed one does: give a head up that is no longer one.
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                while self.routing.serving(chain_id)[:1] == [head]:
+                    await self.link.wait_routing(self.routing.version)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            try:
+                request = pb.WriteRequest(writes=ios)
+                replies.append(await self.pool.call(self.routing.addresses_of_target(head), WRITE, request, timeout_s=timeout_s, send=data))
+            except KvfsError as error:
+                failed = error
+            nursery.cancel_scope.cancel()
+        if not replies:
+            raise failed or ConnectionLost("the head died")
+        return list(replies[0].results)
 
     async def write(
         self, chain_id: int, chunk: bytes, data: bytes, offset: int = 0, kind: int = pb.WRITE, length: int = 0, timeout_s: float = 30
@@ -110,7 +134,9 @@ class MiniCluster:
         client_id, channel, sequence = self.tag()
         with trio.fail_after(timeout_s):
             while True:
-                io = pb.WriteIO(chunk_id=chunk, kind=kind, offset=offset, length=len(data) or length, chunk_size=CHUNK_SIZE, checksums=checksums(data, offset))  # type: ignore[arg-type]
+                io = pb.WriteIO(
+                    chunk_id=chunk, kind=kind, offset=offset, length=len(data) or length, chunk_size=CHUNK_SIZE, checksums=checksums(data, offset)
+                )  # type: ignore[arg-type]
                 io.tag.client_id, io.tag.channel, io.tag.sequence = client_id, channel, sequence
                 try:
                     (result,) = await self.write_once(chain_id, [io], [data] if data else [])

@@ -1,0 +1,183 @@
+"""Storage services die and come back while clients write: nothing acknowledged is lost, replicas end byte-identical."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import trio
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mini_cluster import MiniCluster, mini_cluster
+
+from kvfs.common.errors import KvfsError
+from kvfs.common.ids import chunk_id
+from kvfs.common.wire import storage_pb2 as pb
+
+SIZE = 200_000
+
+
+class Writers:
+    """Clients that write, cut and remove, one chunk each at a time, and remember what was acknowledged."""
+
+    def __init__(self, world: MiniCluster, chain: int, chunks: int, seed: int) -> None:
+        self.world = world
+        self.chain = chain
+        self.chunks = chunks
+        self.random = random.Random(seed)
+        self.expected: dict[int, bytes] = {}
+        self.busy: set[int] = set()
+        self.done = 0
+        self.stopping = False
+
+    async def run(self) -> None:
+        while not self.stopping:
+            index = self.random.randrange(self.chunks)
+            if index in self.busy:
+                await trio.sleep(0.001)
+                continue
+            self.busy.add(index)
+            await self.step(index)
+            self.busy.discard(index)
+            self.done += 1
+
+    async def step(self, index: int) -> None:
+        chunk = chunk_id(7, index)
+        before = self.expected.get(index, b"")
+        what = self.random.random()
+        if what < 0.75:
+            data = self.random.randbytes(self.random.choice((10, 4096, 40_000, SIZE)))
+            offset = self.random.choice((0, 0, min(len(before), SIZE), self.random.randrange(SIZE)))
+            await self.world.write(self.chain, chunk, data, offset=offset)
+            self.expected[index] = before[:offset].ljust(offset, b"\0") + data + before[offset + len(data) :]
+        elif what < 0.9:
+            length = self.random.randrange(1, SIZE)
+            await self.world.write(self.chain, chunk, b"", kind=pb.TRUNCATE, length=length)
+            self.expected[index] = before[:length].ljust(length, b"\0")
+        else:
+            await self.world.write(self.chain, chunk, b"", kind=pb.REMOVE)
+            self.expected.pop(index, None)
+
+    async def check(self) -> None:
+        for target in self.world.routing.serving(self.chain):
+            for index in range(self.chunks):
+                data = await self.world.read(self.chain, chunk_id(7, index), 0, 1 << 20, target=target)
+                assert data == self.expected.get(index, b""), (target, index)
+
+
+async def wait_serving(world: MiniCluster, chain: int, count: int) -> None:
+    with trio.fail_after(20):
+        while len(world.routing.serving(chain)) != count:
+            await trio.sleep(0.02)
+
+
+def test_kill_one_and_bring_it_back_under_load(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            for number in (1, 2, 3):
+                await world.start(number)
+            await world.create(3, 3)
+            chain = next(iter(world.routing.chains)).chain_id
+            writers = Writers(world, chain, 40, seed=1)
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(writers.run)
+                for number in (2, 1, 3):
+                    await trio.sleep(0.5)
+                    world.stop(number)
+                    await wait_serving(world, chain, 2)
+                    before = writers.done
+                    await trio.sleep(0.5)
+                    assert writers.done > before, "two replicas go on"
+                    await world.start(number)
+                    await wait_serving(world, chain, 3)
+                writers.stopping = True
+            await writers.check()
+            assert await world.assert_identical(chain) == len(writers.expected)
+            assert not any(world.ended.values())
+
+    trio.run(main)
+
+
+def test_all_stop_and_start_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            for number in (1, 2, 3):
+                await world.start(number)
+            await world.create(3, 3, targets_per_disk=2)
+            chains = [chain.chain_id for chain in world.routing.chains]
+            for place, chain in enumerate(chains):
+                await world.write(chain, chunk_id(9, place), b"x" * 5000)
+            for number in (1, 2, 3):
+                world.stop(number)
+            await trio.sleep(1.0)
+            for number in (3, 1, 2):
+                await world.start(number)
+            with trio.fail_after(20):
+                await world.settled(3)
+            for place, chain in enumerate(chains):
+                assert await world.read(chain, chunk_id(9, place), 0, 6000) == b"x" * 5000
+                await world.assert_identical(chain)
+
+    trio.run(main)
+
+
+def test_a_lone_replica_comes_back_with_its_data(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            await world.start(1)
+            await world.create(1, 1)
+            chain = next(iter(world.routing.chains)).chain_id
+            await world.write(chain, chunk_id(9, 0), b"abc")
+            world.stop(1)
+            await trio.sleep(0.1)
+            await world.start(1)
+            await world.settled(1)
+            assert await world.read(chain, chunk_id(9, 0), 0, 10) == b"abc"
+            assert (await world.write(chain, chunk_id(9, 0), b"d", offset=3)).version == 2
+
+    trio.run(main)
+
+
+def test_sync_remove_range_last_chunk(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            for number in (1, 2):
+                await world.start(number)
+            await world.create(2, 2)
+            chain = next(iter(world.routing.chains)).chain_id
+            from kvfs.common.wire.service import method
+
+            head = world.routing.head(chain)
+            where = world.routing.addresses_of_target(head)
+            for index in range(10):
+                await world.write(chain, chunk_id(9, index), b"x" * (100 + index))
+            await world.write(chain, chunk_id(10, 0), b"other")
+            last = await world.pool.call(
+                where, method("Storage", "LastChunk"), pb.LastChunkRequest(chain_id=chain, target_id=head, inode=9), timeout_s=5
+            )
+            assert (last.found, last.index, last.length, last.chunks) == (True, 9, 109, 10)
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(lambda: world.pool.call(where, method("Storage", "Sync"), pb.SyncRequest(target_ids=[head]), timeout_s=5))
+            request = pb.RemoveRangeRequest(
+                chain_id=chain, chain_version=world.routing.chain(chain).version, target_id=head, inode=9, first_index=3, end_index=9, limit=4
+            )
+            reply = await world.pool.call(where, method("Storage", "RemoveRange"), request, timeout_s=5)
+            assert (reply.removed, reply.more) == (4, True)
+            reply = await world.pool.call(where, method("Storage", "RemoveRange"), request, timeout_s=5)
+            assert (reply.removed, reply.more) == (2, False)
+            request.end_index = 0
+            reply = await world.pool.call(where, method("Storage", "RemoveRange"), request, timeout_s=5)
+            assert (reply.removed, reply.more) == (1, False)
+            for target in world.routing.serving(chain):
+                assert [c.chunk_id for c in await world.listing(target)] == [chunk_id(9, 0), chunk_id(9, 1), chunk_id(9, 2), chunk_id(10, 0)]
+            stale = pb.RemoveRangeRequest(chain_id=chain, chain_version=99, target_id=head, inode=77)
+            try:
+                await world.pool.call(where, method("Storage", "RemoveRange"), stale, timeout_s=5)
+                raise AssertionError("another chain version was taken")
+            except KvfsError as error:
+                assert error.code == 401
+
+    trio.run(main)
