@@ -20,7 +20,7 @@ import lmdb
 
 from kvfs.common.boundary.disk import Disk, DiskFile, OrderedMap
 from kvfs.common.boundary.lmdb_check import check_lmdb_file
-from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, NoSpace, from_os
+from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, KvfsError, NoSpace, from_os
 
 _IOV_MAX: Final = 1024
 _KEEP_SIZE: Final = 0x01
@@ -242,9 +242,12 @@ class LmdbMap(OrderedMap):
             self._env = lmdb.open(path, map_size=size_bytes, subdir=True, max_readers=512, max_spare_txns=8, readahead=False, mode=0o600)
 
     def get(self, key: bytes) -> bytes | None:
-        with self._typed("read"), self._env.begin() as txn:
-            found: bytes | None = txn.get(key)
-            return found
+        try:  # not `_typed`: this is called for every metadata read, and a context manager in Python costs twice the read
+            with self._env.begin() as txn:
+                found: bytes | None = txn.get(key)
+                return found
+        except lmdb.Error as error:
+            raise self._translated(error, "read") from error
 
     def range(self, begin: bytes, end: bytes | None, *, limit: int = 0, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         rows: list[tuple[bytes, bytes]] = []
@@ -292,17 +295,20 @@ class LmdbMap(OrderedMap):
     def _typed(self, what: str) -> Iterator[None]:
         try:
             yield
-        except _CORRUPT as error:
-            raise IndexCorrupt(
+        except lmdb.Error as error:
+            raise self._translated(error, what) from error
+
+    def _translated(self, error: Any, what: str) -> KvfsError:
+        if isinstance(error, _CORRUPT):
+            return IndexCorrupt(
                 f"{what} index {self._path}: damaged ({error}). Nothing was changed; restore this directory from a copy, "
                 "or empty it and let the replicas refill it"
-            ) from error
-        except lmdb.MapFullError as error:
-            raise NoSpace(f"{what} index {self._path}: its configured size is full") from error
-        except lmdb.BadValsizeError as error:
-            raise InvalidArgument(f"{what} index {self._path}: {error}") from error
-        except lmdb.Error as error:
-            raise from_os(OSError(_lmdb_errno(error), str(error)), f"{what} index {self._path}") from error
+            )
+        if isinstance(error, lmdb.MapFullError):
+            return NoSpace(f"{what} index {self._path}: its configured size is full")
+        if isinstance(error, lmdb.BadValsizeError):
+            return InvalidArgument(f"{what} index {self._path}: {error}")
+        return from_os(OSError(_lmdb_errno(error), str(error)), f"{what} index {self._path}")
 
 
 def _lmdb_errno(error: Any) -> int:
