@@ -38,10 +38,6 @@ class _Group:
         self.blocks = blocks
         self.free = (1 << blocks) - 1
 
-    @property
-    def empty(self) -> bool:
-        return self.free == (1 << self.blocks) - 1
-
     def used(self) -> Iterator[Block]:
         first = self.number * self.blocks
         for bit in range(self.blocks):
@@ -50,24 +46,24 @@ class _Group:
 
 
 class _Class:
-    """The groups of one block size. `spacious[f]` are the groups of file f that have a free block, the one in use last."""
+    """The groups of one block size. `spacious[f]` are the groups of file f that have a free block, the one in use last (ordered sets)."""
 
     def __init__(self, block_bytes: int, group_bytes: int, files: int) -> None:
         self.block_bytes = block_bytes
         self.blocks_per_group = max(1, group_bytes // block_bytes)
         self.group_bytes = self.blocks_per_group * block_bytes
         self.groups: dict[tuple[int, int], _Group] = {}
-        self.spacious: list[list[_Group]] = [[] for _ in range(files)]
+        self.spacious: list[dict[_Group, None]] = [{} for _ in range(files)]
         self.holes: list[list[int]] = [[] for _ in range(files)]
         """Group places of each file without space behind them, below `ends`: a heap, lowest first."""
         self.ends: list[int] = [0] * files
-        self.empty_groups = 0
+        self.empty: dict[_Group, None] = {}
         self.turn = 0
 
     def ensure_file(self, file: int) -> None:
         """A directory may have been written with more files a class than are configured now."""
         while len(self.ends) <= file:
-            self.spacious.append([])
+            self.spacious.append({})
             self.holes.append([])
             self.ends.append(0)
 
@@ -85,7 +81,7 @@ class Allocator:
         self.disputed: set[Block] = set()
         """Blocks that more than one chunk claimed when the target was opened: never given out again, so that damage cannot spread."""
         self.in_flight: set[Block] = set()
-        """Given out, but in no record of the journal yet."""
+        """Given out, but in no record of the journal yet; the ledger takes out what it records."""
         self.group_bytes_total = 0
         self.used_bytes = 0
         self.quarantined_bytes = 0
@@ -100,11 +96,10 @@ class Allocator:
         group = self._group_with_space(cls)
         free = group.free
         lowest = free & -free
-        if group.empty:
-            cls.empty_groups -= 1
+        cls.empty.pop(group, None)
         group.free = free ^ lowest
         if not group.free:
-            cls.spacious[group.file].pop()
+            del cls.spacious[group.file][group]
         block = Block(block_bytes, group.file, group.number * group.blocks + lowest.bit_length() - 1)
         self.used_bytes += block_bytes
         self.in_flight.add(block)
@@ -117,7 +112,7 @@ class Allocator:
         turn = cls.turn
         cls.turn = (turn + 1) % files
         if cls.spacious[turn]:
-            return cls.spacious[turn][-1]
+            return next(reversed(cls.spacious[turn]))
         refused: NoSpace | None = None
         if len(cls.groups) > 1 or not any(cls.spacious):
             try:
@@ -126,7 +121,7 @@ class Allocator:
                 refused = error
         for groups in cls.spacious:
             if groups:
-                return groups[-1]
+                return next(reversed(groups))
         raise refused or NoSpace("the target has no free block")
 
     def _new_group(self, cls: _Class, file: int) -> _Group:
@@ -145,14 +140,10 @@ class Allocator:
             cls.ends[file] += 1
         group = _Group(cls.block_bytes, file, number, cls.blocks_per_group)
         cls.groups[file, number] = group
-        cls.spacious[file].append(group)
-        cls.empty_groups += 1
+        cls.spacious[file][group] = None
+        cls.empty[group] = None
         self.group_bytes_total += size
         return group
-
-    def settle(self, block: Block) -> None:
-        """The block is in the journal now."""
-        self.in_flight.discard(block)
 
     def cancel(self, block: Block) -> None:
         """Take back a block that never came into the journal: nothing can refer to it, so it is free at once."""
@@ -197,11 +188,11 @@ class Allocator:
         if group.free >> bit & 1:
             raise AssertionError(f"{block} is freed twice: a chunk that still holds it would lose its bytes")
         if not group.free:
-            cls.spacious[block.file].append(group)
+            cls.spacious[block.file][group] = None
         group.free |= 1 << bit
         self.used_bytes -= block.block_bytes
-        if group.empty:
-            cls.empty_groups += 1
+        if group.free == (1 << group.blocks) - 1:
+            cls.empty[group] = None
 
     # --- giving space back to the disk ---
 
@@ -209,12 +200,8 @@ class Allocator:
         """Empty groups but `keep` a class, taken out of use: pass them to `give_back` and then to `forget`."""
         taken = []
         for cls in self._classes.values():
-            if cls.empty_groups <= keep:
-                continue
-            for group in [group for group in cls.groups.values() if group.empty][keep:]:
-                del cls.groups[group.file, group.number]
-                cls.spacious[group.file].remove(group)
-                cls.empty_groups -= 1
+            for group in list(cls.empty)[keep:]:
+                del cls.groups[group.file, group.number], cls.spacious[group.file][group], cls.empty[group]
                 taken.append(group)
         return taken
 
@@ -268,7 +255,7 @@ class Allocator:
                 if (number + 1) * cls.group_bytes > sizes.get((cls.block_bytes, file), 0):
                     short.append(group)
                 if group.free:
-                    cls.spacious[file].append(group)
+                    cls.spacious[file][group] = None
             for file, end in enumerate(cls.ends):
                 missing = [number for number in range(end) if (file, number) not in cls.groups]
                 cls.holes[file] = missing

@@ -12,7 +12,6 @@ The bytes that come in were verified by `check`; the caller keeps them unchanged
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from functools import lru_cache
 
 from kvfs.common.boundary.disk import DiskFile
@@ -70,24 +69,15 @@ def check(update: Update) -> None:
         raise ChecksumMismatch(f"bytes {update.offset}..{end} of chunk {update.chunk_id.hex()} do not have the checksums they came with")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a new version needs before any byte moves."""
-
-    block_bytes: int
-    """Of the new block; 0: none is needed."""
-    in_place: bool
-
-
-def plan(old: Content, update: Update) -> Plan:
-    if update.kind == UpdateKind.REPLACE:
-        return Plan(block_bytes_for(update.length) if update.length else 0, False)
-    if update.kind != UpdateKind.WRITE:
-        return Plan(0, False)
-    end = update.offset + update.length
-    if old.block is not None and not old.sealed and update.offset >= old.stored and end <= old.block.block_bytes:
-        return Plan(0, True)
-    return Plan(block_bytes_for(max(end, old.stored)), False)
+def new_block_bytes(old: Content, update: Update) -> int:
+    """The class of the block that the update needs; 0: none, it leaves the bytes alone or goes in place."""
+    if update.kind == UpdateKind.WRITE:
+        end = update.offset + update.length
+        block = old.block
+        if block is not None and not old.sealed and update.offset >= old.stored and end <= block.block_bytes:
+            return 0
+        return block_bytes_for(max(end, old.stored))
+    return block_bytes_for(update.length) if update.kind == UpdateKind.REPLACE and update.length else 0
 
 
 class ContentWriter:
@@ -95,7 +85,7 @@ class ContentWriter:
         self._files = files
 
     def make(self, old: Content, update: Update, new_block: Block | None) -> Content:
-        """The content after `update`, its bytes written. `new_block` as `plan` asked for."""
+        """The content after `update`, its bytes written. `new_block` as `new_block_bytes` says."""
         if update.kind == UpdateKind.REMOVE:
             return EMPTY
         if update.kind == UpdateKind.TRUNCATE:
@@ -106,7 +96,7 @@ class ContentWriter:
         if update.kind == UpdateKind.REPLACE and new_block is None:
             return EMPTY
         if update.kind == UpdateKind.REPLACE or (not offset and end >= old.length):
-            # A whole chunk: nothing old is left. (Never in place: `plan` sees to it.)
+            # A whole chunk: nothing old is left. (Never in place: stored bytes are never written over.)
             assert new_block is not None
             self._file(new_block).write((data,), new_block.start)
             return Content(end, end, new_block, update.checksums, False)

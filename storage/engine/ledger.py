@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.errors import KvfsError, NoSpace, TargetOffline
+from kvfs.common.errors import InternalError, KvfsError, NoSpace, TargetOffline
 from kvfs.storage.engine import chunk
 from kvfs.storage.engine.allocator import Allocator
 from kvfs.storage.engine.chunk import ChunkMeta
@@ -120,20 +120,23 @@ class Ledger:
         sequence = self._append(rows)
         self.index.put(rows)
         self.tags.put(tag_rows)
-        allocator = self.allocator
         for old, new in changes:
             if new is not None:
                 self._remember(new)
                 self.chunks += old is None
+                self._settle_new(new)
             elif old is not None:
                 self._cache.pop(old.chunk_id, None)
                 self.chunks -= 1
             if old is not None:
                 self._quarantine_left(old, new, sequence)
-            if allocator.in_flight and new is not None:
-                for content in (new.content, new.pending.content) if new.pending else (new.content,):
-                    if content.block is not None and content.block in allocator.in_flight:
-                        allocator.settle(content.block)
+
+    def _settle_new(self, new: ChunkMeta) -> None:
+        in_flight = self.allocator.in_flight
+        if in_flight:
+            in_flight.discard(new.content.block)
+            if new.pending is not None:
+                in_flight.discard(new.pending.content.block)
 
     def _quarantine_left(self, old: ChunkMeta, new: ChunkMeta | None, sequence: int) -> None:
         left = old.blocks()
@@ -158,16 +161,16 @@ class Ledger:
 
     # --- blocks ---
 
-    def allocate(self, block_bytes: int) -> Block:
-        """Not locked. A free block; when there is none, what waits in quarantine or in empty groups of other classes is made free first."""
+    def make_room_and_allocate(self, block_bytes: int) -> Block:
+        """Not locked. For when there is no free block: first what waits in quarantine is made free, then empty groups of other classes."""
+        self.sync()
         try:
             with self.lock:
                 return self.allocator.allocate(block_bytes)
         except NoSpace:
-            self.sync()
             self._give_back(keep=0)
-            with self.lock:
-                return self.allocator.allocate(block_bytes)
+        with self.lock:
+            return self.allocator.allocate(block_bytes)
 
     def _give_back(self, keep: int) -> None:
         with self.lock:
@@ -194,8 +197,9 @@ class Ledger:
         try:
             self.check_serving()
             self._sync_once()
-        except KvfsError as caught:
-            error = caught
+        except BaseException as caught:
+            # Whatever it was: those who wait must not take it for a success.
+            error = caught if isinstance(caught, KvfsError) else InternalError(f"sync ended with {caught!r}")
             raise
         finally:
             with self._syncing:
@@ -266,10 +270,12 @@ class Ledger:
                 self.checkpoint()
             if self.failed is None and self.wants_sync():
                 self.sync()
-        except KvfsError as error:
-            _log.error("maintenance of the target failed: %s", error.message)
-            if not isinstance(error, NoSpace):
-                self.failed = self.failed or error
+        except NoSpace as error:
+            _log.error("the journal of the target cannot be moved into its index: %s", error.message)
+        except Exception as error:
+            # Also a fault of ours (an assertion): going on could lose data.
+            _log.exception("the upkeep of the target failed, it goes out of service")
+            self.failed = self.failed or (error if isinstance(error, KvfsError) else InternalError(repr(error)))
 
     def backlogged(self) -> bool:
         return self.wants_checkpoint(_BACKLOG_FACTOR)

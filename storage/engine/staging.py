@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvfs.common.boundary.clock import Clock
-from kvfs.common.errors import Busy, InputOutput, InvalidArgument, MissingUpdate, StaleUpdate
+from kvfs.common.errors import Busy, InputOutput, InvalidArgument, MissingUpdate, NoSpace, StaleUpdate
 from kvfs.storage.engine import content
 from kvfs.storage.engine.chunk import EMPTY, ChunkMeta, Content, PendingMeta
 from kvfs.storage.engine.classes import Block
@@ -50,19 +50,24 @@ class Stager:
         """Everything but the record. On an error nothing is left behind. Not locked."""
         content.check(update)
         ledger = self._ledger
+        new_block: Block | None = None
         with ledger.lock:
             ledger.check_serving()
             old = ledger.lookup(update.chunk_id)
             base = old.content if old is not None else EMPTY
             version = _version(update, old.version if old is not None else 0)
+            wanted = content.new_block_bytes(base, update)
+            if wanted:
+                try:
+                    new_block = ledger.allocator.allocate(wanted)
+                except NoSpace:
+                    pass  # tried again below, after making room, which cannot be done under the lock
             pinned = base.block
             if pinned is not None:
                 ledger.allocator.pin(pinned)
-        new_block: Block | None = None
         try:
-            plan = content.plan(base, update)
-            if plan.block_bytes:
-                new_block = ledger.allocate(plan.block_bytes)
+            if wanted and new_block is None:
+                new_block = ledger.make_room_and_allocate(wanted)
             made = self._writer.make(base, update, new_block)
         except BaseException as error:
             with ledger.lock:

@@ -3,6 +3,8 @@ what was acknowledged survives a kill, and every chunk is some state it really h
 
 from __future__ import annotations
 
+import copy
+import os
 import random
 from dataclasses import dataclass, field, replace
 
@@ -11,9 +13,12 @@ from engine_world import SMALL, LogDisk, cid, content_of, noise, open_engine, re
 
 from kvfs.common.errors import KvfsError
 from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.journal import encode_record, segment_name
 from kvfs.storage.engine.requests import Tag
 
 CHUNKS = 4
+SEEDS = int(os.environ.get("KVFS_CRASH_SEEDS", "3"))
+"""How many scripts of each kind; a long run: KVFS_CRASH_SEEDS=100."""
 CLIENT = b"c" * 16
 
 
@@ -128,7 +133,7 @@ def span(history: History, point: int) -> tuple[int, int, int]:
     return over, max(over, begun), history.synced[over]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_killed_at_every_point(seed: int) -> None:
     disk, history = run_script(seed, 40)
     for point in range(len(disk.log) + 1):
@@ -136,7 +141,7 @@ def test_killed_at_every_point(seed: int) -> None:
         check_reopened(disk.after_kill(point), history, over, begun, f"seed {seed}, killed after entry {point}")
 
 
-@pytest.mark.parametrize("seed", range(10, 18))
+@pytest.mark.parametrize("seed", range(10, 10 + SEEDS))
 def test_power_loss_at_every_point(seed: int) -> None:
     disk, history = run_script(seed, 40)
     for point in range(len(disk.log) + 1):
@@ -172,6 +177,21 @@ def test_a_damaged_synced_record_is_not_taken_for_a_torn_tail() -> None:
     with pytest.raises(KvfsError, match="synced"):
         open_engine(disk)
     assert {name: bytes(file.data) for name, file in disk.files.items()} == {name: bytes(file.data) for name, file in before.files.items()}
+
+
+def test_a_segment_behind_a_torn_tail_is_removed() -> None:
+    """Left there, it would follow the new records once their numbers reach it."""
+    disk = LogDisk()
+    engine = open_engine(disk)
+    engine.apply(write(cid(0), 0, b"kept"), 1)
+    stale = engine._ledger.journal.next_sequence + 3
+    disk.files[segment_name(stale)] = copy.copy(disk.files[next(name for name in disk.files if name.startswith("journal/"))])
+    disk.files[segment_name(stale)].data = bytearray(encode_record(stale, 0, 0, {b"c" + cid(0): None}))
+    engine = open_engine(disk)
+    assert segment_name(stale) not in disk.files
+    for index in range(5):
+        engine.apply(write(cid(index + 1), 0, b"more"), 1)
+    assert content_of(open_engine(disk), cid(0)) == b"kept"
 
 
 def test_a_torn_tail_is_cut() -> None:
