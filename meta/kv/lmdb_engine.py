@@ -10,6 +10,7 @@ holds all of it. A failed sync ends the engine (nobody knows what the disk holds
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 from collections.abc import Callable, Iterator
@@ -178,6 +179,8 @@ class LmdbEngine(LocalEngine):
             self._disk.sync_directory()
         except BaseException:
             file.close()
+            with contextlib.suppress(KvfsError):
+                self._disk.unlink(segment.name)  # a part of a segment would keep from the map what little space is left
             raise
         segment.file = file
         return file
