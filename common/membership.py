@@ -23,6 +23,7 @@ import trio
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import (
+    ConfigError,
     ConnectionLost,
     DeadlineExceeded,
     KvfsError,
@@ -102,7 +103,7 @@ class ManagerLink:
         """`managers`: one address each. `rejoin`: a node declared dead registers again by itself (meta: it has no targets) instead of ending `run`.
         `exit_when_lost`: end `run` with LeaseExpired as soon as half a lease passes without a renewal."""
         if not managers:
-            raise ValueError("a cluster has at least one manager address")
+            raise ConfigError("no manager address: a cluster has at least one, e.g. tcp://127.0.0.1:7001")
         self._pool = pool
         self._clock = clock
         self._random = random
@@ -193,7 +194,7 @@ class ManagerLink:
         changed, self._changed = self._changed, trio.Event()
         changed.set()
         if self.node_id:
-            self._targets = [target for target in info.targets if target.node_id == self.node_id]
+            self._targets = self._routing.targets_of_node(self.node_id)
         for callback in list(self._callbacks):
             try:
                 callback(self._routing)
@@ -278,9 +279,10 @@ class ManagerLink:
         self.incarnation = reply.incarnation
         self._registration.node_id = reply.node_id
         self._sequence = 0
-        self._targets = list(reply.targets)
         self._renewed(sent_s, reply.lease_ms)
         self._take_routing(reply.routing)
+        # Also when a poll was faster with a routing that is newer than the reply's.
+        self._targets = self._routing.targets_of_node(self.node_id)
         return reply
 
     def start_heartbeats(self, report: Callable[[], Iterable[pb.TargetReport]] = tuple) -> None:
@@ -332,7 +334,6 @@ class ManagerLink:
                     raise
                 log.warning("node %d: %s; registering again", self.node_id, error.message)
                 await self._register_again()
-                pause_s = 0.0
             except StaleIncarnation:
                 self._lease_end_s = float("-inf")
                 raise

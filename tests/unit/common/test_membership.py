@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from kvfs.common.boundary.random import SeededRandom
 from kvfs.common.errors import (
     BadRequest,
+    ConfigError,
     ConnectionLost,
     DeadlineExceeded,
     KvfsError,
@@ -457,10 +458,11 @@ def test_a_client_stays_on_the_list_and_leaves() -> None:
     run(body)
 
 
-def test_no_managers_is_a_fault_of_the_caller() -> None:
+def test_no_manager_address_is_a_fault_of_the_configuration() -> None:
     async def body(world: World) -> None:
-        with pytest.raises(ValueError):
+        with pytest.raises(ExceptionGroup) as refused:
             async with world.linked():
                 pass
+        assert refused.group_contains(ConfigError, match="at least one")
 
     run(body)
