@@ -108,7 +108,8 @@ def units_of(length: int) -> int:
 
 _FORMAT = 1
 _HAS_BLOCK, _HAS_PENDING, _SEALED, _PENDING_HAS_BLOCK, _PENDING_SEALED = 1, 2, 4, 8, 16
-_HEAD = struct.Struct("<BBBxI")  # format, flags, pending kind, check: the low 32 bits of XXH3-64 over the key and everything behind the check
+_HEAD = struct.Struct("<BBBxI")  # format, flags, pending kind, check: the low 32 bits of XXH3-64 over the key and everything but the check
+_CHECKED_HEAD_BYTES = 4
 _FIXED = struct.Struct("<QQqIIIHxxI")  # version, chain version, mtime_ns, length, stored, block's 4 KiB pages, file, index
 _PENDING = struct.Struct("<QqIIIHxxI")  # version, mtime_ns, length, stored, block's 4 KiB pages, file, index
 _NO_BLOCK = Block(0, 0, 0)
@@ -130,14 +131,15 @@ def encode(meta: ChunkMeta) -> bytes:
         pages = block.block_bytes // BLOCK_ALIGNMENT_BYTES
         body += _PENDING.pack(pending.version, pending.mtime_ns, content.length, content.stored, pages, block.file, block.number)
         body += content.checksums
-    return _HEAD.pack(_FORMAT, flags, kind, xxh3_64(meta.chunk_id + body) & 0xFFFFFFFF) + body
+    head = bytes((_FORMAT, flags, kind, 0))
+    return head + (xxh3_64(meta.chunk_id + head + body) & 0xFFFFFFFF).to_bytes(4, "little") + body
 
 
 def decode(chunk_id: bytes, value: bytes) -> ChunkMeta:
     """The meta of an index value; IndexCorrupt when it is not one, whatever the bytes are."""
     try:
         form, flags, kind, check = _HEAD.unpack_from(value)
-        if form != _FORMAT or check != xxh3_64(chunk_id + value[_HEAD.size :]) & 0xFFFFFFFF:
+        if form != _FORMAT or check != xxh3_64(chunk_id + value[:_CHECKED_HEAD_BYTES] + value[_HEAD.size :]) & 0xFFFFFFFF:
             raise IndexCorrupt(f"the index entry of chunk {chunk_id.hex()} is damaged")
         at = _HEAD.size
         version, chain_version, mtime_ns, length, stored, pages, file, index = _FIXED.unpack_from(value, at)

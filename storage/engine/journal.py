@@ -20,7 +20,7 @@ from kvfs.common.checksum import xxh3_64
 from kvfs.common.errors import IndexCorrupt
 
 FOLDER = "journal"
-MAGIC = b"KVJ1"
+MAGIC = b"KVCJ"
 _START = struct.Struct("<4sIQ")  # magic, bytes of the body, check: XXH3-64 of all that follows it (rest of the header and body)
 _REST = struct.Struct("<QQQ")  # sequence, settled, durable
 HEADER_BYTES = _START.size + _REST.size
