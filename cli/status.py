@@ -44,6 +44,8 @@ async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | N
             routing = (await manager.call("GetRouting", cluster_pb2.GetRoutingRequest())).routing
             clients = (await manager.call("ListClients", base_pb2.Empty())).clients
     except TransportError as error:
+        if directory is None:
+            raise
         report["problem"] = report["problem"] or error.message
         return report
     report["cluster_id"] = routing.cluster_id

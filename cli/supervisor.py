@@ -174,7 +174,8 @@ class Supervisor:
             if not child.wanted or status == 0:  # an operator's SIGTERM or umount is not a failure: leave it so
                 break
             words = child.error or self._last_error(child) or f"exit status {status}"
-            if status == process.EXIT_SETUP or not self.restart:
+            never_served = self.phase == "starting" and child.state == "starting"  # at first start people wait: say so at once
+            if status == process.EXIT_SETUP or not self.restart or never_served:
                 child.set_state("failed", words)
                 return
             if trio.current_time() - started_s > RESTART_DELAY_MAX_S:

@@ -39,8 +39,6 @@ class StorageConfig:
     """End the process half a lease after the last answer of a manager. Otherwise it stops serving then, and goes on if the manager still knows it."""
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ConfigError("storage.data is empty: give one directory per disk")
         if len(set(self.data)) != len(self.data):
             raise ConfigError("storage.data names a directory twice: one per disk")
         if not self.listen:

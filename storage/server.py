@@ -18,7 +18,7 @@ from kvfs.common.boundary.clock import Clock, SystemClock
 from kvfs.common.boundary.net import Net, SystemNet
 from kvfs.common.boundary.random import Random, SystemRandom
 from kvfs.common.boundary.real_disk import RealDisk
-from kvfs.common.errors import KvfsError, LeaseExpired
+from kvfs.common.errors import ConfigError, KvfsError, LeaseExpired
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
 from kvfs.common.transport.region import BufferPool
@@ -57,6 +57,8 @@ class World:
 
 async def serve(config: StorageConfig, *, world: World = World(), task_status: trio.TaskStatus[dict[str, Any]] = trio.TASK_STATUS_IGNORED) -> None:
     """Until cancelled. Starts with {"addresses", "node_id", "cluster_id"}. Raises a KvfsError that says what to do."""
+    if not config.data:
+        raise ConfigError("storage.data is empty: give one directory per disk")
     clock, random = world.clock or SystemClock(), world.random or SystemRandom()
     disks = Disks(config, clock, random, world.open_disk or RealDisk)
     workers = WorkerPool(config.threads)

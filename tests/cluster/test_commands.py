@@ -98,8 +98,8 @@ def test_config_dump_shows_defaults_file_and_environment(cluster: RealCluster, t
         (("status", "--cluster", "/not/a/cluster"), "kvfs up"),
         (("status", "--cluster", "127.0.0.1:9"), "127.0.0.1:9"),
         (("mount", "/not/a/directory"), "mkdir"),
-        (("mount", "/proc"), "empty"),
-        (("umount", "/tmp"), "not a mount"),
+        (("mount", "/usr"), "empty"),
+        (("umount", "/tmp"), "not mounted"),
         (("stop", "storage-77"), "storage-1"),
     ],
 )
