@@ -14,7 +14,6 @@ It must never serve stale routing as fresh after `refresh()`, and never let a ca
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -23,19 +22,13 @@ import trio
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import (
-    ConfigError,
-    ConnectionLost,
     DeadlineExceeded,
     KvfsError,
     LeaseExpired,
-    NotPrimary,
     NotRegistered,
-    Overloaded,
-    ServiceStopping,
     StaleIncarnation,
-    TxnError,
-    Unreachable,
 )
+from kvfs.common.primary import BACKOFF_FIRST_S, BACKOFF_LAST_S, ELSEWHERE, TRY_S, Managers
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.common.wire.channel import ChannelPool
@@ -52,28 +45,7 @@ CLIENT_HEARTBEAT: Final = method("Manager", "ClientHeartbeat")
 LONG_POLL_S: Final = 5.0
 POLL_SLACK_S: Final = 2.0
 """How much later than asked a long poll may be answered before its manager is given up."""
-TRY_S: Final = 2.0
-"""How long one manager may take over one request before another is asked."""
-BACKOFF_FIRST_S: Final = 0.02
-BACKOFF_LAST_S: Final = 0.5
 DEFAULT_LEASE_S: Final = 2.0
-
-# Another manager, or the same a little later, may answer what failed like this.
-_ELSEWHERE: Final = (ConnectionLost, Unreachable, DeadlineExceeded, Overloaded, ServiceStopping, NotPrimary, TxnError)
-_HINT: Final = re.compile(r"the primary is (\S+)$")
-
-
-def not_primary(address: str) -> NotPrimary:
-    """The refusal of a standby manager; `hinted_address` gets the address back out of it on the other side."""
-    if address:
-        return NotPrimary(f"this manager is not the primary; the primary is {address}")
-    return NotPrimary("this manager is not the primary, and none is known yet: ask again in a moment")
-
-
-def hinted_address(error: NotPrimary) -> str:
-    """The primary's address that the refusal names, or ''."""
-    found = _HINT.search(error.message)
-    return found.group(1) if found else ""
 
 
 class _Flight:
@@ -102,17 +74,11 @@ class ManagerLink:
     ) -> None:
         """`managers`: one address each. `rejoin`: a node declared dead registers again by itself (meta: it has no targets) instead of ending `run`.
         `exit_when_lost`: end `run` with LeaseExpired as soon as half a lease passes without a renewal."""
-        if not managers:
-            raise ConfigError("no manager address: a cluster has at least one, e.g. tcp://127.0.0.1:7001")
-        self._pool = pool
+        self._managers = Managers(pool, clock, random, managers)
         self._clock = clock
-        self._random = random
-        self._managers = list(managers)
         self._identity = identity
         self._rejoin = rejoin
         self._exit_when_lost = exit_when_lost
-        self._primary = ""
-        self._next_manager = 0
         self._routing = Routing(pb.RoutingInfo())
         self._changed = trio.Event()
         self._callbacks: list[Callable[[Routing], None]] = []
@@ -162,7 +128,7 @@ class ManagerLink:
                 await self._changed.wait()
         if self._routing.version <= newer_than:
             raise DeadlineExceeded(
-                f"routing is still version {self._routing.version} after {timeout_s} s: is a manager running at {', '.join(self._managers)}?"
+                f"routing is still version {self._routing.version} after {timeout_s} s: do managers run at {', '.join(self._managers.addresses)}?"
             )
         return self._routing
 
@@ -202,48 +168,9 @@ class ManagerLink:
                 # A fault of the callback's owner must not end heartbeats, or the fetch that someone else waits for.
                 log.exception("a routing callback failed at version %d", self._routing.version)
 
-    # --- the primary -----------------------------------------------------------------------------------------------------------------
-
     async def call(self, what: Method, request: Any, *, timeout_s: float, try_s: float = TRY_S) -> Any:
         """Ask the primary manager, looking for it among all known addresses until the time is up."""
-        deadline_s = self._clock.monotonic() + timeout_s
-        backoff_s = BACKOFF_FIRST_S
-        tries = 0
-        before: KvfsError | None = None
-        while True:
-            address = self._primary or self._managers[self._next_manager % len(self._managers)]
-            left_s = deadline_s - self._clock.monotonic()
-            try:
-                reply = await self._pool.call([address], what, request, timeout_s=max(0.001, min(try_s, left_s)))
-            except _ELSEWHERE as error:
-                if isinstance(error, TxnError) and not error.retryable:
-                    raise
-                self._turn_from(address, error)
-                tries += 1
-                left_s = deadline_s - self._clock.monotonic()
-                # A named primary is asked at once; a full round of the others, or a hint that leads in circles, waits a little.
-                if tries % (len(self._managers) + 1) == 0 or not isinstance(error, NotPrimary):
-                    pause_s = backoff_s * self._random.uniform(0.5, 1.5)
-                    backoff_s = min(backoff_s * 2, BACKOFF_LAST_S)
-                else:
-                    pause_s = 0.0
-                if left_s <= pause_s:
-                    # The last try had whatever time was left; what an earlier one said tells more than that it was too short.
-                    raise (before if before is not None and isinstance(error, DeadlineExceeded) else error) from None
-                before = error
-                await self._clock.sleep(pause_s)
-            else:
-                self._primary = address
-                return reply
-
-    def _turn_from(self, address: str, error: KvfsError) -> None:
-        """Decide whom to ask next."""
-        if isinstance(error, NotPrimary) and (hint := hinted_address(error)) and hint != address:
-            self._primary = hint
-            return
-        if self._primary in ("", address):
-            self._primary = ""
-            self._next_manager += 1
+        return await self._managers.call(what, request, timeout_s=timeout_s, try_s=try_s)
 
     # --- registration and heartbeats of a service ------------------------------------------------------------------------------------
 
@@ -373,7 +300,7 @@ class ManagerLink:
             try:
                 await self._register(timeout_s=self._lease_s)
                 return
-            except _ELSEWHERE as error:
+            except ELSEWHERE as error:
                 log.info("registering again: %s", error.message)
                 await self._clock.sleep(self._lease_s / 4)
 
@@ -415,7 +342,7 @@ class ManagerLink:
                 if reply.routing_version > self._routing.version:
                     await self.refresh()
                 await self._clock.sleep(pause_s)
-            except _ELSEWHERE as error:
+            except ELSEWHERE as error:
                 log.debug("client heartbeat: %s", error.message)
                 await self._clock.sleep(min(pause_s, 0.5))
 
@@ -446,7 +373,7 @@ class ManagerLink:
                 reply: pb.GetRoutingReply = await self.call(
                     GET_ROUTING, request, timeout_s=LONG_POLL_S + POLL_SLACK_S, try_s=LONG_POLL_S + POLL_SLACK_S
                 )
-            except _ELSEWHERE as error:
+            except ELSEWHERE as error:
                 log.debug("routing: %s", error.message)
                 await self._clock.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, BACKOFF_LAST_S)

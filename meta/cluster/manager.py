@@ -15,7 +15,7 @@ import trio
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import KvfsError, NotPrimary, SetupError
-from kvfs.common.membership import not_primary
+from kvfs.common.primary import not_primary
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import registry
 from kvfs.meta.cluster.lease import Holding, Lease, Watch, claim, may_take, observe

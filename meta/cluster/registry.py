@@ -14,7 +14,7 @@ from struct import Struct
 from typing import cast
 
 from kvfs.common.errors import FormatTooNew, WrongDataDirectory
-from kvfs.common.membership import not_primary
+from kvfs.common.primary import not_primary
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.lease import Lease, same_reign
 from kvfs.meta.cluster.states import Chain, Member, Public

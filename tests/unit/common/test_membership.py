@@ -26,7 +26,8 @@ from kvfs.common.errors import (
     TxnConflict,
     Unreachable,
 )
-from kvfs.common.membership import ManagerLink, hinted_address, not_primary
+from kvfs.common.membership import ManagerLink
+from kvfs.common.primary import hinted_address, not_primary
 from kvfs.common.routing import Routing
 from kvfs.common.sim.clock import SimClock
 from kvfs.common.sim.net import SimFabric

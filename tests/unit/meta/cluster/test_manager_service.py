@@ -22,7 +22,8 @@ from kvfs.common.errors import (
     WrongCluster,
     WrongDataDirectory,
 )
-from kvfs.common.membership import ManagerLink, hinted_address
+from kvfs.common.membership import ManagerLink
+from kvfs.common.primary import hinted_address
 from kvfs.common.sim.clock import SimClock
 from kvfs.common.sim.disk import SimDisk
 from kvfs.common.sim.net import SimFabric
