@@ -16,6 +16,7 @@ from kvfs.common.boundary.disk import OrderedMap
 _SLICE_ROWS = 2000
 _PAGE_ROWS = 256
 Row = tuple[bytes, bytes]
+Change = tuple[bytes, bytes | None]
 
 
 class Index:
@@ -50,16 +51,11 @@ class Index:
 
     def scan(self, begin: bytes, end: bytes, *, reverse: bool = False) -> Iterator[Row]:
         """Rows with begin <= key < end. The index must not change while the iterator is in use."""
-        streams = [self._map_rows(begin, end, reverse)]
-        for overlay in (self._frozen, self._overlay):
-            if overlay:
-                keys = overlay.irange(begin, end, inclusive=(True, False), reverse=reverse)
-                streams.append((key, overlay[key]) for key in keys)
-        if len(streams) == 1:
-            return streams[0]
+        streams: list[Iterator[Change]] = [self._map_rows(begin, end, reverse)]
+        streams += [_overlay_rows(overlay, begin, end, reverse) for overlay in (self._frozen, self._overlay) if overlay]
         return _merge(streams, reverse)
 
-    def _map_rows(self, begin: bytes, end: bytes, reverse: bool) -> Iterator[Row]:
+    def _map_rows(self, begin: bytes, end: bytes, reverse: bool) -> Iterator[Change]:
         while True:
             page = self._base.range(begin, end, limit=_PAGE_ROWS, reverse=reverse)
             yield from page
@@ -95,8 +91,16 @@ class Index:
         self._base.close()
 
 
-def _merge(streams: list[Iterator[Row]], reverse: bool) -> Iterator[Row]:
+def _overlay_rows(overlay: SortedDict, begin: bytes, end: bytes, reverse: bool) -> Iterator[Change]:
+    for key in overlay.irange(begin, end, inclusive=(True, False), reverse=reverse):
+        yield key, overlay[key]
+
+
+def _merge(streams: list[Iterator[Change]], reverse: bool) -> Iterator[Row]:
     """Later streams win; removed rows are left out."""
+    if len(streams) == 1:
+        yield from (row for row in streams[0] if row[1] is not None)  # type: ignore[misc]
+        return
     heads = [next(stream, None) for stream in streams]
     while True:
         keys = [head[0] for head in heads if head is not None]
