@@ -81,25 +81,21 @@ async def _serve(
     server = RpcServer(net, clock, identity)
     server.add("Manager", ManagerService(manager))
     async with trio.open_nursery() as nursery:
+        try:
+            manager.addresses = tuple(await nursery.start(server.serve, config.listen))
+            await nursery.start(manager.run)
+            grpc_address = ""
+            if config.grpc_listen:
+                from kvfs.common.wire.grpc_adapter import serve_grpc
 
-        async def guarded(*, task_status: trio.TaskStatus[None]) -> None:
-            nonlocal failure
-            try:
-                await manager.run(task_status=task_status)
-            except KvfsError as error:
-                failure = error
-                nursery.cancel_scope.cancel()
-
-        manager.addresses = tuple(await nursery.start(server.serve, config.listen))
-        await nursery.start(guarded)
-        grpc_address = ""
-        if config.grpc_listen:
-            from kvfs.common.wire.grpc_adapter import serve_grpc
-
-            grpc_address = await nursery.start(serve_grpc, server, config.grpc_listen)
-        log.info("manager %s of cluster %s serves at %s", node_uuid, manager.cluster_id, ", ".join(manager.addresses))
-        task_status.started(
-            {"addresses": list(manager.addresses), "cluster_id": manager.cluster_id, "node_uuid": node_uuid, "grpc_address": grpc_address}
-        )
+                grpc_address = await nursery.start(serve_grpc, server, config.grpc_listen)
+            log.info("manager %s of cluster %s serves at %s", node_uuid, manager.cluster_id, ", ".join(manager.addresses))
+            task_status.started(
+                {"addresses": list(manager.addresses), "cluster_id": manager.cluster_id, "node_uuid": node_uuid, "grpc_address": grpc_address}
+            )
+        except KvfsError as error:
+            # Out of the nursery as itself, not inside an exception group.
+            failure = error
+            nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure

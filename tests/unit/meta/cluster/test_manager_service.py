@@ -526,9 +526,8 @@ def test_other_clusters_are_kept_out() -> None:
             with pytest.raises(WrongCluster):
                 await link.refresh()
         await manager.stop()
-        with pytest.raises((WrongDataDirectory, ExceptionGroup)) as refused:
+        with pytest.raises(WrongDataDirectory):
             await world.manager(cluster_id="other")
-        assert refused.group_contains(WrongDataDirectory) if isinstance(refused.value, ExceptionGroup) else True
         # Nothing was touched: it starts as itself, also without being told which cluster it is.
         again = await world.manager(cluster_id="")
         assert again.cluster_id == CLUSTER
