@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_status_lists_processes_and_chains(cluster: RealCluster) -> None:
-    report = cluster.status()
+    report = cluster.json("status")
     roles = sorted(process["role"] for process in report["processes"])
     assert roles == ["manager", "meta", "storage", "storage", "storage"]
     for process in report["processes"]:

