@@ -88,8 +88,7 @@ class DirectoryHandle:
             self.names[index] = name
 
     def rewind(self) -> None:
-        self.names.clear()
-        self.first_position = 2
+        """Start again with what is there now. The old names stay until new ones take their positions: a program may still seek to one."""
         self.page = []
         self.page_position = 2
         self.page_more = True

@@ -33,9 +33,14 @@ class DirectoryOperations(Base):
         directory = self._directories.get(handle)
         if position == 0:
             directory.rewind()
-        if position < DOT_DOT and not await self._dots(directory, position, emit):
-            return
-        position = max(position, DOT_DOT)
+        try:
+            if position < DOT_DOT and not await self._dots(directory, position, emit):
+                return
+            await self._list(directory, max(position, DOT_DOT), emit)
+        except NotFound:
+            return  # removed while it was open: an empty listing, without the dots
+
+    async def _list(self, directory: DirectoryHandle, position: int, emit: Emit) -> None:
         if position != directory.page_position:
             directory.page, directory.page_position, directory.page_more = [], position, True
         while True:

@@ -26,21 +26,24 @@ FMODE_EXEC = 0x20
 class FileOperations(Base):
     async def open(self, inode: int, flags: int, caller: Caller) -> Opened:
         read, write = _modes(flags)
-        truncate = bool(flags & os.O_TRUNC)
         session = self._client.new_session()
+        # One step at the service, but for a file that is being written here: then the cut must find its place among those writes.
+        truncate = bool(flags & os.O_TRUNC)
+        cut_after = truncate and inode in self._writing
 
         async def opening(user: User) -> tuple[User, pb.Inode]:
-            return user, await self._meta.open(inode, user=user, session=session, read=read, write=write, truncate=False)
+            return user, await self._meta.open(inode, user=user, session=session, read=read, write=write, truncate=truncate and not cut_after)
 
         user, found = await opening(ROOT) if flags & FMODE_EXEC else await self._as(caller, opening)
         file = self._client.open_file(found, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
-        if truncate and file.length > 0:
+        opened = self._opened(found, file, flags, user)
+        if cut_after:
             try:
-                found = await file.truncate(0)
+                await self._client.truncate_inode(inode, 0, user=user, session=session if write else b"")
             except BaseException:
-                await file.close()
+                await self.release(opened.handle)
                 raise
-        return self._opened(found, file, flags, user)
+        return opened
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Opened, Attributes]:
         read, write = _modes(flags)
@@ -54,13 +57,14 @@ class FileOperations(Base):
         user, reply = await self._as(caller, creating)
         inode = reply.inode
         file = self._client.open_file(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
-        if not reply.created and flags & os.O_TRUNC and file.length > 0:
+        opened = self._opened(inode, file, flags, user)
+        if not reply.created and flags & os.O_TRUNC:  # somebody made it since the kernel looked
             try:
-                inode = await file.truncate(0)
+                inode = await self._client.truncate_inode(inode.inode, 0, user=user, session=session if write else b"")
             except BaseException:
-                await file.close()
+                await self.release(opened.handle)
                 raise
-        return self._opened(inode, file, flags, user), await self._present(inode)
+        return opened, await self._present(inode)
 
     def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
         privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP

