@@ -32,13 +32,13 @@ class ClientConfig:
 
     buffer_pool_bytes: int = 256 * MIB
     """Registered memory, sparse: only what is touched is taken from the machine."""
-    dirty_max_bytes: int = 96 * MIB
+    dirty_max_bytes: int = 48 * MIB
     """Written but not yet acknowledged bytes of all files together; writers wait above it."""
     dirty_age_s: float = 0.5
     """Buffered bytes older than this are sent without being asked."""
-    write_batch_bytes: int = 8 * MIB
+    write_batch_bytes: int = 4 * MIB
     """Whole chunks gathered into one request."""
-    writes_in_flight: int = 3
+    writes_in_flight: int = 4
     """Write requests under way at once, all files together; each carries a batch."""
     channels: int = 512
     """Idempotency channels: writes under way at once."""

@@ -116,7 +116,8 @@ class ReadPath:
         if count == 1 and not tried:
             return serving[0]
         best, best_rank = 0, (2, 2)
-        turn = read.chunk_id[-1] + read.chunk_id[-2]
+        # Multiplied (Fibonacci hashing), since the plain index goes in step with the order of the chains.
+        turn = ((read.chunk_id[-1] | read.chunk_id[-2] << 8) * 0x9E3779B1 & 0xFFFFFFFF) >> 16
         for step in range(count):
             target = serving[(turn + step) % count]
             if target in tried:

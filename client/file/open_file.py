@@ -119,8 +119,8 @@ class OpenFile:
             parts: list[tuple[int, Span | memoryview]] = []
             for view in views:
                 count = min(size_of(view), end - start)
-                if count <= 0:
-                    break
+                if not count:
+                    continue
                 if isinstance(view, Span):
                     parts.append((start, view if count == view.length else view.part(0, count)))
                 else:
@@ -144,7 +144,7 @@ class OpenFile:
         state = self._state
         await state.fresh(self.user)
         end = min(offset + length, state.length)
-        if ahead and end > offset and state.shared.ahead.enabled:
+        if ahead and offset < end < offset + state.shared.config.read_ahead_bytes:  # a larger read is a batch by itself
             self._stream.advance(state.windows, offset, end, state.length)
         return end
 

@@ -77,10 +77,6 @@ class ReadAhead:
         self._recent: OrderedDict[Window, None] = OrderedDict()
         self.total_bytes = 0
 
-    @property
-    def enabled(self) -> bool:
-        return self._config.read_ahead_bytes > 0
-
     def begin(self, owner: Windows, start: int, end: int) -> Window | None:
         """Start fetching, if there is room (older windows make some)."""
         size = end - start
@@ -193,20 +189,24 @@ class Stream:
             self._run = 0
             self._size = self._config.read_ahead_first_bytes
             return
-        if self._run == 0:
-            self._ahead_end = offset
+        self._ahead_end = offset if self._run == 0 else max(self._ahead_end, offset)
         self._run += 1
         self._next = max(self._next, end)
         goal = min(length, end + self._size)
         step = min(self._size, self._config.read_window_bytes)
-        if self._ahead_end < min(goal, end) or goal - self._ahead_end >= step or goal == length:
-            chunk = windows.placement.chunk_size
-            while self._ahead_end < goal:
-                stop = min(length, max(self._ahead_end + step, min(end, self._ahead_end + self._config.read_window_bytes)))
-                if stop < length:
-                    stop = min(length, -(-stop // chunk) * chunk) if chunk <= self._config.read_window_bytes else stop
-                reached = windows.fetch(self._ahead_end, stop)
-                if reached == self._ahead_end:
-                    break
-                self._ahead_end = reached
-            self._size = min(2 * self._size, self._config.read_ahead_bytes)
+        if self._ahead_end >= end and goal - self._ahead_end < step and goal < length:
+            return  # not yet worth a request
+        while self._ahead_end < goal:
+            stop = self._stop(windows.placement.chunk_size, max(step, min(end - self._ahead_end, self._config.read_window_bytes)), length)
+            reached = windows.fetch(self._ahead_end, stop)
+            if reached == self._ahead_end:
+                break  # no room: the reader is served directly
+            self._ahead_end = reached
+        self._size = min(2 * self._size, self._config.read_ahead_bytes)
+
+    def _stop(self, chunk_size: int, size: int, length: int) -> int:
+        """Where a window ends: at a chunk's end, where chunks are not larger than windows, so that each chunk is asked for once."""
+        stop = self._ahead_end + size
+        if chunk_size <= self._config.read_window_bytes:
+            stop = -(-stop // chunk_size) * chunk_size
+        return min(stop, length)

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import trio
+from tests.unit.client.fakes import run
+from tests.unit.client.whole import whole
 
 from kvfs.common.errors import AlreadyExists, IsDirectory, NotDirectory, NotEmpty, NotFound
 from kvfs.common.wire import meta_pb2 as pb
-from tests.unit.client.fakes import run
-from tests.unit.client.whole import whole
 
 
 def test_files_and_names() -> None:

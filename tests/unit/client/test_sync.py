@@ -1,0 +1,226 @@
+"""The synchronous face over a real cluster that runs in a thread of the test."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import trio
+from tests.unit.client.whole import whole
+
+from kvfs.client import Client, ClientConfig
+from kvfs.client.locate import ClusterAddress
+
+CONFIG = ClientConfig(buffer_pool_bytes=64 << 20)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ClusterAddress]:
+    ready = threading.Event()
+    found: dict[str, Any] = {}
+
+    async def main() -> None:
+        async with whole(storage=2, replicas=2) as made:
+            found["address"], found["stop"] = made.address, trio.Event()
+            found["token"] = trio.lowlevel.current_trio_token()
+            ready.set()
+            await found["stop"].wait()
+
+    thread = threading.Thread(target=lambda: trio.run(main), daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    yield found["address"]
+    found["token"].run_sync_soon(found["stop"].set)
+    thread.join(30)
+
+
+@pytest.fixture
+def client(cluster: ClusterAddress) -> Iterator[Client]:
+    with Client(",".join(cluster.managers), config=CONFIG) as made:
+        yield made
+
+
+def test_python_files_work_unchanged(client: Client) -> None:
+    with client.open("/text", "w", encoding="utf-8") as file:
+        file.writelines(f"line {number} ü\n" for number in range(5000))
+    with client.open("/text", encoding="utf-8") as file:
+        assert [line.rstrip("\n") for line in file] == [f"line {number} ü" for number in range(5000)]
+        file.seek(0)
+        assert file.readline() == "line 0 ü\n"
+    with client.open("/text", "a") as file:
+        file.write("end")
+    assert client.read_bytes("/text").endswith(b"end")
+    with client.open("/text", "r+b") as file:
+        assert isinstance(file, io.BufferedRandom)
+        assert file.read(4) == b"line"
+        file.write(b"=")
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == b"end"
+        file.truncate(10)
+    assert client.read_bytes("/text") == b"line=0 \xc3\xbc\n"
+    with pytest.raises(FileExistsError):
+        client.open("/text", "x")
+    with client.open("/raw", "wb", buffering=0) as raw:
+        assert raw.write(b"abc") == 3
+        assert raw.tell() == 3
+        with pytest.raises(io.UnsupportedOperation):
+            raw.read(1)
+    with pytest.raises(ValueError, match="closed"):
+        raw.write(b"x")
+    client.unlink("/text")
+    client.unlink("/raw")
+
+
+def test_random_reads_and_writes_through_a_buffered_and_a_raw_file(client: Client) -> None:
+    rng = random.Random(4)
+    model = bytearray(rng.randbytes(3 << 20))
+    client.write_bytes("/model", model)
+    for buffering in (-1, 0):
+        with client.open("/model", "r+b", buffering=buffering) as file:
+            for _ in range(150):
+                offset, size = rng.randrange(len(model)), rng.choice([1, 100, 5000, 200_000])
+                file.seek(offset)
+                if rng.random() < 0.4:
+                    data = rng.randbytes(size)[: len(model) - offset]
+                    assert file.write(data) == len(data)
+                    model[offset : offset + len(data)] = data
+                else:
+                    got = file.read(size)
+                    assert got == model[offset : offset + len(got)]
+                    assert len(got) == min(size, len(model) - offset) or buffering == 0
+                    assert got
+        assert client.read_bytes("/model") == model
+    client.unlink("/model")
+
+
+def test_sequential_reading_in_small_steps_borrows_what_was_read_ahead(client: Client) -> None:
+    data = random.Random(5).randbytes(9 << 20)
+    client.write_bytes("/long", data)
+    with client.open("/long", "rb", buffering=0) as raw:
+        parts = []
+        while part := raw.read(100_000):
+            parts.append(part)
+        assert b"".join(parts) == data
+    with client.open("/long", "rb") as file:
+        assert file.read() == data
+    client.unlink("/long")
+
+
+def test_a_reader_sees_its_own_files_writes_at_once(client: Client) -> None:
+    with client.open("/own", "w+b", buffering=0) as raw:
+        raw.write(b"a" * 100_000)
+        raw.seek(0)
+        assert raw.read(10) == b"a" * 10
+        raw.seek(5)
+        raw.write(b"b")
+        raw.seek(0)
+        assert raw.read(10) == b"aaaaabaaaa"
+        raw.truncate(7)
+        raw.seek(0)
+        assert raw.read(100) == b"aaaaaba"
+    client.unlink("/own")
+
+
+def test_errors_are_oserrors_with_the_path(client: Client) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        client.stat("/nowhere/at/all")
+    assert caught.value.filename == "/nowhere/at/all"
+    client.makedirs("/dir/sub", exist_ok=True)
+    with pytest.raises(IsADirectoryError):
+        client.open("/dir", "rb")
+    with pytest.raises(OSError, match="/dir") as not_empty:
+        client.rmdir("/dir")
+    assert not_empty.value.errno == errno.ENOTEMPTY
+    assert [(name, inode.type) for name, inode in client.scandir("/dir")] == [("sub", 2)]
+    assert list(client.walk("/dir")) == [("/dir", ["sub"], []), ("/dir/sub", [], [])]
+    client.rmtree("/dir")
+    assert not client.exists("/dir")
+
+
+def test_many_threads(client: Client) -> None:
+    client.mkdir("/threads")
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            rng = random.Random(number)
+            for turn in range(5):
+                data = rng.randbytes(rng.randrange(1, 300_000))
+                path = f"/threads/{number}-{turn}"
+                client.write_bytes(path, data)
+                assert client.read_bytes(path) == data
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(client.listdir("/threads")) == 40
+    client.rmtree("/threads")
+
+
+def test_registered_memory(client: Client) -> None:
+    with client.register(2 << 20) as buffer, client.open("/spans", "w+b", buffering=0) as raw:
+        buffer.view[: 1 << 20] = b"z" * (1 << 20)
+        assert raw.pwrite(buffer.span(0, 1 << 20), 100) == 1 << 20
+        assert raw.preadv([buffer.span(1 << 20, 1 << 20)], 0) == 1 << 20
+        assert buffer.view[1 << 20 : 2 << 20] == bytes(100) + b"z" * ((1 << 20) - 100)
+    client.unlink("/spans")
+
+
+def test_a_forked_child_has_its_own_connection(client: Client) -> None:
+    client.write_bytes("/forked", b"before the fork")
+    opened = client.open("/forked", "rb", buffering=0)
+    assert opened.read(6) == b"before"
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            answer = opened.read(4) + b"|" + client.read_bytes("/forked")
+            client.write_bytes("/by-child", b"hello")
+            client.close()
+        except BaseException as error:
+            answer = repr(error).encode()
+        os.write(writer, answer)
+        os._exit(0)
+    os.close(writer)
+    answer = b""
+    while part := os.read(reader, 4096):
+        answer += part
+    os.close(reader)
+    os.waitpid(pid, 0)
+    assert answer == b" the|before the fork"
+    assert client.read_bytes("/by-child") == b"hello"
+    assert opened.read(4) == b" the"
+    opened.close()
+    client.unlink("/forked")
+    client.unlink("/by-child")
+
+
+def test_a_closed_client_refuses_and_keeps_what_was_written(cluster: ClusterAddress) -> None:
+    client = Client(",".join(cluster.managers), config=CONFIG)
+    file = client.open("/left-open", "wb", buffering=0)
+    file.write(b"not lost")
+    client.close()
+    client.close()
+    with pytest.raises(OSError, match="closed"):
+        client.stat("/")
+    with pytest.raises(OSError, match="closed"):
+        file.write(b"x")
+    with Client(",".join(cluster.managers), config=CONFIG) as again:
+        assert again.read_bytes("/left-open") == b"not lost"
+        again.unlink("/left-open")
+
+
+def test_no_cluster_is_a_clear_error() -> None:
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        Client("127.0.0.1:1", config=ClientConfig(deadline_s=0.3)).connect()
