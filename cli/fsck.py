@@ -18,12 +18,16 @@ import trio
 
 from kvfs.cli.context import Options, common_options, console, print_json
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses
-from kvfs.common.errors import InvalidArgument, UnknownTarget
+from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.errors import InvalidArgument, UnknownTarget, WrongDataDirectory
 from kvfs.common.ids import chunk_index, chunk_inode
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.service import method
+from kvfs.storage.engine import superblock
+from kvfs.storage.engine.engine import ChunkEngine
 
 CALL_TIMEOUT_S = 30.0
 CHECK_TIMEOUT_S = 3600.0
@@ -162,11 +166,17 @@ async def check_target(spec: str, target_id: int, *, read_data: bool) -> Report:
 
 
 def check_directory(path: Path, *, read_data: bool) -> Report:
-    """A target's directory while no service has it open."""
-    from kvfs.storage.engine.offline import check_directory as check
-
-    chunks, count, problems = check(path, read_data=read_data)
-    return Report(chunks=chunks, bytes=count, replicas=1, problems=list(problems))
+    """A target's directory while no service has it open. Raises WrongDataDirectory, DirectoryInUse, FormatTooNew or IndexCorrupt."""
+    disk = RealDisk(str(path))
+    identity = superblock.load(disk)
+    if identity is None:
+        raise WrongDataDirectory(f"{path} is not a target's directory: targets lie below a storage service's data directory in targets/")
+    engine = ChunkEngine(disk, SystemClock(), identity)
+    try:
+        found = engine.check(read_data=read_data)
+    finally:
+        engine.close()
+    return Report(chunks=found.chunks, bytes=found.bytes, replicas=1, problems=list(found.problems))
 
 
 def as_dict(report: Report) -> dict[str, Any]:

@@ -183,3 +183,32 @@ def test_an_unknown_key_in_a_config_file_is_said_with_its_line(new_cluster: Call
     config.write_text(config.read_text() + "replicass = 3\n")
     done = cluster.kvfs("up", check=False)
     assert done.returncode == 2 and f"storage-1.toml:{lines + 1}" in done.stderr and "replicass" in done.stderr, done.stderr
+
+
+def test_fsck_of_a_target_directory_finds_a_flipped_bit(new_cluster: Callable[[], RealCluster]) -> None:
+    """Offline, on the directory itself: clean as written; with one bit flipped in a data file, a problem and exit status 1."""
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    data = os.urandom(900_000)
+    with Client(str(cluster.path)) as client, client.open("/f", "wb") as file:
+        file.write(data)
+    target = next(
+        target for target in sorted((cluster.path / "storage-1" / "targets").iterdir()) if any(data[:64] in f.read_bytes() for f in files_of(target))
+    )
+    busy = cluster.kvfs("fsck", "--target", str(target), check=False)
+    assert busy.returncode == 2 and "is open in process" in busy.stderr, busy.stderr
+    cluster.kvfs("down")
+    assert cluster.json("fsck", "--target", str(target), "--read-data")["clean"]
+    broken = next(file for file in files_of(target) if data[:64] in file.read_bytes())
+    at = broken.read_bytes().index(data[:64]) + 500_000
+    with open(broken, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 4]))
+    found = cluster.kvfs("fsck", "--target", str(target), "--read-data", "--json", check=False)
+    assert found.returncode == 1 and not json.loads(found.stdout)["clean"]
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size < 1 << 30)
