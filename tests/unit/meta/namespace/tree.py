@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import trio
 
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import KvfsError, NotDirectory, NotFound
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.kv import Transaction
 from kvfs.meta.kv.memory import MemoryEngine
@@ -75,14 +75,15 @@ class Tree:
             return self.run(lookup.get_attr, pb.GetAttrRequest(inodes=[1]), who).inodes[0]
         reply = self.lookup(path, who, follow=follow)
         if len(reply.inodes) < len(names):
-            from kvfs.common.errors import NotFound
-
             raise NotFound(path)
         return reply.inodes[-1]
 
     def place(self, path: str, who: pb.User = ROOT) -> tuple[int, bytes]:
         above, _, name = path.rpartition("/")
-        return self.find(above, who).inode, name.encode()
+        parent = self.find(above, who)
+        if parent.type != pb.DIRECTORY:
+            raise NotDirectory(above)
+        return parent.inode, name.encode()
 
     def stat(self, path: str) -> pb.Inode:
         return self.find(path, follow=False)
