@@ -90,8 +90,9 @@ class Channel:
         self._alarm = trio.Event()
         self._alarm_at = math.inf
         self._used_at = clock.monotonic()
+        self._seen = -1
         self._retired = False
-        self._said_end = False
+        self._goodbye = False
         self.paused = False
 
     @classmethod
@@ -288,7 +289,7 @@ class Channel:
             return True
         except ConnectionLost as error:
             self._fail(error)
-            return not self._said_end
+            return not self._goodbye  # after a goodbye the service closes only when it is done with our memory
         except TransportError as error:
             log.warning("%s: %s", self.address, error)
             self._fail(error)
@@ -335,8 +336,6 @@ class Channel:
             with trio.move_on_after(first - now):
                 await self._alarm.wait()
 
-    _seen = -1
-
     def _expire(self, request_id: int, pending: _Pending) -> None:
         task = pending.task
         if pending.began == self._connection.received:
@@ -373,6 +372,7 @@ class Channel:
             self.peer = self._identity.meet(pb.Hello.FromString(bytes(message)))
             self._greeted.set()
         elif kind == Kind.GOODBYE:
+            self._goodbye = True
             raise ConnectionLost(f"the service closed the connection: {_error_of(header, message).message}")
         else:
             raise MalformedFrame(f"a frame of kind {kind} is out of place here")

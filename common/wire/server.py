@@ -80,6 +80,7 @@ class RpcServer:
         self._pool: BufferPool | None = None
         self._workers: trio.Nursery | None = None
         self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
         self._peers: set[_Peer] = set()
 
     def add(self, service: str, handler: object, methods: dict[str, Method] | None = None) -> None:
@@ -107,6 +108,7 @@ class RpcServer:
                     for listener in listeners:
                         nursery.start_soon(self._accept, listener, nursery)
                     nursery.start_soon(self._close_idle)
+                    nursery.start_soon(self._end_overdue)
                     task_status.started([self._public(listener.address) for listener in listeners])
         finally:
             with trio.CancelScope(shield=True):
@@ -151,41 +153,55 @@ class RpcServer:
             trio.lowlevel.reschedule(worker.task)
         else:
             assert self._workers is not None
-            self._workers.start_soon(self._work, job)
+            self._workers.start_soon(self._work, _Worker(job))
 
-    async def _work(self, job: _Job | None) -> None:
-        worker = _Worker()
-        while job is not None:
-            peer, method, request_id, call, awaitable = job
-            try:
-                with trio.CancelScope(deadline=trio.current_time() + call.remaining_s() + DEADLINE_GRACE_S) as scope:
+    async def _work(self, worker: _Worker) -> None:
+        worker.task = trio.lowlevel.current_task()
+        with worker.scope:
+            while (job := worker.job) is not None:
+                self._busy.add(worker)
+                peer, method, request_id, call, awaitable = job
+                try:
                     reply = await awaitable
-                if scope.cancelled_caught:
-                    peer.refuse(request_id, DeadlineExceeded(f"{method.full_name} did not finish within its deadline"), call.bulk)
-                else:
                     peer.answer(method, request_id, reply, call.bulk)
-            except Exception as error:
-                peer.refuse(request_id, error, call.bulk, method)
-            except BaseException:
-                peer.refuse(request_id, ServiceStopping("the service is stopping"), call.bulk)
-                raise
-            peer = call = awaitable = reply = None  # type: ignore[assignment]  # an idle worker must keep nothing alive
-            if len(self._idle) >= self.limits.in_flight:
-                return
-            self._idle.append(worker)
-            await trio.lowlevel.wait_task_rescheduled(worker.give_up(self._idle))
-            job, worker.job = worker.job, None
+                except Exception as error:
+                    peer.refuse(request_id, error, call.bulk, method)
+                except BaseException:
+                    if worker.overdue:
+                        peer.refuse(request_id, DeadlineExceeded(f"{method.full_name} did not finish within its deadline"), call.bulk)
+                    else:
+                        peer.refuse(request_id, ServiceStopping("the service is stopping"), call.bulk)
+                    raise
+                finally:
+                    self._busy.discard(worker)
+                worker.job = job = peer = call = awaitable = reply = None  # type: ignore[assignment]  # an idle worker keeps nothing alive
+                if len(self._idle) >= self.limits.in_flight or worker.overdue:
+                    return
+                self._idle.append(worker)
+                await trio.lowlevel.wait_task_rescheduled(worker.give_up(self._idle))
+
+    async def _end_overdue(self) -> None:
+        """Cancels handlers past their deadline and the grace. One look at all of them now and then: a timer for each would cost a tenth of a call."""
+        while True:
+            await self.clock.sleep(DEADLINE_GRACE_S / 2)
+            now = self.clock.monotonic()
+            for worker in [worker for worker in self._busy if worker.job is not None and worker.job[3].deadline + DEADLINE_GRACE_S / 2 <= now]:
+                worker.overdue = True
+                worker.scope.cancel()
 
 
 _Job = tuple["_Peer", Method, int, Call, Awaitable[Any]]
 
 
 class _Worker:
-    __slots__ = ("job", "task")
+    __slots__ = ("job", "overdue", "scope", "task")
 
-    def __init__(self) -> None:
-        self.task = trio.lowlevel.current_task()
-        self.job: _Job | None = None
+    task: trio.lowlevel.Task
+
+    def __init__(self, job: _Job) -> None:
+        self.job: _Job | None = job
+        self.overdue = False
+        self.scope = trio.CancelScope()
 
     def give_up(self, idle: list[_Worker]) -> Any:
         def abort(_raise: object) -> trio.lowlevel.Abort:

@@ -423,8 +423,9 @@ def test_memory_passed_on_stays_pinned_until_the_last_service_is_done(transport:
     on_transport(transport, main)
 
 
+@pytest.mark.parametrize("how", ["closed here", "malformed frame"])
 @pytest.mark.parametrize("transport", ["shm", "sim-shm"])
-def test_a_channel_that_ends_keeps_memory_pinned_until_the_service_is_done(transport: str) -> None:
+def test_a_channel_that_ends_keeps_memory_pinned_until_the_service_is_done(transport: str, how: str) -> None:
     async def main(world: World) -> None:
         gate = trio.Event()
 
@@ -447,10 +448,16 @@ def test_a_channel_that_ends_keeps_memory_pinned_until_the_service_is_done(trans
 
                 nursery.start_soon(ask)
                 await world.clock.sleep(0.05)
-                (await pool.channel(where, timeout_s=1)).close()
-            await world.clock.sleep(0.05)
-            assert span.pinned, "the service still has the memory"
-            gate.set()
+                channel = await pool.channel(where, timeout_s=1)
+                if how == "closed here":
+                    channel.close()
+                else:
+                    channel._connection.send([b"X" * 40])
+            try:
+                await world.clock.sleep(0.05)
+                assert span.pinned, "the service still has the memory"
+            finally:
+                gate.set()
             await world.clock.sleep(0.1)
             assert not span.pinned
 
