@@ -82,6 +82,8 @@ class Allocator:
         """Blocks that more than one chunk claimed when the target was opened: never given out again, so that damage cannot spread."""
         self.in_flight: set[Block] = set()
         """Given out, but in no record of the journal yet; the ledger takes out what it records."""
+        self.watchers: list[set[Block]] = []
+        """Each gets the blocks that are given out while it is in the list."""
         self.group_bytes_total = 0
         self.used_bytes = 0
         self.quarantined_bytes = 0
@@ -103,6 +105,8 @@ class Allocator:
         block = Block(block_bytes, group.file, group.number * group.blocks + lowest.bit_length() - 1)
         self.used_bytes += block_bytes
         self.in_flight.add(block)
+        for watcher in self.watchers:
+            watcher.add(block)
         return block
 
     def _group_with_space(self, cls: _Class) -> _Group:
@@ -269,8 +273,26 @@ class Allocator:
 
     # --- looking ---
 
-    def used(self) -> set[Block]:
-        return {block for cls in self._classes.values() for group in cls.groups.values() for block in group.used()}
+    def groups(self) -> list[_Group]:
+        return [group for cls in self._classes.values() for group in cls.groups.values()]
+
+    def in_use(self, block: Block) -> bool:
+        """Taken: by a chunk, in quarantine, or on its way into the journal."""
+        cls = self._classes.get(block.block_bytes)
+        if cls is None:
+            return False
+        number, bit = divmod(block.number, cls.blocks_per_group)
+        group = cls.groups.get((block.file, number))
+        return group is not None and not group.free >> bit & 1
+
+    def watch_given_out(self) -> set[Block]:
+        """The set of blocks that come to a chunk from now on (with those under way), kept up until `stop_watching`."""
+        given_out = set(self.in_flight)
+        self.watchers.append(given_out)
+        return given_out
+
+    def stop_watching(self, given_out: set[Block]) -> None:
+        self.watchers = [watcher for watcher in self.watchers if watcher is not given_out]
 
     def waiting(self) -> set[Block]:
         """Freed, but not free yet."""

@@ -1,60 +1,124 @@
 """fsck of one target: index against allocator against data files, and every stored byte against its checksum when asked.
 
-The structural part holds the engine's lock, so that it sees one state; reading data does not. Finds; never repairs.
+Runs beside the target's work: it never holds the engine's lock for longer than a page. Finds; never repairs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
 
 from kvfs.common.errors import IndexCorrupt, KvfsError
 from kvfs.storage.engine import chunk
 from kvfs.storage.engine.chunk import CHECKSUM_BYTES, ChunkMeta, Content, units_of
 from kvfs.storage.engine.classes import Block
-from kvfs.storage.engine.ledger import CHUNK_PREFIX, Ledger
+from kvfs.storage.engine.ledger import CHUNK_PREFIX, CHUNKS_END, Ledger
 from kvfs.storage.engine.reader import damaged_units
 from kvfs.storage.engine.requests import CheckReport
 
 _MAX_PROBLEMS = 1000
 _PAGE_CHUNKS = 500
+_PAGE_GROUPS = 20
 
 
 def check_target(ledger: Ledger, read_data: bool) -> CheckReport:
     problems: list[str] = []
-    with ledger.lock:
-        chunks, total = _check_structure(ledger, problems)
+    chunks, total = _Structure(ledger, problems).check()
     if read_data:
         _check_data(ledger, problems)
     return CheckReport(chunks, total, problems[:_MAX_PROBLEMS])
 
 
-def _check_structure(ledger: Ledger, problems: list[str]) -> tuple[int, int]:
-    holders: dict[Block, bytes] = {}
-    sizes = {key: ledger.files.get(*key).size() for key in ledger.files.existing()}
-    chunks = total = 0
-    for key, value in ledger.index.scan(CHUNK_PREFIX, b"d"):
-        chunks += 1
+class _Structure:
+    """One look at everything, a page at a time, while the target goes on. What looks wrong because it changed between two looks is looked at
+    again under the lock; blocks given out since the beginning are known from `Allocator.watch_given_out`."""
+
+    def __init__(self, ledger: Ledger, problems: list[str]) -> None:
+        self._ledger = ledger
+        self._problems = problems
+        self._holders: dict[Block, bytes] = {}
+        self._bytes = 0
+
+    def check(self) -> tuple[int, int]:
+        """(chunks, their bytes)"""
+        ledger = self._ledger
+        with ledger.lock:
+            given_out = ledger.allocator.watch_given_out()
+            begun = ledger.journal.next_sequence
         try:
-            meta = chunk.decode(key[1:], value)
+            chunks = 0
+            for key, value in _rows(ledger):
+                chunks += 1
+                self._check_row(key[1:], value)
+            self._check_allocator(given_out)
+            with ledger.lock:
+                if begun == ledger.journal.next_sequence and chunks != ledger.chunks:
+                    self._problems.append(f"the target counts {ledger.chunks} chunks, its index has {chunks}")
+        finally:
+            with ledger.lock:
+                ledger.allocator.stop_watching(given_out)
+        return chunks, self._bytes
+
+    def _check_row(self, chunk_id: bytes, value: bytes) -> None:
+        try:
+            meta = chunk.decode(chunk_id, value)
         except IndexCorrupt as error:
-            problems.append(error.message)
-            continue
-        total += meta.length
-        name = f"chunk {meta.chunk_id.hex()}"
-        problems += [f"{name}: {problem}" for problem in meta_problems(meta)]
+            self._problems.append(error.message)
+            return
+        self._bytes += meta.length
+        name = f"chunk {chunk_id.hex()}"
+        self._problems += [f"{name}: {problem}" for problem in meta_problems(meta)]
         for block in meta.blocks():
-            other = holders.setdefault(block, meta.chunk_id)
-            if other != meta.chunk_id:
-                problems.append(f"{name}: its block {block} is also held by chunk {other.hex()}")
-            if block.start + block.block_bytes > sizes.get((block.block_bytes, block.file), 0):
-                problems.append(f"{name}: its block {block} lies outside its data file")
-    allocator = ledger.allocator
-    used = allocator.used() - allocator.waiting() - allocator.in_flight
-    for block in sorted(holders.keys() - used):
-        problems.append(f"{block} is held by chunk {holders[block].hex()}, but the allocator has it free")
-    for block in sorted(used - holders.keys()):
-        problems.append(f"{block} is taken, but no chunk holds it: its space is lost until the target is opened again")
-    if chunks != ledger.chunks:
-        problems.append(f"the target counts {ledger.chunks} chunks, its index has {chunks}")
-    return chunks, total
+            other = self._holders.setdefault(block, chunk_id)
+            if other != chunk_id and self._holds(chunk_id, block) and self._holds(other, block):
+                self._problems.append(f"{name}: its block {block} is also held by chunk {other.hex()}")
+            if not self._inside(block) and self._holds(chunk_id, block):
+                self._problems.append(f"{name}: its block {block} lies outside its data file")
+
+    def _holds(self, chunk_id: bytes, block: Block) -> bool:
+        """Now, under the lock."""
+        with self._ledger.lock:
+            value = self._ledger.index.get(CHUNK_PREFIX + chunk_id)
+        return value is not None and block in chunk.decode(chunk_id, value).blocks()
+
+    def _inside(self, block: Block) -> bool:
+        files = self._ledger.files
+        if not files.exists(block.block_bytes, block.file):
+            return False
+        return block.start + block.block_bytes <= files.get(block.block_bytes, block.file).size()
+
+    def _check_allocator(self, given_out: set[Block]) -> None:
+        """A block that was in use at the beginning, is still, and is not new, must have been seen with its chunk; blocks never change hands."""
+        ledger, allocator = self._ledger, self._ledger.allocator
+        with ledger.lock:
+            groups = allocator.groups()
+        used: set[Block] = set()
+        for at in range(0, len(groups), _PAGE_GROUPS):
+            with ledger.lock:
+                for group in groups[at : at + _PAGE_GROUPS]:
+                    used.update(group.used())
+        with ledger.lock:
+            lost = used - self._holders.keys() - given_out - allocator.waiting() - allocator.in_flight
+            lost = {block for block in lost if allocator.in_use(block)}
+        for block in sorted(lost):
+            self._problems.append(f"{block} is taken, but no chunk holds it: its space is lost until the target is opened again")
+        for block in sorted(self._holders.keys() - used):
+            with ledger.lock:
+                taken = allocator.in_use(block)
+            if not taken and self._holds(self._holders[block], block):
+                self._problems.append(f"{block} is held by chunk {self._holders[block].hex()}, but the allocator has it free")
+
+
+def _rows(ledger: Ledger) -> Iterator[tuple[bytes, bytes]]:
+    """The rows of all chunks, in pages: the lock is let go in between."""
+    begin = CHUNK_PREFIX
+    while True:
+        with ledger.lock:
+            page = list(islice(ledger.index.scan(begin, CHUNKS_END), _PAGE_CHUNKS))
+        yield from page
+        if len(page) < _PAGE_CHUNKS:
+            return
+        begin = page[-1][0] + b"\0"
 
 
 def meta_problems(meta: ChunkMeta) -> list[str]:

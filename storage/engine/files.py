@@ -31,6 +31,9 @@ class DataFiles:
         keys = (parse_data_file_name(name) for name in self._disk.list(FOLDER))
         return sorted(key for key in keys if key is not None)
 
+    def exists(self, block_bytes: int, number: int) -> bool:
+        return (block_bytes, number) in self._open or self._disk.exists(data_file_name(block_bytes, number))
+
     def get(self, block_bytes: int, number: int) -> DiskFile:
         """The file, made durably when it is not there: a name that a power loss takes away would take the chunks with it."""
         key = (block_bytes, number)

@@ -29,6 +29,7 @@ from kvfs.storage.engine.requests import Tag
 from kvfs.storage.engine.tags import Tags
 
 CHUNK_PREFIX = b"c"
+CHUNKS_END = b"d"
 _BACKLOG_FACTOR = 4
 """Writers wait for the checkpoint when the overlay or the journal is this many times over its limit."""
 _log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Ledger:
     def metas(self, begin: bytes, end: bytes, limit: int, *, reverse: bool = False) -> list[ChunkMeta]:
         """Locked. Metas with begin <= chunk id < end."""
         found = []
-        for key, value in self.index.scan(CHUNK_PREFIX + begin, CHUNK_PREFIX + end if end else b"d", reverse=reverse):
+        for key, value in self.index.scan(CHUNK_PREFIX + begin, CHUNK_PREFIX + end if end else CHUNKS_END, reverse=reverse):
             found.append(chunk.decode(key[1:], value))
             if len(found) == limit:
                 break

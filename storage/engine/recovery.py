@@ -24,7 +24,7 @@ from kvfs.storage.engine.config import EngineConfig
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.index import Index
 from kvfs.storage.engine.journal import Journal, Record, remove_segments_behind, replay
-from kvfs.storage.engine.ledger import CHUNK_PREFIX, Ledger
+from kvfs.storage.engine.ledger import CHUNK_PREFIX, CHUNKS_END, Ledger
 from kvfs.storage.engine.reader import damaged_units
 
 Rows = dict[bytes, bytes | None]
@@ -119,7 +119,7 @@ def _load_chunks(index: Index, allocator: Allocator, judge: _Judge) -> int:
     """Teach the allocator every block that is held. How many chunks there are."""
     chunks = 0
     dropped: Rows = {}
-    for key, value in index.scan(CHUNK_PREFIX, b"d"):
+    for key, value in index.scan(CHUNK_PREFIX, CHUNKS_END):
         meta: ChunkMeta | None = chunk.decode(key[1:], value)
         assert meta is not None
         if meta.pending is not None:

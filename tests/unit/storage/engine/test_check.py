@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from engine_world import LogDisk, cid, noise, open_engine, truncate, write
+from engine_world import IDENTITY, LogDisk, cid, noise, open_engine, truncate, write
 
+from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.errors import DirectoryInUse, WrongDataDirectory
 from kvfs.storage.engine import chunk
 from kvfs.storage.engine.check import meta_problems
 from kvfs.storage.engine.chunk import ChunkMeta
 from kvfs.storage.engine.classes import Block
 from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.offline import check_directory
 
 A, B = cid(0), cid(1)
 Planted = tuple[LogDisk, ChunkEngine]
@@ -134,3 +139,19 @@ def test_a_cut_data_file_is_found(target: Planted) -> None:
     del disk.files[f"data/{block.block_bytes}.{block.file}"].data[block.start + 1000 :]
     assert any("outside its data file" in problem for problem in engine.check().problems)
     assert any("unit" in problem for problem in engine.check(read_data=True).problems)
+
+
+def test_a_directory_is_checked_while_no_service_has_it(tmp_path: Path) -> None:
+    engine = ChunkEngine(RealDisk(tmp_path / "7"), SystemClock(), IDENTITY)
+    engine.apply(write(A, 0, noise(1, 100_000)), 1)
+    with pytest.raises(DirectoryInUse):
+        check_directory(tmp_path / "7")
+    block = engine.get(A).block
+    engine.close()
+    assert check_directory(tmp_path / "7", read_data=True) == (1, 100_000, [])
+    with open(tmp_path / "7" / "data" / f"{block.block_bytes}.{block.file}", "r+b") as file:
+        file.seek(block.start + 5)
+        file.write(b"damaged")
+    assert len(check_directory(tmp_path / "7", read_data=True)[2]) == 1
+    with pytest.raises(WrongDataDirectory, match="superblock"):
+        check_directory(tmp_path)
