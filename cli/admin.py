@@ -90,3 +90,29 @@ def list_clients(options: Options) -> None:
     """Mounts and native clients that are alive."""
     rows = [describe_client(client) for client in ask(options, "ListClients", base_pb2.Empty()).clients]
     show(options, rows, {"client": "id", "role": "role", "host": "hostname", "pid": "pid", "what": "description"})
+
+
+@admin.command("create-chains")
+@click.option("--replicas", type=click.IntRange(1, 5), default=3, help="Copies of each chunk.")
+@click.option("--nodes", type=click.IntRange(1, 4096), required=True, help="Storage services that must be alive: waits for them.")
+@click.option("--table", "table_id", type=click.IntRange(1, 65535), default=1, help="Number of the chain table; new files use table 1.")
+@click.option("--targets-per-disk", type=click.IntRange(0, 1024), default=0, help="0: chosen so that load spreads evenly.")
+@common_options
+def create_chains(options: Options, replicas: int, nodes: int, table_id: int, targets_per_disk: int) -> None:
+    """Make targets on every disk and balanced chains over them. `kvfs up` does this by itself; a table that exists is left as it is."""
+    request = cluster_pb2.CreateTargetsRequest(
+        table_id=table_id, replicas=replicas, targets_per_disk=targets_per_disk, expected_nodes=nodes, description="kvfs admin create-chains"
+    )
+    reply = ask(options, "CreateTargets", request)
+    found = {
+        "table": reply.table.table_id,
+        "replicas": reply.table.replicas,
+        "chains": list(reply.table.chain_ids),
+        "worst_pair_chains": reply.worst_pair_chains,
+        "best_pair_chains": reply.best_pair_chains,
+    }
+    if options.as_json:
+        print_json(found)
+    else:
+        console.print(f"table {found['table']}: {len(found['chains'])} chains of {found['replicas']} replicas")
+        console.print(f"two disks share {found['best_pair_chains']} to {found['worst_pair_chains']} chains")
