@@ -52,6 +52,7 @@ def test_what_is_left_of_earlier_use_is_told_apart():
     old = segment(*(record(version - 1, version, {b"k": b"old"}) for version in range(1, 9)))
     new = record(8, 9, {b"k": b"new"}) + record(9, 10, {b"k": b"newer"})
     assert versions(bytearray(new) + old[len(new) :], base=8) == [9, 10]
+    assert versions(bytearray(new) + old[len(new) :], base=0) == [9, 10]
 
 
 @pytest.mark.parametrize("at", [0, 5, 20, 30, 40, 100, BLOCK_BYTES + 10])

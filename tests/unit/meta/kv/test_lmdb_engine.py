@@ -210,6 +210,30 @@ def test_checkpoints_free_segments_and_memory(tmp_path, open_lmdb):
     trio.run(main)
 
 
+def test_a_segment_is_not_used_again_before_all_of_it_is_in_the_map(tmp_path, open_lmdb):
+    """With the first of two snapshots closed, a checkpoint can take the first of three full segments, but not the others."""
+
+    async def main():
+        engine = open_lmdb(tmp_path / "kv", inline=True, segment_bytes=8 * 4096)
+        readers = []
+        for number in range(60):
+            await engine.transact(put(b"k%d" % number))
+            if number in (4, 12):
+                readers.append(await engine.begin())
+                readers[-1].get(b"k")
+            if number == 28:
+                assert len(engine._sealed) == 3
+                readers[0].close()
+        assert readers[1].get(b"k13") is None
+        shutil.copytree(tmp_path / "kv", tmp_path / "copy")
+        engine.close()
+        engine = open_lmdb(tmp_path / "copy", segment_bytes=8 * 4096)
+        assert len(await everything(engine)) == 60
+        engine.close()
+
+    trio.run(main)
+
+
 def test_a_transaction_larger_than_a_segment_is_kept_whole(tmp_path, open_lmdb):
     async def main():
         engine = open_lmdb(tmp_path / "kv", segment_bytes=8192)

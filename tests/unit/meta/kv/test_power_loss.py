@@ -77,7 +77,12 @@ async def commit(engine: LmdbEngine, step: int) -> None:
 async def work(disk: SimDisk, first: int, last: int, acknowledged: list[int]) -> None:
     try:
         engine = open_it(disk)
+        reader = await engine.begin()
         for step in range(first, last + 1):
+            if step % 6 == 0:
+                # An open snapshot: a checkpoint takes only what is older.
+                reader.reset()
+                reader.get(b"last")
             await commit(engine, step)
             acknowledged.append(step)
         engine.close()
