@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import trio
+
 from kvfs.meta.kv import Engine, Transaction, open_engine
 
 SERIAL, CONCURRENT, CALLERS = 3000, 20_000, 64
