@@ -370,3 +370,40 @@ def test_a_server_that_is_no_kvfs_is_unreachable_or_malformed() -> None:
             raise unreachable
 
     on_transport("tcp", main)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "sim-tcp"])
+def test_a_caller_that_gives_up_in_the_middle_of_its_payload_gets_no_more_bytes(transport: str) -> None:
+    async def main(world: World) -> None:
+        listener = await world.net.listen(world.address())
+        reply = storage_pb2.ReadReply().SerializeToString()
+        payload = encode_table([300_000]) + b"L" * 300_000
+        gave_up = trio.Event()
+
+        async def serve() -> None:
+            stream = await listener.accept()
+            buffer = memoryview(bytearray(1 << 16))
+            await stream.receive_into(buffer)
+            await stream.send([encode(Kind.HELLO, 0, Identity("c1", bytes(16), "storage").hello())])
+            await stream.receive_into(buffer)
+            await stream.send([encode(Kind.REPLY, 1, reply, payload_bytes=len(payload)), payload[:150_000]])
+            await gave_up.wait()
+            await stream.send([payload[150_000:]])
+            await stream.receive_into(buffer)
+            await stream.send([encode(Kind.REPLY, 2, storage_pb2.VersionReply(versions=[4]).SerializeToString())])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            channel = await Channel.open(nursery, world.net, world.clock, world.identity(), listener.address, timeout_s=5)
+            memory = bytearray(b"-" * 300_000)
+            with trio.move_on_after(0.2) as scope:
+                await channel.call(READ, read(), timeout_s=5, receive=[memory])
+            assert scope.cancelled_caught and memory[:100_000] == b"L" * 100_000
+            memory[:] = b"-" * 300_000
+            gave_up.set()
+            assert (await channel.call(VERSION, version(), timeout_s=5)).versions == [4]
+            assert memory == b"-" * 300_000
+            nursery.cancel_scope.cancel()
+        await listener.aclose()
+
+    on_transport(transport, main)
