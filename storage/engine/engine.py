@@ -62,6 +62,11 @@ class ChunkEngine:
         self._upkeep = Upkeep(self._ledger, background=config.background)
         self.superblock = identity
 
+    @property
+    def failed(self) -> KvfsError | None:
+        """The error of the disk that took the target out of service: changes raise TargetOffline, reads go on as far as they can."""
+        return self._ledger.failed
+
     # --- reading ---
 
     def get(self, chunk_id: bytes) -> ChunkMeta | None:

@@ -56,6 +56,9 @@ class Ledger:
         self.tags = tags
         self.chunks = chunks
         self.failed: KvfsError | None = None
+        """The error of the disk that took the target out of service."""
+        self.index_full: NoSpace | None = None
+        """The last checkpoint found no room: until one succeeds, what adds to the index is refused, or the journal would grow without end."""
         self._cache: OrderedDict[bytes, ChunkMeta] = OrderedDict()
         self._settled = 0
         self._durable = 0
@@ -255,6 +258,7 @@ class Ledger:
                 self.index.write_frozen()
             with self.lock:
                 self.index.drop_frozen()
+                self.index_full = None
             with self._sync_work:
                 self.journal.remove_before(first)
 
@@ -272,6 +276,7 @@ class Ledger:
             if self.failed is None and self.wants_sync():
                 self.sync()
         except NoSpace as error:
+            self.index_full = error
             _log.error("the journal of the target cannot be moved into its index: %s", error.message)
         except Exception as error:
             # Also a fault of ours (an assertion): going on could lose data.

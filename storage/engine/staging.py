@@ -53,6 +53,8 @@ class Stager:
         new_block: Block | None = None
         with ledger.lock:
             ledger.check_serving()
+            if ledger.index_full is not None and update.kind in (UpdateKind.WRITE, UpdateKind.REPLACE):
+                raise NoSpace(f"the target's index has no room: {ledger.index_full.message}")
             old = ledger.lookup(update.chunk_id)
             base = old.content if old is not None else EMPTY
             version = _version(update, old.version if old is not None else 0)

@@ -107,6 +107,8 @@ class LogMap(OrderedMap):
         return rows[:limit] if limit else rows
 
     def commit(self, writes: Mapping[bytes, bytes | None]) -> None:
+        if self._disk.full:
+            raise NoSpace("the index is full")
         self._disk.change("map", self._name, 0, dict(writes))
 
     def count(self) -> int:

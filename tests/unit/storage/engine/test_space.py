@@ -10,6 +10,7 @@ from engine_world import SMALL, LogDisk, cid, content_of, noise, open_engine, re
 
 from kvfs.common.errors import NoSpace
 from kvfs.storage.engine.classes import block_bytes_for, data_file_name, parse_data_file_name
+from kvfs.storage.engine.requests import Tag
 
 A, B, C = cid(0), cid(1), cid(2)
 KIB = 1 << 10
@@ -120,6 +121,28 @@ def test_a_full_target_refuses_before_a_byte_is_written_and_can_still_remove() -
     engine.apply(write(C, 0, noise(3, 200_000)), 1)
     assert content_of(engine, C) == noise(3, 200_000), "removed space is usable at once"
     assert not engine.check(read_data=True).problems
+
+
+def test_an_index_without_room_refuses_writes_but_not_removals() -> None:
+    disk = LogDisk()
+    engine = open_engine(disk)
+    for index in range(6):
+        engine.apply(write(cid(index), 0, noise(index, 1000)), 1)
+    disk.full = True
+    with pytest.raises(NoSpace, match="index"):
+        for step in range(1000):
+            engine.apply(write(cid(step % 6), 0, noise(step, 1000)), 1)
+    engine.apply(remove(cid(5)), 1)
+    assert engine.failed is None
+    kept = {index: content_of(engine, cid(index)) for index in range(6)}
+    assert kept == {index: content_of(open_engine(disk.copy()), cid(index)) for index in range(6)}, "a kill now loses nothing"
+    disk.full = False
+    for index in range(40):
+        engine.apply(remove(cid(100 + index)), 1)
+        engine.commit([], 1, [Tag(b"c" * 16, index, 1)])
+    engine.apply(write(cid(0), 0, b"again"), 1)
+    engine.close()
+    assert not open_engine(disk).check(read_data=True).problems
 
 
 def test_overwriting_does_not_eat_the_disk() -> None:
