@@ -325,7 +325,8 @@ class LmdbEngine(LocalEngine):
             # The journal can go on until its segments are used up: try again later.
             log.warning("the metadata checkpoint found no space: %s", error)
             self._checkpoint_error = error
-            self._checkpoint_not_before_s = self.now() + CHECKPOINT_RETRY_S
+            if not self._closed:  # `close` may be called when the loop, and its clock, are gone
+                self._checkpoint_not_before_s = self.now() + CHECKPOINT_RETRY_S
         else:
             log.error("the metadata checkpoint failed: %s", error)
             self._failure = error if isinstance(error, KvfsError) else InputOutput(f"the metadata checkpoint failed: {error}")
