@@ -68,6 +68,7 @@ class MetaService:
             place=Placement(routing, random),
             readers=self.open_files.readers,
             closing=self.open_files.closing,
+            keep=self.open_files.keep,
             gc_delay_ns=int(gc_delay_s * 1e9),
         )
         self.cuts = Cuts(engine, chunks)
@@ -96,7 +97,7 @@ class MetaService:
         """One snapshot. Inline, unless what it saw must become durable first."""
         txn = Transaction(self.engine)
         try:
-            step = Step(txn, request.context.user, call.peer.client_id, self.clock.wall_ns(), self.around)
+            step = Step(txn, request.context.user, call.peer.client_id, self.clock.wall_ns(), self.around, True)
             reply = operation(step, request)
             if granted is not None:
                 now_s = self.clock.monotonic()
@@ -248,7 +249,15 @@ class MetaService:
             return self._report(request, call)
         if request.session and not request.still_open:
             self.open_files.close(request.inode, request.session)
-        return self._read(request, call, _attributes_after_close, lambda reply: (reply.inode,))
+        return self._read(request, call, self._attributes_after_close, lambda reply: (reply.inode,))
+
+    def _attributes_after_close(self, step: Step, request: pb.CloseRequest) -> pb.InodeReply:
+        inode = step.peek(request.inode)
+        if inode is None:
+            return pb.InodeReply(inode=pb.Inode(inode=request.inode))
+        if inode.nlink == 0 and request.session and not request.still_open:
+            self.open_files.clear_later(inode.inode, request.session)
+        return pb.InodeReply(inode=lookup.with_writers(step, step.full(inode)))
 
     async def _report(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply:
         reply, step = await self._change(request, call, files.close, granted=_inode)
@@ -274,14 +283,10 @@ class MetaService:
 
     async def remove(self, request: pb.RemoveRequest, call: Call) -> pb.RemoveReply:
         reply, _ = await self._change(request, call, remove.remove, remember="remove", reply_class=pb.RemoveReply)
-        if not reply.inode.nlink:
-            self.open_files.stored(reply.inode.inode)
         return reply
 
     async def rename(self, request: pb.RenameRequest, call: Call) -> pb.RenameReply:
         reply, _ = await self._change(request, call, rename.rename, remember="rename", reply_class=pb.RenameReply)
-        if reply.HasField("replaced") and not reply.replaced.nlink:
-            self.open_files.stored(reply.replaced.inode)
         return reply
 
     async def set_xattr(self, request: pb.XattrRequest, call: Call) -> pb.InodeReply:
@@ -386,13 +391,6 @@ class MetaService:
 def _inode(reply: Any) -> pb.Inode:
     found: pb.Inode = reply.inode
     return found
-
-
-def _attributes_after_close(step: Step, request: pb.CloseRequest) -> pb.InodeReply:
-    inode = step.peek(request.inode)
-    if inode is None:
-        return pb.InodeReply(inode=pb.Inode(inode=request.inode))
-    return pb.InodeReply(inode=lookup.with_writers(step, step.full(inode)))
 
 
 def space(routing: Routing) -> tuple[int, int]:

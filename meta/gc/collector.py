@@ -115,7 +115,7 @@ class Collector:
         """The file, if it is to be freed now; a queue entry that is wrong is cleared."""
         step = self._new_step(txn)
         inode = step.peek(number)
-        if inode is None or inode.nlink or inode.type != pb.FILE or step.has_sessions(number):
+        if inode is None or inode.nlink or inode.type != pb.FILE or step.keep_readers(number) or step.has_sessions(number):
             txn.clear(key)  # the end of its last session puts it into the queue again
             return None
         return inode

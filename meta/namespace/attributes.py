@@ -101,6 +101,7 @@ def _apply_times(step: Step, inode: pb.Inode, request: pb.SetAttrRequest) -> Non
     if mtime_ns is None:
         return
     inode.mtime_ns = mtime_ns
+    inode.mtime_set_ns = step.now_ns
     if inode.type == pb.DIRECTORY:  # a directory's mtime lives where its entries' changes put it
         step.txn.set(keys.directory_times(inode.inode), records.encode_times(mtime_ns, step.now_ns))
 

@@ -120,7 +120,10 @@ def close(step: Step, request: pb.CloseRequest, *, measured: int | None = None) 
             return pb.InodeReply()
         end = request.length if request.truncate_version == inode.truncate_version else 0
         inode.length = max(inode.length, end, measured or 0)
-        inode.mtime_ns = request.mtime_ns or step.now_ns
+        if not request.mtime_ns:
+            inode.mtime_ns = step.now_ns
+        elif request.mtime_ns > inode.mtime_set_ns:  # `cp -p` sets the time between its last write and the close
+            inode.mtime_ns = request.mtime_ns
         inode.ctime_ns = step.now_ns
         inode.data_version += 1
         inode.chunks_possible = True

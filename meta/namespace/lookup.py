@@ -116,11 +116,14 @@ def read_dir(step: Step, request: pb.ReadDirRequest) -> pb.ReadDirReply:
     rows, more = step.txn.snapshot_get_range(begin, end, limit=limit)
     reply = pb.ReadDirReply(more=more)
     add = reply.entries.add
+    get = step.txn.snapshot_get
     for key, value in rows:
         entry = records.decode_entry(value)
         item = add(name=keys.tail(key), inode=entry.inode, type=entry.type)
         if request.attributes:
-            found = step.peek(entry.inode)
-            if found is not None:
-                item.attributes.CopyFrom(step.full(found))
+            data = get(keys.inode(entry.inode))
+            if data is not None:
+                records.decode_inode_into(item.attributes, data)
+                if entry.type == pb.DIRECTORY:
+                    step.full(item.attributes)
     return reply

@@ -60,10 +60,15 @@ class OpenFiles:
     def closing(self, inode: int) -> Collection[bytes]:
         return self._closing.get(inode, ())
 
-    def stored(self, inode: int) -> None:
-        """All readers of the inode are in the store now."""
+    def keep(self, inode: int) -> Sequence[Reader]:
+        """All readers of the inode, for a transaction that stores them. Should it fail, their closes clear records that are not there: no harm."""
         for session in self._readers.get(inode, ()):
             self._young.pop(session, None)
+        return self.readers(inode)
+
+    def clear_later(self, inode: int, session: bytes) -> None:
+        """A session ended that may be the last of a removed file: look at the file in the background."""
+        self._closing.setdefault(inode, set()).add(session)
 
     def due_to_store(self, now_ns: int, limit: int) -> list[tuple[int, Reader]]:
         """Readers that have been open long enough to be worth a record."""

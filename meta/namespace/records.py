@@ -69,6 +69,12 @@ def decode_inode(data: bytes) -> pb.Inode:
     return pb.Inode.FromString(data[1:])
 
 
+def decode_inode_into(inode: pb.Inode, data: bytes) -> None:
+    if data[0] != 1:
+        _check(data[0], "inode")
+    inode.MergeFromString(data[1:])
+
+
 def encode_entry(inode: int, kind: int) -> bytes:
     return _ENTRY.pack(1, inode, kind)
 

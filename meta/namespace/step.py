@@ -48,6 +48,8 @@ class Surroundings:
     readers: Callable[[int], Sequence[Reader]] = _nobody
     closing: Callable[[int], Collection[bytes]] = _none
     """Stored sessions of an inode that were closed and only wait to be cleared."""
+    keep: Callable[[int], Sequence[Reader]] = _nobody
+    """Like `readers`, for the one who stores them: from now on a reader's close clears a record."""
     gc_delay_ns: int = 0
     links_max: int = LINKS_MAX
 
@@ -59,6 +61,7 @@ class Step:
     client_id: bytes
     now_ns: int
     around: Surroundings
+    read_only: bool = False
     changed: set[int] = field(default_factory=set)
     cuts: list[int] = field(default_factory=list)
     """Inodes with a truncation to carry out on the chains."""
@@ -71,9 +74,13 @@ class Step:
 
     # --- loads
 
+    def fetch(self, key: bytes) -> bytes | None:
+        """A change conflicts with whoever changes what it has read; a read need not be tracked."""
+        return self.txn.snapshot_get(key) if self.read_only else self.txn.get(key)
+
     def peek(self, number: int) -> pb.Inode | None:
         """The stored inode. Of a directory it lacks times and links of its entries' changes: `full` adds them."""
-        data = self.txn.get(keys.inode(number))
+        data = self.fetch(keys.inode(number))
         return None if data is None else records.decode_inode(data)
 
     def inode(self, number: int) -> pb.Inode:
@@ -96,7 +103,7 @@ class Step:
         return found
 
     def entry(self, parent: int, name: bytes) -> Entry | None:
-        data = self.txn.get(keys.entry(parent, name))
+        data = self.fetch(keys.entry(parent, name))
         return None if data is None else records.decode_entry(data)
 
     def linked(self, parent: int, name: bytes) -> tuple[Entry, pb.Inode]:
@@ -195,14 +202,18 @@ class Step:
         if inode.type != pb.FILE:
             self.erase(inode)
             return inode
-        readers = self.around.readers(inode.inode)
-        for reader in readers:  # known to this process only until now: from here on the file must outlive this process for them
-            self.txn.set(keys.session(inode.inode, reader.session), records.encode_session(Session(reader.client_id, False, reader.opened_ns)))
-        if readers or self.has_sessions(inode.inode):
+        if self.keep_readers(inode.inode) or self.has_sessions(inode.inode):
             self.put(inode)
         else:
             self.release(inode)
         return inode
+
+    def keep_readers(self, number: int) -> bool:
+        """Store the sessions that are known to this process only: the file has no name any more, and must outlive this process for them."""
+        readers = self.around.keep(number)
+        for reader in readers:
+            self.txn.set(keys.session(number, reader.session), records.encode_session(Session(reader.client_id, False, reader.opened_ns)))
+        return bool(readers)
 
     def release(self, inode: pb.Inode) -> None:
         """A file without name and session: to the garbage queue, or gone at once if it never had a chunk."""

@@ -147,3 +147,12 @@ def test_append_needs_the_session_or_the_right(tree: Tree) -> None:
     with fails(errno.EFBIG):
         append(tree, number, 5)
     assert append(tree, number, 4).offset == (1 << 63) - 5
+
+
+def test_a_time_set_by_hand_outlasts_the_report_of_earlier_writes(tree: Tree) -> None:
+    number = tree.create("/f", write=True, session=S1).inode
+    written_ns = tree.now_ns
+    tree.setattr("/f", mtime_ns=77)
+    closed = tree.close(number, S1, wrote=True, length=10, mtime_ns=written_ns)
+    assert (closed.mtime_ns, closed.length) == (77, 10)
+    assert tree.close(number, b"", wrote=True, length=11, mtime_ns=tree.now_ns).mtime_ns == tree.now_ns - 10**9

@@ -1,8 +1,8 @@
-"""Random operations by several users, on the namespace and on a real directory of this machine: the same errno, the same tree, the same times touched.
+"""Random operations by several users, on the namespace and on a real directory here: the same errno, the same tree, the same times touched.
 
-As root every user's calls are made under that user's ids; otherwise all calls are made by the one user who runs the test. Ends with a check of the
-metadata. The kernel's file systems stamp a time anew for each change that follows a stat, which is what makes `touched` comparable; where a kernel
-is too old for that, times are not compared.
+As root every user's calls are made under that user's ids; otherwise all calls are made by the one user who runs the test. Ends with a check of
+the metadata. The kernel's file systems stamp a time anew for each change that follows a stat, which is what makes `touched` comparable; where a
+kernel is too old for that, times are not compared.
 """
 
 from __future__ import annotations

@@ -181,7 +181,12 @@ def test_an_open_file_that_was_not_written_goes_with_its_last_session(tree: Tree
 
 def test_readers_that_only_the_service_knows_keep_a_file(tree: Tree) -> None:
     readers: dict[int, list[Reader]] = {}
-    tree.around = type(tree.around)(new_inode=tree.around.new_inode, place=tree.around.place, readers=lambda inode: readers.get(inode, ()))
+    tree.around = type(tree.around)(
+        new_inode=tree.around.new_inode,
+        place=tree.around.place,
+        readers=lambda inode: readers.get(inode, ()),
+        keep=lambda inode: readers.get(inode, ()),
+    )
     number = tree.create("/f").inode
     tree.write("/f", 10)
     readers[number] = [Reader(S1, b"c" * 16, 5)]

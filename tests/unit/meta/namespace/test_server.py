@@ -63,7 +63,7 @@ async def caller(addresses: list[str]) -> AsyncIterator[Any]:
 
 def test_it_registers_serves_and_comes_back_with_its_data(tmp_path: Path) -> None:
     async def main() -> None:
-        async with cluster(tmp_path, attr_lease_ms=50) as (config, nursery, world):
+        async with cluster(tmp_path, attr_lease_ms=50) as (config, _, world):
             async with meta(config, world) as info, caller(info["addresses"]) as call:
                 link_pool = ChannelPool(SystemNet(), SystemClock(), Identity(client_id=b"l" * 16))
                 async with link_pool:

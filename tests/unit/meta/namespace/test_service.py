@@ -444,3 +444,54 @@ def test_an_unknown_name_is_not_found_inline() -> None:
             await service.remove(b"missing", B)
 
     run(main)
+
+
+def test_a_reader_that_closes_while_its_file_is_removed_leaves_nothing() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 10)
+        await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S1))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.remove, b"f", B)
+            nursery.start_soon(service.call, "close", pb.CloseRequest(inode=made.inode, session=S1))
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.lengths == {}
+        await service.check()
+
+    run(main)
+
+
+def test_a_removed_file_that_is_opened_by_number_again_is_freed_after_its_close() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        await service.write(made, 10)
+        await service.remove(b"f")
+        await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S2))
+        await service.call("close", pb.CloseRequest(inode=made.inode, session=S1))
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {0: 10}
+        await service.call("close", pb.CloseRequest(inode=made.inode, session=S2))
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.lengths == {}
+        await service.check()
+
+    run(main)
+
+
+def test_a_file_in_the_queue_that_is_opened_by_number_waits() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 10)
+        await service.remove(b"f")
+        await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S2))
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {0: 10}
+        await service.call("close", pb.CloseRequest(inode=made.inode, session=S2))
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.lengths == {}
+        await service.check()
+
+    run(main)
