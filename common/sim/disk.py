@@ -12,132 +12,19 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
-
-from sortedcontainers import SortedDict
+from typing import Final
 
 from kvfs.common.boundary.disk import Disk, DiskFile, OrderedMap
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import DirectoryInUse, InputOutput, InvalidArgument, IsDirectory, NoSpace, NotDirectory, NotFound
+from kvfs.common.sim.medium import PAGE_BYTES, Content, Folder, MapContent, Medium
 
-PAGE_BYTES: Final = 4096
 _ZEROS: Final = bytes(PAGE_BYTES)
 
 
-class _Content:
-    """A file's pages; a page that is missing reads as zeros."""
-
-    def __init__(self) -> None:
-        self.pages: dict[int, bytes] = {}
-        self.reserved: set[int] = set()
-        self.size = 0
-        self.durable_pages: dict[int, bytes] = {}
-        self.durable_size = 0
-        self.dirty: set[int] = set()
-
-    def put(self, page: int, data: bytes | None) -> None:
-        if data is None:
-            self.pages.pop(page, None)
-        else:
-            self.pages[page] = data
-        self.dirty.add(page)
-
-    def sync(self) -> None:
-        for page in self.dirty:
-            if page in self.pages:
-                self.durable_pages[page] = self.pages[page]
-            else:
-                self.durable_pages.pop(page, None)
-        self.dirty.clear()
-        self.durable_size = self.size
-
-    def crash(self, random: Random | None) -> None:
-        if random is not None and self.dirty:
-            for page in sorted(self.dirty):
-                if random.randrange(2):
-                    if page in self.pages:
-                        self.durable_pages[page] = self.pages[page]
-                    else:
-                        self.durable_pages.pop(page, None)
-            if random.randrange(2):
-                self.durable_size = self.size
-        self.size = self.durable_size
-        last = -(-self.size // PAGE_BYTES)
-        self.durable_pages = {page: data for page, data in self.durable_pages.items() if page < last}
-        if self.size % PAGE_BYTES and last - 1 in self.durable_pages:
-            kept = self.durable_pages[last - 1][: self.size % PAGE_BYTES]
-            self.durable_pages[last - 1] = kept + bytes(PAGE_BYTES - len(kept))
-        self.pages = dict(self.durable_pages)
-        self.reserved = {page for page in self.reserved if page < last}
-        self.dirty.clear()
-
-
-class _Folder:
-    def __init__(self) -> None:
-        self.names: dict[str, Any] = {}
-        self.durable: dict[str, Any] = {}
-        self.changes: list[dict[str, Any | None]] = []
-
-    def change(self, names: dict[str, Any | None]) -> None:
-        """One atomic change: None removes."""
-        self.changes.append(names)
-        _apply(self.names, names)
-
-    def sync(self) -> None:
-        self.durable = dict(self.names)
-        self.changes.clear()
-
-    def crash(self, random: Random | None) -> None:
-        keep = random.randrange(len(self.changes) + 1) if random is not None else 0
-        for names in self.changes[:keep]:
-            _apply(self.durable, names)
-        self.names = dict(self.durable)
-        self.changes.clear()
-        for entry in self.names.values():
-            entry.crash(random)
-
-
-def _apply(names: dict[str, Any], change: dict[str, Any | None]) -> None:
-    for name, entry in change.items():
-        if entry is None:
-            names.pop(name, None)
-        else:
-            names[name] = entry
-
-
-class _MapContent:
-    def __init__(self) -> None:
-        self.rows: Any = SortedDict()
-        self.open = False
-
-    def crash(self, random: Random | None) -> None:
-        self.open = False
-
-
-class _Medium:
-    """What outlives a crash."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.root = _Folder()
-        self.holder: SimDisk | None = None
-        self.life = 0
-
-    def used_bytes(self) -> int:
-        total = 0
-        folders = [self.root]
-        while folders:
-            for entry in folders.pop().names.values():
-                if isinstance(entry, _Folder):
-                    folders.append(entry)
-                elif isinstance(entry, _Content):
-                    total += len(entry.pages.keys() | entry.reserved) * PAGE_BYTES
-        return total
-
-
 class SimDisk(Disk):
-    def __init__(self, *, capacity_bytes: int = 1 << 40, hook: Callable[[str, str], None] | None = None, medium: _Medium | None = None) -> None:
-        self._medium = medium if medium is not None else _Medium(capacity_bytes)
+    def __init__(self, *, capacity_bytes: int = 1 << 40, hook: Callable[[str, str], None] | None = None, medium: Medium | None = None) -> None:
+        self._medium = medium if medium is not None else Medium(capacity_bytes)
         self._life = self._medium.life
         self.hook = hook
 
@@ -157,7 +44,7 @@ class SimDisk(Disk):
         if self.hook is not None:
             self.hook(operation, name)
 
-    def _folder(self, name: str) -> _Folder:
+    def _folder(self, name: str) -> Folder:
         if name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise InvalidArgument(f"{name!r} is not a name inside this disk")
         folder = self._medium.root
@@ -167,12 +54,12 @@ class SimDisk(Disk):
             entry = folder.names.get(part)
             if entry is None:
                 raise NotFound(f"{name}: no such file or directory")
-            if not isinstance(entry, _Folder):
+            if not isinstance(entry, Folder):
                 raise NotDirectory(f"{name}: not a directory")
             folder = entry
         return folder
 
-    def _locate(self, name: str) -> tuple[_Folder, str]:
+    def _locate(self, name: str) -> tuple[Folder, str]:
         above, last = posixpath.split(name)
         return self._folder(above), last
 
@@ -183,9 +70,9 @@ class SimDisk(Disk):
         if entry is None:
             if not create:
                 raise NotFound(f"open {name}: no such file or directory")
-            entry = _Content()
+            entry = Content()
             folder.change({last: entry})
-        if not isinstance(entry, _Content):
+        if not isinstance(entry, Content):
             raise IsDirectory(f"open {name}: is a directory")
         return SimFile(self, name, entry)
 
@@ -210,11 +97,11 @@ class SimDisk(Disk):
             if part == "..":
                 raise InvalidArgument(f"{name!r} is not a name inside this disk")
             if part not in folder.names:
-                made = _Folder()
+                made = Folder()
                 folder.names[part] = made
                 folder.durable[part] = made
             entry = folder.names[part]
-            if not isinstance(entry, _Folder):
+            if not isinstance(entry, Folder):
                 raise NotDirectory(f"make directory {name}: not a directory")
             folder = entry
 
@@ -236,7 +123,7 @@ class SimDisk(Disk):
         entry = folder.names.get(last)
         if entry is None:
             raise NotFound(f"remove {name}: no such file or directory")
-        if isinstance(entry, _Folder):
+        if isinstance(entry, Folder):
             raise IsDirectory(f"remove {name}: is a directory")
         folder.change({last: None})
 
@@ -254,7 +141,7 @@ class SimDisk(Disk):
     def write_file(self, name: str, data: bytes) -> None:
         folder, last = self._locate(name)
         self._enter("write_file", name)
-        content = _Content()
+        content = Content()
         SimFile(self, name, content)._store(data, 0)
         content.sync()
         folder.change({last: content})
@@ -276,7 +163,7 @@ class SimDisk(Disk):
         self._enter("open_map", name)
         content = folder.names.get("data")
         if content is None:
-            content = _MapContent()
+            content = MapContent()
             folder.names["data"] = folder.durable["data"] = content
         return SimMap(self, name, content, size_bytes)
 
@@ -290,7 +177,7 @@ class SimDisk(Disk):
 
 
 class SimFile(DiskFile):
-    def __init__(self, disk: SimDisk, name: str, content: _Content) -> None:
+    def __init__(self, disk: SimDisk, name: str, content: Content) -> None:
         self._disk = disk
         self._name = name
         self._content = content
@@ -392,7 +279,7 @@ class SimFile(DiskFile):
 
 
 class SimMap(OrderedMap):
-    def __init__(self, disk: SimDisk, name: str, content: _MapContent, size_bytes: int) -> None:
+    def __init__(self, disk: SimDisk, name: str, content: MapContent, size_bytes: int) -> None:
         self._disk = disk
         self._name = name
         self._rows = content.rows

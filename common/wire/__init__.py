@@ -1,0 +1,1 @@
+"""The wire: frames, handshakes, calls and servers, and the messages in *.proto."""

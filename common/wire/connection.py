@@ -133,6 +133,14 @@ class Connection:
             if self._out:
                 self._tell_writer()
 
+    def flush_last(self) -> None:
+        """Sends what the socket takes now, when no writer runs any more."""
+        try:
+            while self._out and self._push():
+                pass
+        except ConnectionLost:
+            pass  # nobody is there to read it
+
     @property
     def drained(self) -> bool:
         return not self._out
