@@ -16,6 +16,7 @@ from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import registry
 from kvfs.meta.cluster.manager import Manager, Self
 from kvfs.meta.cluster.primary import Primary
+from kvfs.meta.cluster.states import Public
 from kvfs.meta.kv import Engine, Transaction, open_engine
 
 
@@ -241,5 +242,26 @@ def test_unknown_clients_do_not_add_up() -> None:
         assert len(reign.list_clients().clients) == 20
         await trio.sleep(8.0)
         assert len(reign.list_clients().clients) == 0 == len((await stored(engine)).clients)
+
+    run(body)
+
+
+def test_what_an_earlier_run_said_counts_for_nothing() -> None:
+    async def body(nursery: trio.Nursery) -> None:
+        reign = (await start(nursery, open_engine("memory"), "m")).primary()
+        first = await reign.register(registration("u"))
+        await reign.create_targets(pb.CreateTargetsRequest(table_id=1, replicas=1), 0.0)
+        up = [pb.TargetReport(target_id=target_id, local_state=pb.UPTODATE) for target_id in reign.records.targets]
+        reign.heartbeat(pb.HeartbeatRequest(node_id=first.node_id, incarnation=1, sequence=1, targets=up))
+        await trio.sleep(0.5)
+        disk = pb.DiskInfo(disk=0, targets=list(reign.records.targets))
+        await reign.register(pb.RegisterRequest(node_uuid="u", role=pb.ROLE_STORAGE, addresses=["tcp://x:1"], disks=[disk]))
+        for _ in range(3):
+            await trio.sleep(0.5)
+            states = {member.state for chain in reign.records.chains.values() for member in chain.members}
+            assert states == {Public.LASTSRV}, "until the new run has spoken for itself"
+        reign.heartbeat(pb.HeartbeatRequest(node_id=first.node_id, incarnation=2, sequence=1, targets=up))
+        await trio.sleep(0.5)
+        assert {member.state for chain in reign.records.chains.values() for member in chain.members} == {Public.SERVING}
 
     run(body)
