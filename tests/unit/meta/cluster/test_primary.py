@@ -265,3 +265,24 @@ def test_what_an_earlier_run_said_counts_for_nothing() -> None:
         assert {member.state for chain in reign.records.chains.values() for member in chain.members} == {Public.SERVING}
 
     run(body)
+
+
+def test_a_caller_that_goes_away_does_not_part_memory_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(nursery: trio.Nursery) -> None:
+        engine = open_engine("memory")
+        reign = (await start(nursery, engine, "m", primary_lease_ms=60_000)).primary()
+        real = engine.transact
+
+        async def slow(*args: Any, **options: Any) -> Any:
+            result = await real(*args, **options)
+            await trio.sleep(1.0)
+            return result
+
+        monkeypatch.setattr(engine, "transact", slow)
+        with trio.move_on_after(0.5):
+            await reign.register(registration("u"))
+        monkeypatch.setattr(engine, "transact", real)
+        assert not reign.ended and reign.records.node_of_uuid("u") is not None
+        assert await stored(engine) == reign.records
+
+    run(body)
