@@ -32,6 +32,9 @@ CHUNK_PREFIX = b"c"
 CHUNKS_END = b"d"
 _BACKLOG_FACTOR = 4
 """Writers wait for the checkpoint when the overlay or the journal is this many times over its limit."""
+_SMALL_QUARANTINE_BYTES = 64 << 20
+"""Above this, a sync is due when a quarter of the taken space waits: blocks that are still in the page cache are several times cheaper to write
+again than fresh ones (170 us against 2-4 ms a MiB on a VM whose memory was never touched), so a small target should get its own back soon."""
 _log = logging.getLogger(__name__)
 
 
@@ -266,7 +269,10 @@ class Ledger:
         return len(self.index) > factor * self.config.overlay_entries or self.journal.position > factor * self.config.journal_bytes
 
     def wants_sync(self) -> bool:
-        return self.unsynced_bytes > self.config.unsynced_bytes or self.allocator.quarantined_bytes > self.config.quarantine_bytes
+        waiting = self.allocator.quarantined_bytes
+        if waiting > _SMALL_QUARANTINE_BYTES and waiting * 4 > self.allocator.used_bytes:
+            return True
+        return self.unsynced_bytes > self.config.unsynced_bytes or waiting > self.config.quarantine_bytes
 
     def maintain(self) -> None:
         """Not locked. Do what the limits ask for. Errors have marked the target as failed, or will come back at the next change."""

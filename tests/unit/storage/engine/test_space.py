@@ -159,6 +159,16 @@ def test_overwriting_does_not_eat_the_disk() -> None:
     assert engine._ledger.allocator.group_bytes_total <= 3 << 20
 
 
+def test_a_target_that_is_mostly_quarantine_syncs_by_itself() -> None:
+    engine = open_engine(LogDisk())
+    data = noise(1, 1 << 20)
+    engine.apply(write(cid(1), 0, data), 1)
+    for _ in range(100):
+        engine.apply(write(A, 0, data), 1)
+    assert engine._ledger.allocator.quarantined_bytes <= 65 << 20
+    assert engine._ledger.allocator.group_bytes_total <= 70 << 20
+
+
 def test_the_reserve_is_kept() -> None:
     disk = LogDisk()
     disk.capacity_bytes = 2 << 20
