@@ -57,6 +57,8 @@ class Primary:
         self._lock = trio.Lock()
         self._changed = trio.Event()
         self._scan_wanted = trio.Event()
+        self._news = True
+        """Something that target states depend on has changed since they were last looked at."""
         self._reports: dict[int, pb.TargetReport] = {}
         self._silent_since_s: dict[int, float] = {}
         self._message: pb.RoutingInfo | None = None
@@ -128,9 +130,11 @@ class Primary:
             self._nodes.drop(node.node_id)
             for target in self.records.targets_of_node(node.node_id):
                 self._reports[target.target_id] = pb.TargetReport(target_id=target.target_id, local_state=pb.LOCAL_OFFLINE)
+                self._silent_since_s.pop(target.target_id, None)
             self._plan_chains(change, now_s=self._clock.monotonic())
             await self._commit(change)
             self._nodes.grant(node.node_id, self._clock.monotonic())
+            self._news = True
             log.info("node %d (%s, pid %d) registered, incarnation %d", node.node_id, pb.NodeRole.Name(node.role), node.pid, node.incarnation)
         info = self.routing()
         return pb.RegisterReply(
@@ -170,7 +174,11 @@ class Primary:
         self._reports[report.target_id] = report
         self._silent_since_s.pop(report.target_id, None)
         if before is None or before.local_state != report.local_state or before.chain_version != report.chain_version:
-            self._scan_wanted.set()
+            self._tell_scan()
+
+    def _tell_scan(self) -> None:
+        self._news = True
+        self._scan_wanted.set()
 
     def _local(self, target: pb.Target, public: Public, chain_version: int, now_s: float) -> Local:
         """What the manager holds for the target's local state now."""
@@ -202,18 +210,23 @@ class Primary:
                 dead.CopyFrom(self.records.nodes[node_id])
                 dead.alive = False
                 change.nodes[node_id] = dead
+                for target in self.records.targets_of_node(node_id):
+                    self._silent_since_s.pop(target.target_id, None)
                 log.warning("node %d (pid %d) has been silent for %g s: declared dead", node_id, dead.pid, self._times.lease_s)
             for client_id in self._clients.expired(now_s):
                 self._clients.drop(client_id)
                 change.clients[client_id] = None
                 log.info("client %s is gone", client_id.hex())
-            self._plan_births(change)
-            self._plan_chains(change, now_s)
+            # Without news only time can change a state: that of a node that is silent, or silent about one of its targets.
+            if self._news or change.nodes or self._silent_since_s:
+                self._news = False
+                self._plan_births(change)
+                self._plan_chains(change, now_s)
             if change:
                 await self._commit(change)
                 # One row of the table a scan: a target that has just become waiting may go on to syncing.
                 if change.chains:
-                    self._scan_wanted.set()
+                    self._tell_scan()
 
     async def scan_wanted(self) -> None:
         """Return when the next scan is due: after `scan_s`, or at once when wanted."""
@@ -265,6 +278,7 @@ class Primary:
                 return reply
             change, reply = placing.plan(self.records, request, self._random)
             await self._commit(change)
+            self._news = True
             log.info("chain table %d: %d chains of %d replicas", request.table_id, len(reply.table.chain_ids), reply.table.replicas)
             return reply
 
