@@ -18,16 +18,13 @@ import trio
 
 from kvfs.cli.context import Options, common_options, console, print_json
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses
-from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.real_disk import RealDisk
-from kvfs.common.errors import InvalidArgument, UnknownTarget, WrongDataDirectory
+from kvfs.common.errors import InvalidArgument, UnknownTarget
 from kvfs.common.ids import chunk_index, chunk_inode
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.service import method
-from kvfs.storage.engine import superblock
-from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.offline import check_directory
 
 CALL_TIMEOUT_S = 30.0
 CHECK_TIMEOUT_S = 3600.0
@@ -165,20 +162,6 @@ async def check_target(spec: str, target_id: int, *, read_data: bool) -> Report:
         return Report(chunks=reply.chunks, bytes=reply.bytes, replicas=1, problems=list(reply.problems))
 
 
-def check_directory(path: Path, *, read_data: bool) -> Report:
-    """A target's directory while no service has it open. Raises WrongDataDirectory, DirectoryInUse, FormatTooNew or IndexCorrupt."""
-    disk = RealDisk(str(path))
-    identity = superblock.load(disk)
-    if identity is None:
-        raise WrongDataDirectory(f"{path} is not a target's directory: targets lie below a storage service's data directory in targets/")
-    engine = ChunkEngine(disk, SystemClock(), identity)
-    try:
-        found = engine.check(read_data=read_data)
-    finally:
-        engine.close()
-    return Report(chunks=found.chunks, bytes=found.bytes, replicas=1, problems=list(found.problems))
-
-
 def as_dict(report: Report) -> dict[str, Any]:
     return {
         "clean": not report.problems,
@@ -205,7 +188,8 @@ def fsck(options: Options, target: str | None, read_data: bool) -> None:
 
         report = trio.run(ask)
     elif Path(target).is_dir():
-        report = check_directory(Path(target).resolve(), read_data=read_data)
+        chunks, count, problems = check_directory(Path(target).resolve(), read_data=read_data)
+        report = Report(chunks=chunks, bytes=count, replicas=1, problems=problems)
     else:
         raise InvalidArgument(f"{target} is neither a target's number nor a directory: `kvfs admin list-targets` shows the numbers")
     if options.as_json:
