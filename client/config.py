@@ -32,7 +32,7 @@ class ClientConfig:
 
     buffer_pool_bytes: int = 256 * MIB
     """Registered memory, sparse: only what is touched is taken from the machine."""
-    dirty_max_bytes: int = 48 * MIB
+    dirty_max_bytes: int = 32 * MIB
     """Written but not yet acknowledged bytes of all files together; writers wait above it."""
     dirty_age_s: float = 0.5
     """Buffered bytes older than this are sent without being asked."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import trio
 
 from kvfs.client.async_client import AsyncClient
-from kvfs.common.errors import BadHandle, KvfsError
+from kvfs.common.errors import BadHandle, Busy, KvfsError
 
 T = TypeVar("T")
 
@@ -99,6 +99,8 @@ class Portal:
 
     def call(self, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """Run an async function in the client's thread and wait for it."""
+        if self.inside:
+            raise Busy("the client's own thread cannot wait for itself")
         call = _Call(function, arguments)
         with self._gate:
             if self._ended:
@@ -114,6 +116,19 @@ class Portal:
             raise call.error
         result: T = call.result
         return result
+
+    def post(self, function: Callable[..., Awaitable[object]], *arguments: Any) -> None:
+        """Run an async function in the client's thread, without waiting: for what may be called in that thread itself, as finalizers are."""
+        call = _Call(function, arguments)
+        with self._gate:
+            if not self._ended:
+                assert self._token is not None
+                self._token.run_sync_soon(self._begin, call)
+
+    @property
+    def inside(self) -> bool:
+        """Whether this is the client's own thread, which must not wait for itself."""
+        return threading.current_thread() is self._thread
 
     def _begin(self, call: _Call) -> None:
         assert self._nursery is not None

@@ -2,9 +2,8 @@
 
 Owns the position of a file object and its borrowed window: a reader in steps smaller than the client's read-ahead borrows a stretch of
 registered memory
-once and copies from it in its own thread, instead of crossing to the client's thread for each step. The stretch is given up by a write, a
-seek outside of
-it, a truncate, and after `STALE_S`: a raw file shows what others wrote no later than that, and what was written through it at once.
+once and copies from it in its own thread, instead of crossing to the client's thread for each step. The stretch is given up when
+the client hears of, or makes, any change of the file (`OpenFile.token`), and after `STALE_S`.
 Thread-safe as Python's own raw files are: the file object has no lock of its own, the position belongs to one thread at a time.
 """
 
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
 BORROW_BYTES = 4 << 20
 STALE_S = 0.2
-SMALL_WRITE_BYTES = 256 << 10
+FIRST_BORROW_BYTES = 128 << 10
+READ_ALL_STEP_BYTES = 64 << 20
 
 
 class RawFile(io.RawIOBase):
@@ -40,7 +40,11 @@ class RawFile(io.RawIOBase):
         self._borrowed: memoryview | None = None
         self._borrowed_at = 0
         self._borrowed_until = 0.0
+        self._borrowed_token = 0
         self._steps = 0
+        self._closing = False
+        self._orphaned: list[tuple[int, bytes]] = []
+        """Written by a buffer's finalizer that ran in the client's own thread: goes out with the close that follows."""
         self.name = name
         access = flags & os.O_ACCMODE
         self._readable = access in (os.O_RDONLY, os.O_RDWR)
@@ -61,41 +65,61 @@ class RawFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
+        """Fill the buffer; the count is short only at the end of the file."""
         view = bytes_of(buffer)
         size = len(view)
-        if not size:
-            return 0
-        count = self._from_borrowed(view)
-        if not count:
-            self._check(self._readable, "reading")
-            if size >= BORROW_BYTES:
+        done = 0
+        while done < size:
+            part = self._next(size - done)
+            if part is None:
                 self._give_back()
-                count = self._call(self._handle().pread_into, self._position, [view])
-            else:
-                self._borrow(size)
-                count = self._from_borrowed(view)
-        self._position += count
-        return count
+                count: int = self._call(self._handle().pread_into, self._position, [view[done:]])
+                self._position += count
+                return done + count
+            if not part:
+                break
+            view[done : done + len(part)] = part
+            done += len(part)
+            self._position += len(part)
+        return done
 
-    def _from_borrowed(self, view: memoryview) -> int:
+    def read(self, size: int | None = -1, /) -> bytes:
+        """`size` bytes, fewer only at the end of the file; everything from here on without a size."""
+        if size is None or size < 0:
+            return self.readall()
+        part = self._next(size) if size else memoryview(b"")
+        if part is None:
+            part = self._call(self._handle().pread, self._position, size)
+        elif len(part) < size:
+            whole = bytearray(size)
+            return bytes(memoryview(whole)[: self.readinto(whole)])
+        self._position += len(part)
+        return bytes(part)
+
+    def _next(self, size: int) -> memoryview | None:
+        """Bytes at the position, at most `size`, none at the end of the file; None: too many to borrow."""
         borrowed = self._borrowed
-        if borrowed is None:
-            return 0
-        start = self._position - self._borrowed_at
-        count = min(len(view), len(borrowed) - start)
-        if start < 0 or count <= 0 or time.monotonic() > self._borrowed_until:
+        if borrowed is not None:
+            start = self._position - self._borrowed_at
+            fresh = self._borrowed_token == self._file.token and time.monotonic() < self._borrowed_until and not self.closed
+            if fresh and 0 <= start < len(borrowed):
+                return borrowed[start : start + size]
             self._give_back()
-            return 0
-        view[:count] = borrowed[start : start + count]
-        return count
+        self._check(self._readable, "reading")
+        if size >= BORROW_BYTES:
+            return None
+        return self._borrow(size)[:size]
 
-    def _borrow(self, size: int) -> None:
+    def _borrow(self, size: int) -> memoryview:
         # Small at first: a reader of a header shall not make the cluster read megabytes.
         self._steps += 1
-        length = min(BORROW_BYTES, max(size, 128 << 10 if self._steps == 1 else BORROW_BYTES))
-        self._borrowed = self._call(self._handle().pread, self._position, length)
-        self._borrowed_at = self._position
+        length = min(BORROW_BYTES, max(size, FIRST_BORROW_BYTES if self._steps == 1 else BORROW_BYTES))
+        handle = self._handle()
+        self._borrowed_token = handle.token  # before the read: what changes meanwhile makes it stale
         self._borrowed_until = time.monotonic() + STALE_S
+        borrowed: memoryview = self._call(handle.pread, self._position, length)
+        self._borrowed, self._borrowed_at = borrowed, self._position
+        return borrowed
 
     def _give_back(self) -> None:
         self._borrowed = None
@@ -103,27 +127,22 @@ class RawFile(io.RawIOBase):
     def readall(self) -> bytes:
         """Everything from the position on, in one piece of memory."""
         self._check(self._readable, "reading")
-        parts = []
-        while True:
-            left = max(self._length_now() - self._position, 0)
-            if not left:
+        parts: list[bytes] = []
+        while left := max(self._length_now() - self._position, 0):
+            part = self.read(min(left, READ_ALL_STEP_BYTES))
+            if not part:
                 break
-            part = bytearray(min(left, 1 << 30))
-            count = self.readinto(part)
-            while 0 < count < len(part):
-                more = self.readinto(memoryview(part)[count:])
-                if not more:
-                    break
-                count += more
-            if not count:
-                break
-            parts.append(bytes(memoryview(part)[:count]))
+            parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def write(self, data: Any, /) -> int:
         self._check(self._writable, "writing")
         self._give_back()
         view = bytes_of(data)
+        if self._client.portal.inside:
+            self._orphaned.append((self._position, bytes(view)))
+            self._position += len(view)
+            return len(view)
         if self._flags & os.O_APPEND:
             self._position = self._call(self._handle().append, [view]) + len(view)
             return len(view)
@@ -157,18 +176,32 @@ class RawFile(io.RawIOBase):
 
     def flush(self) -> None:
         """Everything written is acknowledged by the storage; errors of earlier writes come out here."""
-        if not self.closed and self._writable:
+        if self._writable and not self._closing and not self.closed and not self._client.portal.inside:
             self._call(self._handle().flush)
 
     def close(self) -> None:
         if self.closed:
             return
         self._give_back()
+        self._closing = True
         try:
-            if self._pid == os.getpid():
-                self._call(self._file.close)
+            if self._pid == os.getpid() and not self._file.closed:
+                if self._client.portal.inside:  # collected by chance in the client's own thread
+                    self._client.portal.post(self._close_orphan)
+                else:
+                    self._call(self._file.close)
         finally:
             super().close()
+
+    async def _close_orphan(self) -> None:
+        try:
+            for position, data in self._orphaned:
+                if self._flags & os.O_APPEND:
+                    await self._file.append([data])
+                else:
+                    await self._file.pwrite(position, [data])
+        finally:
+            await self._file.close()
 
     # --- more than io offers ---------------------------------------------------------------------------------------------------------
 

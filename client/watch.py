@@ -8,12 +8,15 @@ A service that cannot be reached revokes nothing: then the leases run out by the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.meta_client import MetaClient
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.errors import KvfsError
+
+log = logging.getLogger("kvfs.client")
 
 OnRevoked = Callable[[int, bytes], Awaitable[None]]
 OnLost = Callable[[], Awaitable[None]]
@@ -42,7 +45,9 @@ class Watcher:
             try:
                 await self._once()
                 pause_s = self._config.backoff_first_s
-            except KvfsError:
+            except Exception as error:
+                if not isinstance(error, KvfsError):
+                    log.exception("following revocations failed")  # a callback's fault: leases run out by themselves
                 await self._clock.sleep(pause_s)
                 pause_s = min(2 * pause_s, self._config.backoff_max_s)
 

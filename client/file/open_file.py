@@ -54,6 +54,11 @@ class OpenFile:
         return self._state.length
 
     @property
+    def token(self) -> int:
+        """Changes whenever bytes read earlier may no longer be those of the file. Any thread may look."""
+        return self._state.token
+
+    @property
     def closed(self) -> bool:
         return self._closed
 

@@ -11,6 +11,7 @@ and keeps the sum bounded. Invariants:
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 
 import trio
@@ -22,6 +23,8 @@ from kvfs.client.peers import Counters
 from kvfs.client.placement import Placement
 from kvfs.client.storage_client import StorageClient
 from kvfs.common.errors import KvfsError
+
+log = logging.getLogger("kvfs.client")
 
 SLACK_BYTES = 4 << 20
 """The kernel sends the reads of one stream in parallel: so far out of order is still sequential."""
@@ -108,6 +111,8 @@ class ReadAhead:
             got = await fetch_block(self._storage, self._memory, window.owner.placement, window.start, block)
         except KvfsError:
             pass  # the reader will ask the storage itself
+        except Exception:
+            log.exception("reading ahead failed")
         finally:
             if got is None:
                 block.release()

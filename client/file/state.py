@@ -75,6 +75,8 @@ class FileState:
         self._uncertain = False
         """A write failed that may have been applied."""
         self._serial = 0
+        self.token = 0
+        """Changes whenever bytes read earlier may no longer be true. Any thread may look."""
         self._lease_end = float("-inf")
         self._heard = float("-inf")
         self._asking: trio.Event | None = None
@@ -104,19 +106,24 @@ class FileState:
             self._acknowledged_end = 0
             self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
         if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
-            self.windows.drop_all()
+            self._drop_read()
         self.attributes = inode
         self.length = max(inode.length, self.unreported_end)
 
     def revoke(self) -> None:
         """The lease is over: ask before anything cached is used again."""
+        self.token += 1
         self._lease_end = float("-inf")
         self._heard = float("-inf")
+
+    def _drop_read(self) -> None:
+        self.token += 1
+        self.windows.drop_all()
 
     def lose_all(self) -> None:
         """The metadata service was restarted: nothing cached is known to be true."""
         self.revoke()
-        self.windows.drop_all()
+        self._drop_read()
 
     async def fresh(self, user: User) -> None:
         """Return with attributes that are true now (a lease says so, or the metadata service)."""
@@ -166,12 +173,14 @@ class FileState:
         self._writers += 1
         try:
             self.windows.drop_range(offset, end)
+            self.token += 1
             self._serial += 1
             try:
                 yield
             except BaseException:
                 self._uncertain = True  # some of it may go out all the same
                 raise
+            self.token += 1
             self._serial += 1
             self.unreported = True
             self.unreported_end = max(self.unreported_end, end)
@@ -241,7 +250,7 @@ class FileState:
             if self.must_report:
                 await self.report(session, user, still_open=True)
             reply = await self.shared.meta.set_attr(self.number, user=user, length=length, session=session)
-            self.windows.drop_all()
+            self._drop_read()
             self.adopt(reply, own=True)
             return reply
         finally:

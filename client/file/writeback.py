@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -24,7 +25,9 @@ from kvfs.client.placement import Placement
 from kvfs.client.storage_client import StorageClient
 from kvfs.client.storage_writes import ChunkWrite
 from kvfs.common.boundary.clock import Clock
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import InternalError, KvfsError
+
+log = logging.getLogger("kvfs.client")
 
 STREAM_BYTES = 4 << 20
 """Memory that a buffer of a sequential writer starts with, at most (a chunk may be 64 MiB)."""
@@ -147,7 +150,11 @@ class WriteBack:
     async def _send(self, batch: list[ChunkBuffer]) -> None:
         done = 0
         try:
-            outcomes = await self._storage.write_each([buffer.operation() for buffer in batch])
+            try:
+                outcomes = await self._storage.write_each([buffer.operation() for buffer in batch])
+            except Exception as error:  # a fault of ours must cost these bytes (loudly), not the client with all its files
+                log.exception("sending %d chunk buffers failed", len(batch))
+                outcomes = [InternalError(f"sending failed: {error!r}")] * len(batch)
             for buffer, outcome in zip(batch, outcomes, strict=True):
                 done += 1
                 self._finish(buffer, outcome if isinstance(outcome, KvfsError) else None)
