@@ -135,6 +135,10 @@ def create(path: Path, *, storage: int, replicas: int, mount: str | None, chunk_
     return made
 
 
+FIRST_STORAGE_NODE = 100
+"""storage-N has node id 100 + N by its configuration, so that it gets its targets back even when its data directory was lost."""
+
+
 def write_configs(cluster: ClusterDir) -> None:
     """The configuration files that are not there yet: what is there is the operator's."""
     managers = json.dumps(list(cluster.managers))
@@ -155,11 +159,15 @@ def write_configs(cluster: ClusterDir) -> None:
         f'[meta]\ndata = {json.dumps(str(cluster.path / "meta"))}\nlisten = ["tcp://127.0.0.1:{cluster.meta_port}"]\n'
         f"cluster_id = {cluster_id}\nmanagers = {managers}\nchunk_size_bytes = {cluster.chunk_size_bytes}\n",
     )
-    for name in cluster.storage_names():
+    for number, name in enumerate(cluster.storage_names(), start=1):
         data = cluster.path / name
         data.mkdir(exist_ok=True)
         listen = json.dumps(["tcp://127.0.0.1:0", f"unix://{cluster.run_dir / name}.sock"])
-        write(name, f"[storage]\ndata = [{json.dumps(str(data))}]\nlisten = {listen}\ncluster_id = {cluster_id}\nmanagers = {managers}\n")
+        write(
+            name,
+            f"[storage]\ndata = [{json.dumps(str(data))}]\nlisten = {listen}\ncluster_id = {cluster_id}\nmanagers = {managers}\n"
+            f"node_id = {FIRST_STORAGE_NODE + number}\n",
+        )
 
 
 def free_ports(count: int) -> list[int]:

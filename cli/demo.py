@@ -178,8 +178,8 @@ class Demo:
 
     def remount(self) -> None:
         """A new mount process has nothing cached: what it reads, it reads from storage."""
-        unmount(str(self.mount))
-        control.request(self.cluster.control_socket, "start", name="mount", timeout_s=60.0)
+        for command in ("stop", "start"):
+            control.request(self.cluster.control_socket, command, name="mount", timeout_s=60.0)
 
     def first_copy(self) -> None:
         sources = (("standard library", self.small), ("large files", self.large))

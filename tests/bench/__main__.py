@@ -62,8 +62,8 @@ class Bench:
         return [child["pid"] for child in control.request(self.cluster.control_socket, "status")["processes"] if child["pid"]]
 
     def remount(self) -> None:
-        unmount(str(self.mount))
-        control.request(self.cluster.control_socket, "start", name="mount", timeout_s=60.0)
+        for command in ("stop", "start"):
+            control.request(self.cluster.control_socket, command, name="mount", timeout_s=60.0)
 
     def run(self) -> None:
         start_detached(self.cluster, restart=False)
