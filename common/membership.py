@@ -22,6 +22,7 @@ import trio
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import (
+    Busy,
     DeadlineExceeded,
     KvfsError,
     LeaseExpired,
@@ -46,6 +47,7 @@ LONG_POLL_S: Final = 5.0
 POLL_SLACK_S: Final = 2.0
 """How much later than asked a long poll may be answered before its manager is given up."""
 DEFAULT_LEASE_S: Final = 2.0
+BUSY_PAUSE_S: Final = 0.5
 
 
 class _Flight:
@@ -196,7 +198,16 @@ class ManagerLink:
             disks=disks,
             node_id=node_id,
         )
-        return await self._register(timeout_s)
+        deadline_s = self._clock.monotonic() + timeout_s
+        while True:
+            try:
+                return await self._register(max(0.001, deadline_s - self._clock.monotonic()))
+            except Busy as error:
+                # The id belongs to a node with another data directory. If that is this node before its disk was replaced, it is dead in a moment.
+                if self._clock.monotonic() + BUSY_PAUSE_S > deadline_s:
+                    raise
+                log.info("registering: %s", error.message)
+                await self._clock.sleep(BUSY_PAUSE_S)
 
     async def _register(self, timeout_s: float) -> pb.RegisterReply:
         assert self._registration is not None

@@ -7,7 +7,7 @@ A target that was seen once and that the node comes back without is blank: it ma
 
 from __future__ import annotations
 
-from kvfs.common.errors import BadRequest, InvalidArgument
+from kvfs.common.errors import BadRequest, Busy, InvalidArgument
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.registry import Change, Records
 
@@ -65,9 +65,7 @@ def _new_id(records: Records, request: pb.RegisterRequest) -> int:
     if holder is None:
         return wished
     if holder.alive:
-        raise InvalidArgument(
-            f"node id {wished} belongs to a node that is alive ({holder.hostname} pid {holder.pid}): stop that one, or ask for another id"
-        )
+        raise Busy(f"node id {wished} belongs to a node that is alive ({holder.hostname} pid {holder.pid}): stop that one, or ask for another id")
     if holder.role != request.role:
         raise InvalidArgument(f"node id {wished} belongs to a node with role {pb.NodeRole.Name(holder.role)}: ask for another id")
     return wished

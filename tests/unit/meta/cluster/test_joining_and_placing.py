@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvfs.common.boundary.random import SeededRandom
-from kvfs.common.errors import AlreadyExists, BadRequest, InvalidArgument, NotEnoughTargets
+from kvfs.common.errors import AlreadyExists, BadRequest, Busy, InvalidArgument, NotEnoughTargets
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import joining, placing, routing
 from kvfs.meta.cluster.registry import Change, Records
@@ -54,7 +54,7 @@ def test_ids_are_given_once_and_kept_with_the_uuid() -> None:
 
 def test_an_id_passes_on_only_when_its_node_is_dead() -> None:
     records = cluster(2)
-    with pytest.raises(InvalidArgument, match="node id 2 belongs to a node that is alive"):
+    with pytest.raises(Busy, match="node id 2 belongs to a node that is alive"):
         join(records, uuid="new", node_id=2)
     records.nodes[2].alive = False
     with pytest.raises(InvalidArgument, match="role ROLE_STORAGE"):

@@ -698,3 +698,21 @@ def test_random_faults_end_with_everyone_serving(seed: int) -> None:
             assert unsound == []
 
     run(body)
+
+
+def test_a_node_whose_disk_was_replaced_waits_for_its_own_death_and_is_filled() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(2)
+        async with world.link() as link:
+            await create(link, replicas=2, expected_nodes=2)
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            nodes[1].kill()
+            began = trio.current_time()
+            new = await world.node("another-uuid", node_id=nodes[1].link.node_id)
+            assert LEASE_S / 2 < trio.current_time() - began < LEASE_S * 1.5
+            assert {target.target_id for target in new.registered.targets} == nodes[1].own
+            await until(lambda: all_serve(link))
+            assert len(list(link.routing.nodes)) == 3
+
+    run(body)
