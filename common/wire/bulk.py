@@ -94,18 +94,19 @@ def build(
 ) -> ServerBulk:
     """The bulk of a request that names `message` (a Bulk). Everything in it is checked here: it comes from outside."""
     lengths: list[int] = list(message.length)
+    named: list[int] = list(message.region)
+    offsets: list[int] = list(message.offset)
     count = len(lengths)
-    if count > limits.spans or len(message.region) not in (0, count) or len(message.offset) not in (0, count):
-        raise BadRequest(f"a request names {count} spans with {len(message.region)} regions and {len(message.offset)} offsets (limit {limits.spans})")
+    if count > limits.spans or len(named) not in (0, count) or len(offsets) not in (0, count):
+        raise BadRequest(f"a request names {count} spans with {len(named)} regions and {len(offsets)} offsets (limit {limits.spans})")
     total = sum(lengths)
     if total > limits.payload_bytes:
         raise BadRequest(f"a request names {total} bytes of memory: the limit is {limits.payload_bytes}")
-    named = message.region
-    if count and len(named) and any(named):
+    if any(named):
         if payload_bytes:
             raise BadRequest("a request has both a payload and regions")
         spans = []
-        for number, offset, length in zip(named, message.offset or [0] * count, lengths, strict=True):
+        for number, offset, length in zip(named, offsets or [0] * count, lengths, strict=True):
             region = regions.get(number)
             if region is None:
                 raise UnknownRegion(f"region {number} was not registered on this connection")

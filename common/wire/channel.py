@@ -27,6 +27,14 @@ from kvfs.common.wire.service import Method
 __all__ = ["Buffer", "Channel", "ChannelPool"]
 
 
+class _Attempt:
+    __slots__ = ("ended", "error")
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.error: TransportError | None = None
+
+
 class ChannelPool:
     """`async with` it around everything that calls."""
 
@@ -50,7 +58,7 @@ class ChannelPool:
         self._staging: BufferPool | None = None
         self._shared_memory = shared_memory
         self._channels: dict[tuple[str, ...], Channel] = {}
-        self._opening: dict[tuple[str, ...], trio.Event] = {}
+        self._opening: dict[tuple[str, ...], _Attempt] = {}
         self._nursery: trio.Nursery | None = None
         self._nursery_manager: Any = None
 
@@ -87,7 +95,7 @@ class ChannelPool:
             raise
 
     async def channel(self, addresses: Sequence[str], *, timeout_s: float) -> Channel:
-        """The peer's channel, opened if need be; callers that come meanwhile share the attempt."""
+        """The peer's channel, opened if need be; callers that come meanwhile share the attempt, also its failure."""
         key = tuple(addresses)
         with trio.move_on_after(timeout_s):
             while True:
@@ -97,14 +105,19 @@ class ChannelPool:
                 opening = self._opening.get(key)
                 if opening is None:
                     break
-                await opening.wait()
-            self._opening[key] = event = trio.Event()
+                await opening.ended.wait()
+                if opening.error is not None:
+                    raise opening.error
+            self._opening[key] = attempt = _Attempt()
             try:
                 self._channels[key] = channel = await self._open(key, timeout_s)
                 return channel
+            except TransportError as error:
+                attempt.error = error
+                raise
             finally:
                 del self._opening[key]
-                event.set()
+                attempt.ended.set()
         raise Unreachable(f"no connection with {' or '.join(key)} within {timeout_s:g} s")
 
     def forget(self, addresses: Sequence[str]) -> None:

@@ -45,7 +45,6 @@ log = logging.getLogger("kvfs.wire.server")
 
 _HELD_AT_STOP_S: Final = 5.0
 _MESSAGE_CHARS: Final = 4000
-_NO_BULK: Final = pb.Bulk()
 _REGION_SIZE_BYTES: Final = 8
 
 
@@ -238,9 +237,12 @@ class Peer:
         request_id = header.request_id
         bulk: ServerBulk | None = None
         try:
-            bulk = build(
-                request.bulk if method.has_bulk else _NO_BULK, payload, header.payload_bytes, self._regions, self._limits, server.payload_pool
-            )
+            if method.has_bulk:
+                bulk = build(request.bulk, payload, header.payload_bytes, self._regions, self._limits, server.payload_pool)
+            elif payload is None:
+                bulk = ServerBulk([], [], server.payload_pool)
+            else:
+                raise BadRequest(f"{method.full_name} takes no payload")
             call = Call(cast(Identity, self.identity), server.clock.monotonic() + header.deadline_ms / 1000, bulk, method, server.clock)
             self._handlers += 1
         except Exception as error:

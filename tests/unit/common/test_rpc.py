@@ -685,6 +685,33 @@ def test_a_peer_that_hangs_is_left_for_a_new_connection() -> None:
     on_transport("sim-tcp", main)
 
 
+def test_callers_share_an_attempt_to_connect_and_its_failure() -> None:
+    async def main(world: World) -> None:
+        assert world.fabric is not None
+        there = World("sim-tcp", world.folder)
+        there.fabric, there.net = world.fabric, world.fabric.host("there")
+        async with there.serve(Store(world)) as where, world.pool(connect_timeout_s=3) as pool:
+            world.fabric.partition(["here"], ["there"])
+
+            async def ask() -> None:
+                begun = world.clock.monotonic()
+                with pytest.raises(Unreachable):
+                    await pool.call(where, VERSION, version(), timeout_s=60)
+                assert world.clock.monotonic() - begun < 3.5
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(ask)
+            world.fabric.heal()
+            async with trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(lambda: pool.call(where, VERSION, version(), timeout_s=5))
+                with trio.move_on_after(0):
+                    await pool.call(where, VERSION, version(), timeout_s=5)
+
+    on_transport("sim-tcp", main)
+
+
 @pytest.mark.parametrize("transport", ["sim-tcp", "sim-shm"])
 def test_breaking_connections_lose_calls_but_never_mix_answers(transport: str) -> None:
     async def main(world: World) -> None:
