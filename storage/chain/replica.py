@@ -337,7 +337,7 @@ class Replica:
     def give_up(self, flight: Flight) -> list[FlightEffect]:
         """Its time is over: it ends at the next point where it can. A pending version stays, to be recovered."""
         flight.hopeless = True
-        return self._finish(flight, refusal(errors.ForwardFailed, self.version, "the successor did not answer in time")) if flight.waiting else []
+        return self._advance(flight)
 
     def abandon(self, flight: Flight) -> None:
         """Its driver is being ended. A pending version stays, to be recovered."""
@@ -354,6 +354,8 @@ class Replica:
             return self._finish(flight, self._absent()) if idle else []
         if flight.error is not None:
             return self._end_failed(flight) if idle else []
+        if flight.hopeless and flight.waiting:
+            return self._finish(flight, refusal(errors.ForwardFailed, self.version, "the successor did not answer in time")) if idle else []
         successor = self.successor
         if successor is None or flight.acked_by == successor.target_id:
             if flight.local is Local.PREPARED:
@@ -395,10 +397,8 @@ class Replica:
         return self._sequence
 
     def _wait(self, flight: Flight, *, refresh: bool) -> list[FlightEffect]:
-        if flight.hopeless:
-            return self._finish(flight, refusal(errors.ForwardFailed, self.version, "the successor did not answer in time"))
         flight.waiting = True
-        return [Wait(flight, refresh)]
+        return self._advance(flight) if flight.hopeless else [Wait(flight, refresh)]
 
     def _end_failed(self, flight: Flight) -> list[FlightEffect]:
         assert flight.error is not None

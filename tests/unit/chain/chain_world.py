@@ -53,6 +53,8 @@ class ModelDisk:
         self.pending: dict[bytes, Pending] = {}
         self.tags: dict[tuple[bytes, int], tuple[int, bytes]] = {}
         self.fail_next: errors.KvfsError | None = None
+        self.flip_next = False
+        """The next write goes wrong unnoticed."""
 
     def stored(self, chunk: bytes, tag: TagKey | None) -> Stored:
         version, data = self.chunks.get(chunk, (0, b""))
@@ -85,8 +87,11 @@ class ModelDisk:
             length = len(change.data)
             data = old[:length].ljust(length, b".")
         elif change.kind is UpdateKind.WRITE:
-            end = change.offset + len(change.data)
-            data = old[: change.offset].ljust(change.offset, b".") + change.data + old[end:]
+            offset = len(old) if change.offset < 0 else change.offset  # below 0: appended, so that the content tells its history
+            end = offset + len(change.data)
+            data = old[:offset].ljust(offset, b".") + change.data + old[end:]
+        if self.flip_next and data:
+            data, self.flip_next = data[:-1] + b"?", False
         self.pending[chunk] = Pending(version, change.kind is UpdateKind.REMOVE, data, change.tag)
         return len(data), 0 if change.kind is UpdateKind.REMOVE else checksum(data)
 
@@ -131,11 +136,14 @@ class Node:
     replica: Replica
     locks: ChunkLocks = field(default_factory=ChunkLocks)
     jobs: dict[Flight, Job] = field(default_factory=dict)
+    sequences: dict[Flight, int] = field(default_factory=dict)
+    """Of the forward under way."""
     held: bool = False
     shelf: list[Callable[[], None]] = field(default_factory=list)
     waiting: list[Flight] = field(default_factory=list)
     resync: Iterator[object] | None = None
     resync_version: int = 0
+    resync_ticket: Ticket | None = None
     alive: bool = True
 
 
@@ -146,6 +154,8 @@ class World:
         self.nodes = {name: Node(name, place + 1, ModelDisk(), Replica(place + 1, fresh=True)) for place, name in enumerate(names)}
         self.view: ChainView | None = None
         self.exits: list[str] = []
+        self.asked: list[tuple[str, str, Callable[[Result | None], None]]] = []
+        """Requests that were not answered: (asker, asked, what to tell the asker)."""
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -169,6 +179,11 @@ class World:
             self.say(f"{node.name}: {before.value} -> {node.replica.phase.value}")
         for effect in effects:
             self._target_effect(node, effect)
+        successor = node.replica.successor.target_id if node.replica.successor is not None else 0
+        for flight in list(node.jobs):
+            # Nobody waits for whom is no longer the successor: it may be waiting for us.
+            if flight.forwarding and flight.forward_to != successor:
+                self._effects(node, node.replica.forward_failed(flight))
         for flight in list(node.waiting):
             self.resume(node, flight)
 
@@ -187,11 +202,18 @@ class World:
                     self.say(f"{node.name}: drop {chunk.decode()} v{node.disk.pending.pop(chunk).version}")
         elif isinstance(effect, m.StartResync):
             self.say(f"{node.name}: resync of {self.name_of(effect.target_id)} at chain version {effect.chain_version}")
+            self._stop_resync(node)
             node.resync_version = effect.chain_version
             node.resync = self._resync(node, effect.target_id, effect.chain_version)
             self._step(node)
         elif isinstance(effect, m.StopResync):
-            node.resync, node.resync_version = None, 0
+            self._stop_resync(node)
+
+    def _stop_resync(self, node: Node) -> None:
+        ticket, node.resync_ticket = node.resync_ticket, None
+        node.resync, node.resync_version = None, 0
+        if ticket is not None:
+            self._leave(node, ticket)
 
     def update(self, name: str, chunk: bytes, change: Change, *, version: int | None = None, reply: Callable[[Result], None] | None = None) -> None:
         """A client's update arrives."""
@@ -240,8 +262,35 @@ class World:
         self.send(name, self.name_of(tail), f"version? {chunk.decode()}", deliver)
 
     def kill(self, name: str) -> None:
-        node = self.nodes[name]
-        node.alive = False
+        self.nodes[name].alive = False
+        for asker, asked, _ in list(self.asked):
+            if asked == name:
+                self.break_connection(asker, asked)
+
+    def break_connection(self, asker: str, asked: str) -> None:
+        """The asker learns nothing more of its requests; what it sent may still arrive."""
+        for entry in list(self.asked):
+            if entry[:2] == (asker, asked):
+                self.asked.remove(entry)
+                self.send(asked, asker, "connection lost", lambda home, tell=entry[2]: tell(None))  # type: ignore[misc]
+
+    def _ask(self, asker: Node, asked: str, tell: Callable[[Result | None], None]) -> Callable[[Result | None], None]:
+        """A function that answers the asker, once."""
+        entry: tuple[str, str, Callable[[Result | None], None]]
+
+        def once(result: Result | None) -> None:
+            nonlocal answered
+            if not answered:
+                answered = True
+                if entry in self.asked:
+                    self.asked.remove(entry)
+                if asker.alive and self.nodes[asker.name] is asker:
+                    tell(result)
+
+        answered = False
+        entry = (asker.name, asked, once)
+        self.asked.append(entry)
+        return once
 
     def restart(self, name: str) -> None:
         old = self.nodes[name]
@@ -386,22 +435,17 @@ class World:
             flight.chunk_id, effect.kind, effect.chain_version, len(change.data), change.tag, node.target_id, flight.update_version, effect.sequence
         )
         name = self.name_of(effect.target_id)
+        node.sequences[flight] = effect.sequence
         text = f"{effect.kind.name.lower()} {flight.chunk_id.decode()} v{flight.update_version} of chain {effect.chain_version}"
 
         def answer(result: Result | None) -> None:
-            if node.alive and flight in node.jobs:
+            if flight in node.jobs and flight.forwarding and node.sequences.get(flight) == effect.sequence:
                 self._effects(node, node.replica.forward_failed(flight) if result is None else node.replica.forwarded(flight, result))
 
         self._request(node, name, text, incoming, change, answer)
 
     def _request(self, node: Node, name: str, text: str, incoming: Incoming, change: Change, answer: Callable[[Result | None], None]) -> None:
-        answered = False
-
-        def once(result: Result | None) -> None:
-            nonlocal answered
-            if not answered:
-                answered = True
-                answer(result)
+        once = self._ask(node, name, answer)
 
         def deliver(receiver: Node | None) -> None:
             if receiver is None:
@@ -417,13 +461,12 @@ class World:
 
     def resume(self, node: Node, flight: Flight) -> None:
         node.waiting.remove(flight)
-        self._effects(node, node.replica.resume(flight))
+        if not flight.done:
+            self._effects(node, node.replica.resume(flight))
 
     def give_up(self, node: Node, flight: Flight) -> None:
-        effects = node.replica.give_up(flight)
-        if effects:
-            node.waiting.remove(flight)
-        self._effects(node, effects)
+        node.waiting.remove(flight)
+        self._effects(node, node.replica.give_up(flight))
 
     # --- resync ----------------------------------------------------------------------------------------------------------------------
 
@@ -436,30 +479,42 @@ class World:
             if waits in ("message", "barrier", "end"):
                 return
 
+    def old_flights(self, node: Node) -> set[Flight]:
+        """Updates that began before the successor was there, and do not pass to it."""
+        return set(node.replica.flights.values())
+
     def _resync(self, node: Node, target_id: int, version: int) -> Iterator[object]:
         name = self.name_of(target_id)
         replica = node.replica
-        before = set(replica.flights.values())
+        before = self.old_flights(node)
         while any(not flight.done for flight in before):
             yield "barrier"
         current = lambda: node.alive and node.resync_version == version  # noqa: E731
         results: list[Result | None] = []
 
         def ask(text: str, answer_of: Callable[[Node], Result]) -> None:
+            def take(result: Result | None) -> None:
+                if current():
+                    results.append(result)
+                    self._step(node)
+
+            once = self._ask(node, name, take)
+
             def deliver(receiver: Node | None) -> None:
-                result = answer_of(receiver) if receiver is not None else None
-
-                def back(home: Node | None) -> None:
-                    if current():
-                        results.append(result if home else None)
-                        self._step(node)
-
-                self.send(name, node.name, show(result) if result else "nothing", back)
+                if receiver is None:
+                    once(None)
+                    return
+                result = answer_of(receiver)
+                self.send(name, node.name, show(result), lambda home: once(result if home else None))
 
             self.send(node.name, name, text, deliver)
 
         def sync(step: str) -> Callable[[Node], Result]:
             def answer_of(receiver: Node) -> Result:
+                if step == "sync_done":
+                    for key, (sequence, record) in node.disk.tags.items():
+                        if sequence > receiver.disk.tags.get(key, (-1, b""))[0]:
+                            receiver.disk.tags[key] = (sequence, record)
                 result, effects = getattr(receiver.replica, step)(version, node.target_id)
                 for effect in effects:
                     self._target_effect(receiver, effect)
@@ -474,10 +529,10 @@ class World:
                 yield "message"
             if results.pop() != Result(chain_version=version):
                 continue
-            listed: list[list[Listed]] = []
+            listed: dict[str, list[Listed]] = {}
 
-            def list_chunks(receiver: Node, into: list[list[Listed]] = listed) -> Result:
-                into.append([Listed(c, v, len(d), checksum(d)) for c, (v, d) in sorted(receiver.disk.chunks.items())])
+            def list_chunks(receiver: Node, into: dict[str, list[Listed]] = listed) -> Result:
+                into[receiver.name] = [Listed(c, v, len(d), checksum(d)) for c, (v, d) in sorted(receiver.disk.chunks.items())]
                 return Result()
 
             list_chunks(node)
@@ -487,17 +542,14 @@ class World:
             if results.pop() is None:
                 continue
             sides = Side.empty(), Side.empty()
-            for side, page in zip(sides, listed, strict=True):
+            for side, page in zip(sides, (listed[node.name], listed[name]), strict=True):
                 side.add_page(page, more=False)
             lost = False
             for chunk in take_differences(*sides)[0]:
-                ticket = node.locks.join([(node.target_id, chunk)])
+                ticket = node.resync_ticket = node.locks.join([(node.target_id, chunk)])
+                ticket.on_ready = lambda: self._step(node)
                 while not ticket.ready:
-                    ticket.on_ready = lambda: self._step(node)
                     yield "barrier"
-                if not current():
-                    self._leave(node, ticket)
-                    return
                 here = node.disk.chunks.get(chunk)
                 kind = UpdateKind.REPLACE if here else UpdateKind.REMOVE
                 update, data = here or (0, b"")
@@ -505,11 +557,11 @@ class World:
                 text = f"resync {kind.name.lower()} {chunk.decode()} v{update}"
 
                 def answer(result: Result | None, ticket: Ticket = ticket) -> None:
-                    results.append(result)
-                    if node.alive:
+                    if current() and node.resync_ticket is ticket:
+                        results.append(result)
+                        node.resync_ticket = None
                         self._leave(node, ticket)
-                        if current():
-                            self._step(node)
+                        self._step(node)
 
                 self._request(node, name, text, incoming, Change(kind, data), answer)
                 while not results:

@@ -1,4 +1,4 @@
-"""A manager and storage services in one trio run, over real sockets and directories, and a client that speaks the wire: for tests of the storage service."""
+"""A manager and storage services in one trio run, over real sockets and directories, and a client that speaks the wire."""
 
 from __future__ import annotations
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 import trio
-
-sys.path.insert(0, str(Path(__file__).parent))
 from mini_cluster import MiniCluster, mini_cluster
 
 from kvfs.common.errors import KvfsError
