@@ -9,7 +9,6 @@ lease's end instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from functools import partial
 
 import pyfuse3
@@ -59,11 +58,6 @@ class Invalidator:
         if name:
             await self._tell(partial(_invalidate_entry, inode, name))
         await self._tell(partial(_invalidate_inode, inode, False))
-
-    async def drop(self, inodes: Iterable[int]) -> None:
-        """The metadata service has restarted: of these nothing is sure."""
-        for inode in inodes:
-            await self.revoked(inode, b"")
 
     async def _tell(self, call: partial[None]) -> None:
         if not self._ended:

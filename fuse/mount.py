@@ -89,6 +89,8 @@ async def _run(
                 nursery.cancel_scope.cancel()
 
         try:
+            client.on_revoked(file_system.revoked)
+            client.on_lost(file_system.lost)
             await nursery.start(invalidator.run, client)
             nursery.start_soon(loop)
             with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
@@ -148,7 +150,8 @@ async def _flush(file_system: FileSystem) -> None:
 
 
 def _options(config: MountConfig, cluster_id: str) -> set[str]:
-    # No max_read: libfuse refuses one that its init() has not been told too, which pyfuse3 cannot. Without it the kernel reads up to 256 pages, 1 MiB.
+    # No max_read: libfuse refuses one that its init() has not been told too, which pyfuse3 cannot. Without it the kernel reads up to 256
+    # pages, 1 MiB.
     options = {f"fsname=kvfs#{cluster_id}", f"subtype={kernel.SUBTYPE}", "default_permissions"}
     if os.geteuid() == 0:
         options |= {"dev", "suid"}

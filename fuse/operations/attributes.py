@@ -21,7 +21,12 @@ NOW_MARGIN_NS = 5_000_000_000
 
 class AttributeOperations(Base):
     async def getattr(self, inode: int, caller: Caller) -> Attributes:
-        return await self._present(await self._stat(inode))
+        kept = None if inode in self._writing else self._cache.attributes(inode)
+        if kept is not None:
+            return await self._present(*kept)
+        since = self._cache.tick()
+        found = await self._stat(inode)
+        return await self._present(found, self._lease(found, since))
 
     async def _stat(self, inode: int) -> pb.Inode:
         """As root: fstat needs no permission, and the kernel has checked the path."""
@@ -31,6 +36,15 @@ class AttributeOperations(Base):
         return found
 
     async def setattr(self, inode: int, changes: Changes, handle: int | None, caller: Caller) -> Attributes:
+        started_s = self._cache.tick()[1]
+        begun = self._cache.changing(inode), started_s
+        try:
+            result = await self._set(inode, changes, handle, caller)
+        finally:
+            since = self._cache.changed(inode, begun)
+        return await self._present(result, self._lease(result, since) if since else 0.0)
+
+    async def _set(self, inode: int, changes: Changes, handle: int | None, caller: Caller) -> pb.Inode:
         result: pb.Inode | None = None
         if changes.length is not None:
             result = await self._truncate(inode, changes.length, handle, caller)
@@ -38,7 +52,7 @@ class AttributeOperations(Base):
             changes = Changes(mode=changes.mode, uid=changes.uid, gid=changes.gid)
         if changes != Changes():
             result = await self._change(inode, changes, caller)
-        return await self._present(result if result is not None else await self._stat(inode))
+        return result if result is not None else await self._stat(inode)
 
     async def _truncate(self, inode: int, length: int, handle: int | None, caller: Caller) -> pb.Inode:
         if handle is not None:

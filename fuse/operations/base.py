@@ -10,10 +10,13 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
+import trio
+
 from kvfs.client import AsyncClient, OpenFile, User
 from kvfs.common.errors import AccessDenied, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.allocation import Allocation
+from kvfs.fuse.entry_cache import EntryCache
 from kvfs.fuse.groups import supplementary_groups
 from kvfs.fuse.handles import DirectoryHandle, FileHandle, HandleTable
 from kvfs.fuse.model import BLOCK_BYTES, TYPE_BITS, Attributes, Caller
@@ -22,8 +25,6 @@ T = TypeVar("T")
 
 USERS_MAX = 1024
 SEEN_MAX = 65_536
-LEASE_MARGIN = 0.9
-"""The service counts a lease from when it answered, the kernel from when it heard: the part kept is given up for the way."""
 SYMLINK_BLOCK_BYTES = 4096
 
 
@@ -33,6 +34,10 @@ class Invalidate(Protocol):
     def attributes(self, inode: int) -> None: ...
 
     def data(self, inode: int) -> None: ...
+
+
+Tick = tuple[int, float]
+"""When a call was made, as EntryCache counts."""
 
 
 class NoKernel:
@@ -48,7 +53,7 @@ class Base:
         self._client = client
         self._meta = client.meta
         self._invalidate = invalidate or NoKernel()
-        self._attr_cache = attr_cache and client.config.watch
+        self._cache = EntryCache(trio.current_time, enabled=attr_cache and client.config.watch)
         self._data_cache = data_cache
         self._users: dict[tuple[int, int], User] = {}
         self._files: HandleTable[FileHandle] = HandleTable()
@@ -85,17 +90,33 @@ class Base:
                 raise
         return await call(with_groups)
 
-    async def _present(self, inode: pb.Inode) -> Attributes:
+    async def revoked(self, inode: int, name: bytes) -> None:
+        """Another client has changed the inode: this is heard before the change is acknowledged to it."""
+        self._cache.revoked(inode)
+
+    async def lost(self) -> None:
+        """The metadata service has restarted: no lease holds, and what the kernel has cached of open files is unsure too."""
+        self._cache.lose_all()
+        self._seen.clear()
+        for inode in {opened.inode for opened in self._files}:
+            self._invalidate.data(inode)
+
+    def _lease(self, inode: pb.Inode, since: Tick) -> float:
+        """Take in attributes that a call made at `since` has brought; the seconds that the kernel may keep them, too."""
+        if inode.inode in self._writing:
+            return 0.0  # its length and times change here without a call; the kernel is asked anew by each write anyway
+        return self._cache.heard(inode, since)
+
+    async def _present(self, inode: pb.Inode, lease_s: float) -> Attributes:
         """Attributes as this mount shows them, with the bytes really stored (asked of the storage only for files of more than one chunk)."""
-        attributes = self._attributes(inode)
+        attributes = self._attributes(inode, lease_s)
         if self._allocation.unsure(inode):
             attributes.blocks = await self._allocation.blocks(inode, attributes.length)
         return attributes
 
-    def _attributes(self, answered: pb.Inode) -> Attributes:
+    def _attributes(self, answered: pb.Inode, lease_s: float) -> Attributes:
         """The same without a call: the blocks of a large file are those last known, and its lease is none when they are not."""
         inode = self._client.local_view(answered)
-        lease_s = answered.attr_lease_ms / 1000 * LEASE_MARGIN if self._attr_cache else 0.0
         kind = inode.type
         length = inode.length
         block_size = 4096

@@ -51,7 +51,8 @@ class DirectoryOperations(Base):
                 continue
             taken = 0
             for entry in directory.page:
-                attributes = self._attributes(entry.attributes) if entry.HasField("attributes") else _bare(entry)
+                # Without a lease: names are looked up again anyway, and a listing of thousands would fill the caches.
+                attributes = self._attributes(entry.attributes, 0.0) if entry.HasField("attributes") else _bare(entry)
                 if not emit(entry.name, attributes, position + 1):
                     break
                 position += 1
@@ -65,14 +66,16 @@ class DirectoryOperations(Base):
 
     async def _dots(self, directory: DirectoryHandle, position: int, emit: Emit) -> bool:
         if directory.self_inode is None or directory.parent_inode is None:
+            since = self._cache.tick()
             found = (await self._meta.get_attr([directory.inode], user=ROOT))[0]
             if found.type == pb.TYPE_INVALID:
                 raise NotFound("the directory is gone")
+            self._lease(found, since)
             directory.self_inode = found
             directory.parent_inode = pb.Inode(inode=found.parent or found.inode, type=pb.DIRECTORY)
-        if position < DOT and not emit(b".", self._attributes(directory.self_inode), DOT):
+        if position < DOT and not emit(b".", self._attributes(directory.self_inode, 0.0), DOT):
             return False
-        return emit(b"..", self._attributes(directory.parent_inode), DOT_DOT)
+        return emit(b"..", self._attributes(directory.parent_inode, 0.0), DOT_DOT)
 
     async def _next_page(self, directory: DirectoryHandle, position: int) -> None:
         limit = PAGE_ENTRIES if position > DOT_DOT else PAGE_ENTRIES_FIRST

@@ -20,13 +20,21 @@ RENAME_EXCHANGE = 2
 
 class EntryOperations(Base):
     async def lookup(self, parent: int, name: bytes, caller: Caller) -> Attributes:
+        kept = self._cache.lookup(parent, name)
+        if kept is not None and kept[0].inode not in self._writing:
+            return await self._present(*kept)
+        since = self._cache.tick()
+
         async def look(user: User) -> pb.LookupReply:
             return await self._meta.lookup(parent, (name,), user=user)
 
         reply = await self._as(caller, look)
         if not reply.inodes:
             raise NotFound("no such entry")
-        return await self._present(reply.inodes[0])
+        found = reply.inodes[0]
+        lease_s = self._lease(found, since)
+        self._cache.entered(parent, name, found.inode, since)
+        return await self._present(found, lease_s)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
         kind = TYPE_OF_BITS.get(stat.S_IFMT(mode) or stat.S_IFREG)
@@ -43,33 +51,65 @@ class EntryOperations(Base):
     async def _make(
         self, parent: int, name: bytes, kind: pb.InodeType, mode: int, caller: Caller, *, rdev: int = 0, symlink: bytes = b""
     ) -> Attributes:
-        inode = await self._as(caller, lambda user: self._meta.make(parent, name, kind, mode, user=user, rdev=rdev, symlink=symlink))
-        return await self._present(inode)
+        since = self._cache.tick()
+        change = self._cache.begin_entry(parent, name)
+        made: pb.Inode | None = None
+        try:
+            made = await self._as(caller, lambda user: self._meta.make(parent, name, kind, mode, user=user, rdev=rdev, symlink=symlink))
+        finally:
+            self._cache.end_entry(change, at_ns=made.ctime_ns if made else 0, links=int(kind == pb.DIRECTORY))
+        self._cache.made_entry(parent, name, made, since)
+        return await self._present(made, self._lease(made, since))
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, caller: Caller) -> Attributes:
-        return await self._present(await self._as(caller, lambda user: self._meta.link(inode, new_parent, new_name, user=user)))
+        change = self._cache.begin_entry(new_parent, new_name)
+        begun = self._cache.changing(inode), change.begun[1]
+        found: pb.Inode | None = None
+        try:
+            found = await self._as(caller, lambda user: self._meta.link(inode, new_parent, new_name, user=user))
+        finally:
+            self._cache.end_entry(change, at_ns=found.ctime_ns if found else 0)
+            since = self._cache.changed(inode, begun)
+        return await self._present(found, self._lease(found, since) if since else 0.0)
 
     async def unlink(self, parent: int, name: bytes, caller: Caller) -> None:
-        await self._as(caller, lambda user: self._meta.remove(parent, name, user=user))
+        await self._remove(parent, name, caller, directory=False)
 
     async def rmdir(self, parent: int, name: bytes, caller: Caller) -> None:
-        await self._as(caller, lambda user: self._meta.remove(parent, name, user=user, directory=True))
+        await self._remove(parent, name, caller, directory=True)
+
+    async def _remove(self, parent: int, name: bytes, caller: Caller, *, directory: bool) -> None:
+        change = self._cache.begin_entry(parent, name)
+        removed: pb.Inode | None = None
+        try:
+            removed = await self._as(caller, lambda user: self._meta.remove(parent, name, user=user, directory=directory))
+        finally:
+            # What loses a name has its ctime set with the directory's; a removed directory has not.
+            self._cache.end_entry(change, at_ns=removed.ctime_ns if removed and not directory else 0)
+        self._cache.revoked(removed.inode)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller) -> None:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
             raise InvalidArgument(f"rename flags {flags:#x} are not known")
-        await self._as(
-            caller,
-            lambda user: self._meta.rename(
-                parent,
-                name,
-                new_parent,
-                new_name,
-                user=user,
-                no_replace=bool(flags & RENAME_NOREPLACE),
-                exchange=bool(flags & RENAME_EXCHANGE),
-            ),
-        )
+        changes = self._cache.begin_entry(parent, name), self._cache.begin_entry(new_parent, new_name)
+        try:
+            reply = await self._as(
+                caller,
+                lambda user: self._meta.rename(
+                    parent,
+                    name,
+                    new_parent,
+                    new_name,
+                    user=user,
+                    no_replace=bool(flags & RENAME_NOREPLACE),
+                    exchange=bool(flags & RENAME_EXCHANGE),
+                ),
+            )
+        finally:
+            for change in changes:
+                self._cache.end_entry(change)
+        for moved in (reply.moved.inode, reply.replaced.inode):
+            self._cache.revoked(moved)
 
     async def readlink(self, inode: int, caller: Caller) -> bytes:
         found = (await self._meta.get_attr([inode], user=self._user(caller)))[0]

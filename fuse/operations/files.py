@@ -34,7 +34,15 @@ class FileOperations(Base):
         async def opening(user: User) -> tuple[User, pb.Inode]:
             return user, await self._meta.open(inode, user=user, session=session, read=read, write=write, truncate=truncate and not cut_after)
 
-        user, found = await opening(ROOT) if flags & FMODE_EXEC else await self._as(caller, opening)
+        since = self._cache.tick()
+        if write or truncate:
+            self._cache.changing(inode)
+        try:
+            user, found = await opening(ROOT) if flags & FMODE_EXEC else await self._as(caller, opening)
+        finally:
+            if write or truncate:
+                self._cache.changing(inode)
+        self._lease(found, since)
         file = self._client.open_file(found, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
         opened = self._opened(found, file, flags, user)
         if cut_after:
@@ -54,8 +62,17 @@ class FileOperations(Base):
                 parent, name, stat.S_IMODE(mode), user=user, session=session, read=read, write=write, exclusive=bool(flags & os.O_EXCL)
             )
 
-        user, reply = await self._as(caller, creating)
+        since = self._cache.tick()
+        change = self._cache.begin_entry(parent, name)
+        made_ns = 0
+        try:
+            user, reply = await self._as(caller, creating)
+            made_ns = reply.inode.ctime_ns if reply.created else 0
+        finally:
+            self._cache.end_entry(change, at_ns=made_ns)
         inode = reply.inode
+        if reply.created:
+            self._cache.made_entry(parent, name, inode, since)
         file = self._client.open_file(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
         opened = self._opened(inode, file, flags, user)
         if not reply.created and flags & os.O_TRUNC:  # somebody made it since the kernel looked
@@ -64,7 +81,7 @@ class FileOperations(Base):
             except BaseException:
                 await self.release(opened.handle)
                 raise
-        return opened, await self._present(inode)
+        return opened, await self._present(inode, self._lease(inode, since))
 
     def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
         privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
@@ -121,11 +138,14 @@ class FileOperations(Base):
 
     async def _close(self, opened: FileHandle) -> None:
         if opened.writable:
-            others = self._writing[opened.inode]
-            others.remove(opened)
-            if not others:
-                del self._writing[opened.inode]
-            await opened.file.close()
+            try:
+                await opened.file.close()
+            finally:
+                others = self._writing[opened.inode]
+                others.remove(opened)
+                if not others:
+                    del self._writing[opened.inode]
+                self._cache.changing(opened.inode)
         else:
             # The client closes its side without a word; the session that keeps a removed file alive for this reader is the mount's own.
             await opened.file.close()

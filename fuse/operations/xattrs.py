@@ -34,12 +34,20 @@ class XattrOperations(Base):
     async def setxattr(self, inode: int, name: bytes, value: bytes, caller: Caller) -> None:
         _check_namespace(name)
         _check_writable(name)
-        await self._as(caller, lambda user: self._meta.set_xattr(inode, name, value, user=user))
+        self._cache.changing(inode)
+        try:
+            await self._as(caller, lambda user: self._meta.set_xattr(inode, name, value, user=user))
+        finally:
+            self._cache.changing(inode)
 
     async def removexattr(self, inode: int, name: bytes, caller: Caller) -> None:
         _check_namespace(name)
         _check_writable(name)
-        await self._as(caller, lambda user: self._meta.remove_xattr(inode, name, user=user))
+        self._cache.changing(inode)
+        try:
+            await self._as(caller, lambda user: self._meta.remove_xattr(inode, name, user=user))
+        finally:
+            self._cache.changing(inode)
 
     async def listxattr(self, inode: int, caller: Caller) -> list[bytes]:
         return await self._as(caller, lambda user: self._meta.list_xattr(inode, user=user))

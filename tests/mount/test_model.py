@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -21,6 +21,11 @@ PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
 OFFSETS = st.one_of(st.integers(0, 100), st.sampled_from([4095, 4096, 65_535, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000]))
 SIZES = st.sampled_from([0, 1, 10, 4096, 70_000])
 MODES = st.sampled_from([0o644, 0o600, 0o755, 0o000, 0o777])
+
+EXAMPLES = int(os.environ.get("KVFS_MODEL_EXAMPLES", "30"))
+
+PHASES = [phase for phase in Phase if phase is not Phase.shrink or "KVFS_MODEL_SHRINK" in os.environ]
+"""Every step goes to three file systems: shrinking takes many minutes, and is asked for when it is wanted."""
 
 SAME = {errno.EEXIST: errno.ENOTEMPTY}
 """What POSIX lets a system choose between."""
@@ -101,9 +106,9 @@ class MountAgainstLocal(RuleBasedStateMachine):
     def link(self, old: str, new: str) -> None:
         self.both(lambda base: os.link(base / old, base / new, follow_symlinks=False))
 
-    @rule(target=PATHS, path=PATHS)
-    def symlink(self, target: str, path: str) -> None:
-        self.both(lambda base: os.symlink(target, base / path))
+    @rule(to=PATHS, path=PATHS)
+    def symlink(self, to: str, path: str) -> None:
+        self.both(lambda base: os.symlink(to, base / path))
 
     @rule(path=PATHS)
     def mkfifo(self, path: str) -> None:
@@ -192,5 +197,5 @@ def test_mount_against_a_local_directory(mount_point: Path, second_mount: Path) 
     MountAgainstLocal.other_base = second_mount
     run_state_machine_as_test(
         MountAgainstLocal,
-        settings=settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True),
+        settings=settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, phases=PHASES),
     )
