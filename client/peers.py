@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
@@ -44,6 +44,15 @@ class Caller(Protocol):
     ) -> Any: ...
 
 
+class Where(NamedTuple):
+    """How to reach a target."""
+
+    node_id: int
+    addresses: tuple[str, ...]
+    here: bool
+    """On this machine."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What happened, for tests, status and curiosity."""
@@ -76,10 +85,24 @@ class Peers:
     suspect_s: float
     counters: Counters = field(default_factory=Counters)
     _suspects: dict[int, float] = field(default_factory=dict)
+    _where: dict[int, Where] = field(default_factory=dict)
+    _where_version: int = -1
 
     @property
     def routing(self) -> Routing:
         return self.source.routing
+
+    def where(self, target_id: int) -> Where:
+        """Of a target, under the newest routing. Raises UnknownTarget, ChainError."""
+        routing = self.source.routing
+        if routing.version != self._where_version:
+            self._where = {}
+            self._where_version = routing.version
+        known = self._where.get(target_id)
+        if known is None:
+            node = routing.node_of_target(target_id)
+            known = self._where[target_id] = Where(node.node_id, tuple(node.addresses), node.host_id == self.host_id)
+        return known
 
     def suspect(self, node_id: int, error: KvfsError) -> None:
         """A request to the node failed: ask others first for a while, if it was the connection that failed."""

@@ -15,6 +15,16 @@ from kvfs.common.wire import meta_pb2 as pb
 MAX_FILE_BYTES = (1 << 63) - 1
 
 
+@dataclass(slots=True)
+class Piece:
+    """`length` bytes of chunk `index` from `offset`, which are the bytes of the range from `start`."""
+
+    index: int
+    offset: int
+    length: int
+    start: int
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """A file's layout, unpacked once: the message's fields are slow to read."""
@@ -58,13 +68,3 @@ class Placement:
             offset += count
             start += count
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """`length` bytes of chunk `index` from `offset`, which are the bytes of the range from `start`."""
-
-    index: int
-    offset: int
-    length: int
-    start: int

@@ -103,11 +103,11 @@ class ReadPath:
             read = run.reads[index]
             try:
                 target = self._choose(routing, read, run.tried.get(index, ()))
-                node = routing.node_of_target(target)
+                where = self._peers.where(target)
             except KvfsError as error:
                 stuck = run.errors.get(index, error)
                 continue
-            operations.append((index, target, node.node_id, tuple(node.addresses), read.length))
+            operations.append((index, target, where.node_id, where.addresses, read.length))
         return group_by_node(operations, max_ios=self._config.batch_max_ios, max_bytes=self._config.batch_max_bytes), stuck
 
     def _choose(self, routing: Routing, read: ChunkRead, tried: Sequence[int] | set[int]) -> int:
@@ -122,8 +122,8 @@ class ReadPath:
             target = serving[(turn + step) % count]
             if target in tried:
                 continue
-            node = routing.node_of_target(target)
-            rank = (int(self._peers.suspected(node.node_id)), int(node.host_id != self._peers.host_id))
+            where = self._peers.where(target)
+            rank = (int(self._peers.suspected(where.node_id)), int(not where.here))
             if rank < best_rank:
                 best, best_rank = target, rank
                 if rank == (0, 0):

@@ -107,12 +107,12 @@ class WritePath:
             try:
                 chain = routing.chain(write.chain_id)
                 target = routing.head(write.chain_id)
-                node = routing.node_of_target(target)
+                where = self._peers.where(target)
                 run.chain_versions[index] = chain.version
             except KvfsError as error:
                 run.errors[index] = error
                 continue
-            operations.append((index, target, node.node_id, tuple(node.addresses), write.length))
+            operations.append((index, target, where.node_id, where.addresses, write.length))
         groups = group_by_node(operations, max_ios=self._config.batch_max_ios, max_bytes=self._config.batch_max_bytes)
         try:
             timeout_s = attempts.timeout_s()

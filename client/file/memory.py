@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import deque
+from typing import Any
 
 from kvfs.client.peers import Buffer, Counters
 from kvfs.common.errors import InvalidArgument, Overloaded
@@ -60,8 +61,17 @@ class Block:
             return self.view[start:end].toreadonly()
         anchor = (ctypes.c_ubyte * (end - start)).from_buffer(self.view, start)
         self.refs += 1
-        weakref.finalize(anchor, self._memory._returned.append, self).atexit = False
+        loan = _Loan(anchor, self._memory._let_go)
+        loan.block = self
+        self._memory._lent[id(loan)] = loan
         return memoryview(anchor).cast("B").toreadonly()
+
+
+class _Loan(weakref.ref[Any]):
+    """Notices when the last view of lent memory is gone."""
+
+    __slots__ = ("block",)
+    block: Block
 
 
 class Memory:
@@ -69,6 +79,7 @@ class Memory:
         self.pool = pool
         self._counters = counters
         self._returned: deque[Block] = deque()
+        self._lent: dict[int, _Loan] = {}
 
     def allocate(self, size: int) -> Block:
         """At once. Registered memory, unless there is none left."""
@@ -85,6 +96,11 @@ class Memory:
         """Memory that no service can touch."""
         self._counters.heap_blocks += 1
         return Block(self, memoryview(bytearray(size)), None)
+
+    def _let_go(self, loan: _Loan) -> None:
+        """The last view is gone, in whatever thread: single operations on a dict and a deque are safe there."""
+        del self._lent[id(loan)]
+        self._returned.append(loan.block)
 
     def reclaim(self) -> None:
         """Take back what lent views have let go."""

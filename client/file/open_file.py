@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import trio
+
 from kvfs.client.file.fetch import fetch_block, fetch_into
 from kvfs.client.file.memory import bytes_of, size_of
 from kvfs.client.file.readahead import Stream, Window
@@ -91,7 +93,8 @@ class OpenFile:
             if window is not None and not held and window.end >= end:
                 window.hold()
                 try:
-                    await window.ready.wait()
+                    if not window.ready.is_set():
+                        await window.ready.wait()
                     if window.block is not None:
                         state.shared.storage.counters.window_hits += 1
                         lent = window.block.lend(offset - window.start, end - window.start)
@@ -147,10 +150,12 @@ class OpenFile:
         if offset < 0 or length < 0:
             raise InvalidArgument(f"cannot read {length} bytes from {offset}")
         state = self._state
-        await state.fresh(self.user)
+        if not state.leased:
+            await state.fresh(self.user)
         end = min(offset + length, state.length)
-        if ahead and offset < end < offset + state.shared.config.read_ahead_bytes:  # a larger read is a batch by itself
-            self._stream.advance(state.windows, offset, end, state.length)
+        # A read of more than the read-ahead is a batch by itself.
+        if ahead and offset < end < offset + state.shared.config.read_ahead_bytes and self._stream.advance(state.windows, offset, end, state.length):
+            await trio.lowlevel.checkpoint()  # the fetches' turn: a reader that finds all it wants would keep them from starting
         return end
 
     async def _gather(self, offset: int, into: Span | memoryview, held: list[Held]) -> None:

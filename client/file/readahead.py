@@ -186,28 +186,31 @@ class Stream:
         self._ahead_end = 0
         self._size = config.read_ahead_first_bytes
 
-    def advance(self, windows: Windows, offset: int, end: int, length: int) -> None:
-        """The handle reads [offset, end) of a file of that length: fetch ahead if it goes on like a sequential reader."""
+    def advance(self, windows: Windows, offset: int, end: int, length: int) -> bool:
+        """The handle reads [offset, end) of a file of that length: fetch ahead if it goes on like a sequential reader. Whether a fetch was begun."""
         sequential = offset == self._next if self._run == 0 else self._next - SLACK_BYTES <= offset <= self._next + SLACK_BYTES
         if not sequential:
             self._next = end
             self._run = 0
             self._size = self._config.read_ahead_first_bytes
-            return
+            return False
         self._ahead_end = offset if self._run == 0 else max(self._ahead_end, offset)
         self._run += 1
         self._next = max(self._next, end)
         goal = min(length, end + self._size)
         step = min(self._size, self._config.read_window_bytes)
         if self._ahead_end >= end and goal - self._ahead_end < step and goal < length:
-            return  # not yet worth a request
+            return False  # not yet worth a request
+        began = False
         while self._ahead_end < goal:
             stop = self._stop(windows.placement.chunk_size, max(step, min(end - self._ahead_end, self._config.read_window_bytes)), length)
             reached = windows.fetch(self._ahead_end, stop)
             if reached == self._ahead_end:
                 break  # no room: the reader is served directly
             self._ahead_end = reached
+            began = True
         self._size = min(2 * self._size, self._config.read_ahead_bytes)
+        return began
 
     def _stop(self, chunk_size: int, size: int, length: int) -> int:
         """Where a window ends: at a chunk's end, where chunks are not larger than windows, so that each chunk is asked for once."""

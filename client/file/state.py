@@ -125,9 +125,14 @@ class FileState:
         self.revoke()
         self._drop_read()
 
+    @property
+    def leased(self) -> bool:
+        """Whether a lease says that the attributes are true now."""
+        return self.shared.clock.monotonic() < self._lease_end
+
     async def fresh(self, user: User) -> None:
         """Return with attributes that are true now (a lease says so, or the metadata service)."""
-        if self.shared.clock.monotonic() >= self._lease_end:
+        if not self.leased:
             await self._ask(user)
 
     async def fresh_for_writing(self, user: User) -> None:
@@ -261,7 +266,9 @@ class FileState:
 
     def hold_unacknowledged(self, start: int, end: int) -> list[Held]:
         """Our own bytes in [start, end) that the storage may not show yet, in the order in which they were written. `let_go` them."""
-        held = []
+        held: list[Held] = []
+        if not self.dirty:
+            return held
         for buffer in self.dirty.overlapping(start, end):
             buffer.block.retain()
             first, last = max(start, buffer.file_start), min(end, buffer.file_end)
