@@ -137,6 +137,8 @@ class AsyncClient(PathOperations):
     def start(self) -> None:
         """The tasks of a living client."""
         self._nursery.start_soon(self._back.flush_old)
+        if self.config.length_hint_s:
+            self._nursery.start_soon(self.files.hint_lengths)
         if self.config.watch:
             self._nursery.start_soon(self.watcher.run)
 

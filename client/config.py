@@ -36,6 +36,8 @@ class ClientConfig:
     """Written but not yet acknowledged bytes of all files together; writers wait above it."""
     dirty_age_s: float = 0.5
     """Buffered bytes older than this are sent without being asked."""
+    length_hint_s: float = 5.0
+    """While a file is written, others hear of its length so often; 0: only at fsync and close."""
     write_batch_bytes: int = 4 * MIB
     """Whole chunks gathered into one request."""
     writes_in_flight: int = 4
@@ -70,6 +72,8 @@ class ClientConfig:
         for name in ("writes_in_flight", "channels", "batch_max_ios"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"client.{name} must be at least 1")
+        if self.length_hint_s < 0:
+            raise ConfigError("client.length_hint_s must not be negative")
         if self.read_ahead_bytes < 0 or self.read_ahead_total_bytes < 0:
             raise ConfigError("client.read_ahead_bytes must not be negative")
         if self.batch_max_ios > self.channels:

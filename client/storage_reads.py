@@ -22,7 +22,7 @@ from kvfs.client.config import ClientConfig
 from kvfs.client.peers import Buffer, Peers
 from kvfs.client.retry import Attempts, worth_retrying
 from kvfs.common.checksum import verify
-from kvfs.common.errors import ChainError, ChecksumMismatch, ChunkNotFound, InputOutput, KvfsError, NoServingTarget, from_wire
+from kvfs.common.errors import ChainError, ChecksumMismatch, ChunkNotFound, DataError, InputOutput, KvfsError, NoServingTarget, from_wire
 from kvfs.common.ids import ChunkId
 from kvfs.common.routing import Routing
 from kvfs.common.transport.region import Span
@@ -30,6 +30,8 @@ from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import method
 
 READ = method("Storage", "Read")
+DAMAGED_ROUNDS = 2
+"""Bytes that fail their checksum at every replica so often again are damaged, not mangled on the way."""
 
 
 @dataclass(slots=True)
@@ -93,6 +95,7 @@ class ReadPath:
                 await peers.refresh(min(attempts.left_s(), config.read_attempt_s))
                 await attempts.wait(stuck)
                 run.tried.clear()
+                run.rounds += 1
         return [done for done in run.done if done is not None]
 
     def _plan(self, run: _Run, routing: Routing) -> tuple[list[Group], KvfsError | None]:
@@ -164,8 +167,9 @@ class ReadPath:
         view = buffer.view if isinstance(buffer, Span) else memoryview(buffer)
         status, length = result.status, result.length
         if status == 0:
-            if length > read.length:
-                self._failed(run, index, target, InputOutput(f"target {target} sent {length} bytes where {read.length} were asked for"))
+            due = max(0, min(read.length, result.chunk_length - read.offset))
+            if length != due:  # what is missing would be taken for a hole
+                self._failed(run, index, target, InputOutput(f"target {target} sent {length} of the {due} bytes of a chunk that it has"))
             elif verify(view if length == read.length else view[:length], read.offset, result.checksums):
                 counters.read_bytes += length
                 run.done[index] = ReadDone(length, view, index in run.moved, True, result.version, result.chunk_length)
@@ -191,7 +195,7 @@ class ReadPath:
 class _Run:
     """The state of one call of `read`."""
 
-    __slots__ = ("done", "errors", "moved", "pending", "reads", "tried")
+    __slots__ = ("done", "errors", "moved", "pending", "reads", "rounds", "tried")
 
     def __init__(self, reads: Sequence[ChunkRead]) -> None:
         self.reads = reads
@@ -200,6 +204,8 @@ class _Run:
         self.tried: dict[int, set[int]] = {}
         self.errors: dict[int, KvfsError] = {}
         self.moved: dict[int, memoryview] = {}
+        self.rounds = 0
+        """How often all replicas have failed."""
 
     def memory(self, index: int) -> Buffer:
         """Where the next attempt may put the bytes: not where an earlier one may still write."""
@@ -212,6 +218,6 @@ class _Run:
         """An error that no waiting will mend, where one read has met such from every replica."""
         for index in self.pending:
             error = self.errors.get(index)
-            if error is not None and not worth_retrying(error):
+            if error is not None and (not worth_retrying(error) or (isinstance(error, DataError) and self.rounds >= DAMAGED_ROUNDS)):
                 return error
         return None

@@ -20,7 +20,7 @@ from kvfs.client.peers import Buffer, Peers
 from kvfs.client.retry import Attempts, worth_retrying
 from kvfs.client.tags import Channels
 from kvfs.common.checksum import checksums
-from kvfs.common.errors import DeadlineExceeded, InputOutput, KvfsError, from_wire
+from kvfs.common.errors import DataError, DeadlineExceeded, InputOutput, KvfsError, from_wire
 from kvfs.common.ids import ChunkId
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import base_pb2
@@ -28,6 +28,8 @@ from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import method
 
 WRITE = method("Storage", "Write")
+REFUSED_TIMES = 4
+"""Bytes that arrive so often with a wrong checksum have changed in the caller's memory: sending them again will not mend that."""
 
 
 @dataclass(slots=True)
@@ -172,7 +174,7 @@ class WritePath:
 class _Run:
     """The state of one batch of updates over its attempts."""
 
-    __slots__ = ("_checksums", "chain_versions", "done", "errors", "pending", "tags", "writes")
+    __slots__ = ("_checksums", "chain_versions", "done", "errors", "pending", "refused", "tags", "writes")
 
     def __init__(self, writes: Sequence[ChunkWrite], tags: Sequence[base_pb2.Tag]) -> None:
         self.writes = writes
@@ -182,6 +184,7 @@ class _Run:
         self.pending = list(range(len(writes)))
         self.chain_versions = [0] * len(writes)
         self._checksums: list[bytes | None] = [None] * len(writes)
+        self.refused: dict[int, int] = {}
 
     def checksums(self, index: int) -> bytes:
         known = self._checksums[index]
@@ -194,7 +197,13 @@ class _Run:
 
     def settled(self, index: int) -> bool:
         """Done, or failed for good."""
-        return self.done[index] is not None or not worth_retrying(self.errors[index])
+        if self.done[index] is not None:
+            return True
+        error = self.errors[index]
+        if isinstance(error, DataError):
+            self.refused[index] = self.refused.get(index, 0) + 1
+            return self.refused[index] >= REFUSED_TIMES
+        return not worth_retrying(error)
 
     def outcome(self, index: int) -> WriteDone | KvfsError:
         return self.done[index] or self.errors[index]

@@ -294,6 +294,11 @@ class OpenFile:
         if self._state.must_report:
             await self._state.report(self.session, self.user, still_open=True)
 
+    async def hint(self) -> None:
+        """Let others know about how long the file is by now. Not exact, and no error if it cannot be told: fsync and close are."""
+        if self._write and not self._closed:
+            await self._state.hint(self.session, self.user)
+
     async def truncate(self, length: int) -> pb.Inode:
         """Cut or extend to `length`, in order with this client's writes."""
         self._check_writable(length)

@@ -72,6 +72,7 @@ class FileState:
         self.unreported_end = 0
         self.unreported = False
         self._acknowledged_end = 0
+        self._hinted_end = 0
         self._uncertain = False
         """A write failed that may have been applied."""
         self._serial = 0
@@ -103,7 +104,7 @@ class FileState:
         self._lease_end = now + LEASE_USE * inode.attr_lease_ms / 1000 if self.shared.config.watch else float("-inf")
         cut = inode.truncate_version != known.truncate_version
         if cut and not own:
-            self._acknowledged_end = 0
+            self._acknowledged_end = self._hinted_end = 0
             self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
         if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
             self._drop_read()
@@ -239,7 +240,19 @@ class FileState:
         if serial == self._serial and not self._writers:
             self._uncertain = False
             self.unreported = False
-            self.unreported_end = self._acknowledged_end = 0
+            self.unreported_end = self._acknowledged_end = self._hinted_end = 0
+        self.adopt(reply, own=True)
+
+    async def hint(self, session: bytes, user: User) -> None:
+        """Tell others how far the file is written and acknowledged; what is buffered still waits for its flush."""
+        end = self._acknowledged_end
+        if not self.unreported or self._uncertain or self._resizing is not None or end <= max(self._hinted_end, self.attributes.length):
+            return
+        version = self.attributes.truncate_version
+        reply = await self.shared.meta.close(
+            self.number, session, user=user, wrote=True, length=end, truncate_version=version, mtime_ns=self.mtime_ns, still_open=True
+        )
+        self._hinted_end = end
         self.adopt(reply, own=True)
 
     async def truncate(self, length: int, session: bytes, user: User) -> pb.Inode:

@@ -66,6 +66,16 @@ class FileTable:
             if not self._ending:
                 self._ended.set()
 
+    async def hint_lengths(self) -> None:
+        """For ever: tell the lengths of files that are being written."""
+        while True:
+            await self._shared.clock.sleep(self._shared.config.length_hint_s)
+            for handle in list(self._handles):
+                try:
+                    await handle.hint()
+                except KvfsError as error:
+                    log.debug("hinting the length of inode %d: %s", handle.inode, error.message)
+
     def state(self, inode: int) -> FileState | None:
         return self._states.get(inode)
 

@@ -45,6 +45,8 @@ class FakeStorage:
         self.fail_writes: list[KvfsError] = []
         self.corrupt = False
         self.silent = False
+        self.cut_reply = False
+        self.mangle = False
         self.forget_reply = 0
         """Carry that many writes out, and then lose the connection instead of answering."""
         self.hold: trio.Event | None = None
@@ -66,7 +68,7 @@ class FakeStorage:
                 reply.results.add(status=ChunkNotFound.code)
                 placed.append(0)
                 continue
-            data = bytes(chunk[io.offset : io.offset + io.length])
+            data = bytes(chunk[io.offset : io.offset + io.length - self.cut_reply])
             view[: len(data)] = data
             reply.results.add(length=len(data), checksums=checksums(data, io.offset), version=1, chunk_length=len(chunk))
             if self.corrupt and data:
@@ -90,6 +92,9 @@ class FakeStorage:
                 reply.results.add(status=failure.code, message=failure.message)
                 continue
             tag = (io.tag.client_id, io.tag.channel, io.tag.sequence)
+            if self.mangle:
+                reply.results.add(status=ChecksumMismatch.code)
+                continue
             if tag not in self.tags:
                 self.tags[tag] = self._apply(io, view)
             reply.results.append(self.tags[tag])

@@ -367,6 +367,23 @@ def test_old_buffered_bytes_are_sent_without_being_asked() -> None:
     run(test)
 
 
+def test_others_hear_how_long_a_file_is_while_it_is_written() -> None:
+    async def test() -> None:
+        config = ClientConfig(buffer_pool_bytes=32 << 20, length_hint_s=0.05, dirty_age_s=60)
+        async with world(nodes=1, config=config) as place:
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"x" * (2 * CHUNK + 5)])
+            await trio.sleep(0.2)
+            assert place.meta.inodes[7].length == 2 * CHUNK  # what is acknowledged, and no more
+            assert len(place.meta.closes) == 1
+            assert file.length == 2 * CHUNK + 5
+            await file.close()
+            assert place.meta.inodes[7].length == 2 * CHUNK + 5
+
+    run(test)
+
+
 def test_writers_wait_when_too_much_is_dirty() -> None:
     async def test() -> None:
         async with world(nodes=1, config=ClientConfig(buffer_pool_bytes=32 << 20, dirty_max_bytes=1 << 20)) as place:
