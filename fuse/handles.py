@@ -123,6 +123,9 @@ class HandleTable(Generic[H]):
             raise BadHandle(f"handle {number} is not open")
         return handle
 
+    def numbers(self) -> list[int]:
+        return list(self._open)
+
     def __iter__(self) -> Iterator[H]:
         return iter(list(self._open.values()))
 

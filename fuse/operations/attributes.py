@@ -32,6 +32,9 @@ class AttributeOperations(Base):
         """As root: fstat needs no permission, and the kernel has checked the path."""
         found = (await self._meta.get_attr([inode], user=ROOT))[0]
         if found.type == pb.TYPE_INVALID:
+            removed = self._removed.get(inode)
+            if removed is not None:
+                return removed
             raise NotFound(f"inode {inode} is gone")
         return found
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 USERS_MAX = 1024
 SEEN_MAX = 65_536
+REMOVED_MAX = 4096
 SYMLINK_BLOCK_BYTES = 4096
 
 
@@ -59,6 +60,8 @@ class Base:
         self._files: HandleTable[FileHandle] = HandleTable()
         self._directories: HandleTable[DirectoryHandle] = HandleTable()
         self._allocation = Allocation(client)
+        self._removed: OrderedDict[int, pb.Inode] = OrderedDict()
+        """Directories that this mount removed and the kernel still knows: somebody may stand in one."""
         self._writing: dict[int, list[FileHandle]] = {}
         """Handles open for writing, by inode."""
         self._seen: OrderedDict[int, int] = OrderedDict()
@@ -156,3 +159,4 @@ class Base:
         """The kernel dropped these inodes, and its pages of them. Nothing else is kept by inode, so there is no count to keep."""
         for inode in inodes:
             self._seen.pop(inode, None)
+            self._removed.pop(inode, None)

@@ -12,7 +12,7 @@ from kvfs.client import User
 from kvfs.common.errors import InvalidArgument, NotFound
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.model import TYPE_OF_BITS, Attributes, Caller
-from kvfs.fuse.operations.base import Base
+from kvfs.fuse.operations.base import REMOVED_MAX, Base
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -87,6 +87,11 @@ class EntryOperations(Base):
             # What loses a name has its ctime set with the directory's; a removed directory has not.
             self._cache.end_entry(change, at_ns=removed.ctime_ns if removed and not directory else 0)
         self._cache.revoked(removed.inode)
+        if directory:
+            removed.nlink = 0
+            self._removed[removed.inode] = removed
+            if len(self._removed) > REMOVED_MAX:
+                self._removed.popitem(last=False)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller) -> None:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:

@@ -154,9 +154,9 @@ class FileOperations(Base):
     async def close(self) -> None:
         """The end of the mount: flush and close whatever is still open. Raises the first error, after all were tried."""
         first: KvfsError | None = None
-        for opened in self._files:
+        for number in self._files.numbers():
             try:
-                await self._close(opened)
+                await self._close(self._files.remove(number))
             except KvfsError as error:
                 first = first or error
         if first is not None:

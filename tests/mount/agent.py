@@ -1,6 +1,7 @@
 """System calls as somebody else: one small process per identity (uid, gid, supplementary groups), kept for the whole run.
 
-Run as a program it is the agent: it takes an identity, then answers (name, arguments) with (errno, result) over its pipes. `Agent` is the test's end of it.
+Run as a program it is the agent: it takes an identity, then answers (name, arguments) with (errno, result) over its pipes. `Agent` is the
+test's end of it.
 A process per identity and not a fork per call: a POSIX suite makes thousands of calls.
 """
 

@@ -1,6 +1,7 @@
 """A random-I/O verifier in the manner of fsx: one file, a model of it in memory, and operations through many handles in several processes.
 
-Every read is compared with the model at once; when the file moves to the next directory (another mount of the same cluster) all handles are closed and
+Every read is compared with the model at once; when the file moves to the next directory (another mount of the same cluster) all handles are
+closed and
 the whole content is compared there. A failure tells the seed and the last operations. Run as a program on one or more directories:
 
     python -m tests.mount.random_io --operations 1000000 --seed 7 /mnt/one/d /mnt/two/d

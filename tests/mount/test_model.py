@@ -197,5 +197,7 @@ def test_mount_against_a_local_directory(mount_point: Path, second_mount: Path) 
     MountAgainstLocal.other_base = second_mount
     run_state_machine_as_test(
         MountAgainstLocal,
-        settings=settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, phases=PHASES),
+        settings=settings(
+            max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, phases=PHASES
+        ),
     )

@@ -1,4 +1,5 @@
-"""The mount outlives its servers: a storage service killed in the middle of writes and reads, a metadata service killed and started again, a mount killed."""
+"""The mount outlives its servers: a storage service killed in the middle of writes and reads, a metadata service killed and started again,
+a mount killed."""
 
 from __future__ import annotations
 

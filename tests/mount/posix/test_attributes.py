@@ -215,7 +215,8 @@ def test_symlink_times(posix: Posix) -> None:
 
 
 @pytest.mark.parametrize("who,mode,now,given", [
-    ("owner", 0o444, 0, 0), ("owner", 0o000, 0, 0), ("other", 0o444, errno.EACCES, errno.EPERM), ("other", 0o646, 0, errno.EPERM), ("root", 0o000, 0, 0),
+    ("owner", 0o444, 0, 0), ("owner", 0o000, 0, 0), ("other", 0o444, errno.EACCES, errno.EPERM), ("other", 0o646, 0, errno.EPERM), ("root",
+    0o000, 0, 0),
 ])  # fmt: skip
 def test_who_may_set_times(posix: Posix, who: str, mode: int, now: int, given: int) -> None:
     """The owner always; whoever may write, to now; nobody else."""

@@ -163,7 +163,8 @@ def test_removing_needs_write_permission_on_the_parent(posix: Posix, what: str) 
 )
 @pytest.mark.parametrize("what", ON_NEW)
 def test_class_of_permission_bits_that_decides(posix: Posix, what: str, bits: int, identity: tuple[int, int, tuple[int, ...]], allowed: bool) -> None:
-    """Exactly one class counts: the owner's bits for the owner, the group's for a member by primary or supplementary group, the others' for the rest."""
+    """Exactly one class counts: the owner's bits for the owner, the group's for a member by primary or supplementary group, the others' for
+    the rest."""
     directory = posix.make("dir", mode=bits, owner=OWNER[:2])
     outside = posix.make("dir", mode=0o777)
     call, arguments = ALL[what]

@@ -120,7 +120,8 @@ def test_removed_directory_takes_no_entries(posix: Posix) -> None:
 
 @pytest.mark.parametrize("call,kind", [("unlink", kind) for kind in KINDS] + [("rmdir", "dir")])
 @pytest.mark.parametrize("directory_owner,file_owner,allowed", [
-    ("owner", "owner", True), ("owner", "other", True), ("other", "owner", True), ("other", "other", False), ("root", "root", False), ("root", "owner", True),
+    ("owner", "owner", True), ("owner", "other", True), ("other", "owner", True), ("other", "other", False), ("root", "root", False),
+    ("root", "owner", True),
 ])  # fmt: skip
 def test_sticky_directory(posix: Posix, call: str, kind: str, directory_owner: str, file_owner: str, allowed: bool) -> None:
     """In a sticky directory only the owner of the file or of the directory may remove it; `owner` makes the call."""
