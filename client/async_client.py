@@ -33,6 +33,7 @@ from kvfs.client.watch import OnLost, OnRevoked, Watcher
 from kvfs.common.boundary.clock import Clock, SystemClock
 from kvfs.common.boundary.net import Net, SystemNet
 from kvfs.common.boundary.random import Random, SystemRandom
+from kvfs.common.config import load
 from kvfs.common.errors import KvfsError
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
@@ -164,10 +165,11 @@ async def open_client(
 ) -> AsyncIterator[AsyncClient]:
     """A client of the cluster (a directory of `kvfs up`, or "host:port,..."; KVFS_CLUSTER without either); lives as long as the block.
 
-    Raises ClusterNotFound, or Unreachable when no manager answers within the deadline. An exception of the block comes out as it is.
+    Without `config`: the defaults, and what KVFS_CLIENT__... in the environment says. Raises ClusterNotFound, or Unreachable when no manager
+    answers within the deadline. An exception of the block comes out as it is.
     """
     address = cluster if isinstance(cluster, ClusterAddress) else locate(cluster)
-    config = config or ClientConfig()
+    config = config or load(ClientConfig, None, os.environ, "client")
     clock = clock or SystemClock()
     random = random or SystemRandom()
     identity = Identity(cluster_id=address.cluster_id, client_id=random.bytes(16), role=role)

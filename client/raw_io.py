@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import io
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 from kvfs.client.file.memory import bytes_of
 from kvfs.client.file.open_file import OpenFile
+from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.errors import KvfsError
 
 if TYPE_CHECKING:
     from kvfs.client.sync_client import Client
 
+_CLOCK = SystemClock()
 BORROW_BYTES = 4 << 20
 STALE_S = 0.2
 FIRST_BORROW_BYTES = 128 << 10
@@ -101,7 +102,7 @@ class RawFile(io.RawIOBase):
         borrowed = self._borrowed
         if borrowed is not None:
             start = self._position - self._borrowed_at
-            fresh = self._borrowed_token == self._file.token and time.monotonic() < self._borrowed_until and not self.closed
+            fresh = self._borrowed_token == self._file.token and _CLOCK.monotonic() < self._borrowed_until and not self.closed
             if fresh and 0 <= start < len(borrowed):
                 return borrowed[start : start + size]
             self._give_back()
@@ -116,7 +117,7 @@ class RawFile(io.RawIOBase):
         length = min(BORROW_BYTES, max(size, FIRST_BORROW_BYTES if self._steps == 1 else BORROW_BYTES))
         handle = self._handle()
         self._borrowed_token = handle.token  # before the read: what changes meanwhile makes it stale
-        self._borrowed_until = time.monotonic() + STALE_S
+        self._borrowed_until = _CLOCK.monotonic() + STALE_S
         borrowed: memoryview = self._call(handle.pread, self._position, length)
         self._borrowed, self._borrowed_at = borrowed, self._position
         return borrowed

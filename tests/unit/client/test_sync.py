@@ -8,6 +8,7 @@ import io
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.unit.client.whole import whole
 
 from kvfs.client import Client, ClientConfig
 from kvfs.client.locate import ClusterAddress
+from kvfs.common.errors import ConfigError
 
 CONFIG = ClientConfig(buffer_pool_bytes=64 << 20)
 
@@ -149,6 +151,10 @@ def test_a_file_that_is_forgotten_is_closed(client: Client) -> None:
         file.close()
 
     client.call(collect)
+    for _ in range(200):  # nobody waited for it
+        if client.read_bytes("/forgotten") == b"kept!":
+            break
+        time.sleep(0.02)
     assert client.read_bytes("/forgotten") == b"kept!"
     client.unlink("/forgotten")
 
@@ -245,6 +251,16 @@ def test_a_closed_client_refuses_and_keeps_what_was_written(cluster: ClusterAddr
     with Client(",".join(cluster.managers), config=CONFIG) as again:
         assert again.read_bytes("/left-open") == b"not lost"
         again.unlink("/left-open")
+
+
+def test_settings_come_from_the_environment(cluster: ClusterAddress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFS_CLUSTER", ",".join(cluster.managers))
+    monkeypatch.setenv("KVFS_CLIENT__BUFFER_POOL_BYTES", str(32 << 20))
+    with Client() as client:
+        assert client.portal.client.pool.total_bytes == 32 << 20
+    monkeypatch.setenv("KVFS_CLIENT__BUFER_POOL_BYTES", "1")
+    with pytest.raises(ConfigError, match="buffer_pool_bytes"):
+        Client().connect()
 
 
 def test_no_cluster_is_a_clear_error() -> None:
