@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -132,14 +133,18 @@ async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFil
         raise failure
 
 
-def make_pruner(service: MetaService, link: ManagerLink, *, grace_s: float) -> Pruner:
-    async def list_clients() -> set[bytes]:
-        reply = await link.call(LIST_CLIENTS, base_pb2.Empty(), timeout_s=2.0)
-        return {client.client_id for client in reply.clients}
+async def list_clients(link: ManagerLink) -> set[bytes]:
+    """The clients that live, as the manager knows them."""
+    reply = await link.call(LIST_CLIENTS, base_pb2.Empty(), timeout_s=2.0)
+    return {client.client_id for client in reply.clients}
 
+
+def make_pruner(service: MetaService, link: ManagerLink, *, grace_s: float) -> Pruner:
     def on_change(step: Step) -> None:
         service.leases.revoke(step.changed, b"", service.clock.monotonic())
         if step.garbage:
             service.collector.wake()
 
-    return Pruner(service.engine, service.chunks, service.clock, service.open_files, service.root_step, list_clients, on_change, grace_s=grace_s)
+    return Pruner(
+        service.engine, service.chunks, service.clock, service.open_files, service.root_step, partial(list_clients, link), on_change, grace_s=grace_s
+    )

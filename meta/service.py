@@ -35,9 +35,8 @@ Q = TypeVar("Q")
 
 WATCH_WAIT_S_MAX = 30.0
 ROOT = pb.User()
-NUMBERS = {
-    name: number for number, name in enumerate(("create", "append", "make", "link", "remove", "rename", "set_xattr", "remove_xattr", "set_attr"))
-}
+REMEMBERED = ("create", "append", "make", "link", "remove", "rename", "set_xattr", "remove_xattr", "set_attr", "open", "set_layout")
+NUMBERS = {name: number for number, name in enumerate(REMEMBERED)}
 """Operations that leave a request record, as the record names them: append only."""
 
 
@@ -195,12 +194,14 @@ class MetaService:
 
     async def set_attr(self, request: pb.SetAttrRequest, call: Call) -> pb.InodeReply:
         if not request.HasField("length"):
-            reply, _ = await self._change(request, call, attributes.set_attr, granted=_inode)
-            return reply
+            return await self._set_attr(request, call)
         async with self.cuts.exclusive(request.inode):
             await self.cuts.carry_out(request.inode)  # what a service that died left undone, or an earlier try of this request
-            reply, _ = await self._change(request, call, attributes.set_attr, remember="set_attr", reply_class=pb.InodeReply, granted=_inode)
-            return reply
+            return await self._set_attr(request, call)
+
+    async def _set_attr(self, request: pb.SetAttrRequest, call: Call) -> pb.InodeReply:
+        reply, _ = await self._change(request, call, attributes.set_attr, remember="set_attr", reply_class=pb.InodeReply, granted=_inode)
+        return reply
 
     async def create(self, request: pb.CreateRequest, call: Call) -> pb.CreateReply:
         if request.truncate and not request.exclusive:
@@ -234,7 +235,7 @@ class MetaService:
         if request.truncate:
             async with self.cuts.exclusive(request.inode):
                 await self.cuts.carry_out(request.inode)
-                reply, _ = await self._change(request, call, files.open_file, granted=_inode)
+                reply, _ = await self._change(request, call, files.open_file, remember="open", reply_class=pb.InodeReply, granted=_inode)
         else:
             reply, _ = await self._change(request, call, files.open_file, granted=_inode)
         self._opened(reply.inode, request.read, request.write, request.session, call)
@@ -290,8 +291,7 @@ class MetaService:
         return reply
 
     async def set_xattr(self, request: pb.XattrRequest, call: Call) -> pb.InodeReply:
-        remember = "set_xattr" if request.create or request.replace else ""
-        reply, _ = await self._change(request, call, xattrs.set_xattr, remember=remember, reply_class=pb.InodeReply, granted=_inode)
+        reply, _ = await self._change(request, call, xattrs.set_xattr, remember="set_xattr", reply_class=pb.InodeReply, granted=_inode)
         return reply
 
     async def remove_xattr(self, request: pb.XattrRequest, call: Call) -> pb.InodeReply:
@@ -299,7 +299,7 @@ class MetaService:
         return reply
 
     async def set_layout(self, request: pb.SetLayoutRequest, call: Call) -> pb.InodeReply:
-        reply, _ = await self._change(request, call, attributes.set_layout, granted=_inode)
+        reply, _ = await self._change(request, call, attributes.set_layout, remember="set_layout", reply_class=pb.InodeReply, granted=_inode)
         return reply
 
     # --- leases

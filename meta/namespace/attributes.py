@@ -67,9 +67,10 @@ def set_attr(step: Step, request: pb.SetAttrRequest) -> pb.InodeReply:
 
 def _only_drops_privileges(step: Step, inode: pb.Inode, mode: int, privileged: bool) -> bool:
     """The kernel in front of a mount drops set-uid and set-gid when someone other than the owner writes: that comes as a chmod by the writer."""
+    mode &= access.PERMISSIONS
     dropped = inode.mode & ~mode
     writes = privileged or access.allows(inode, step.user, access.WRITE)
-    return writes and mode & ~inode.mode == 0 and dropped & ~(access.SET_UID | access.SET_GID) == 0
+    return inode.type == pb.FILE and writes and mode & ~inode.mode == 0 and dropped != 0 and dropped & ~(access.SET_UID | access.SET_GID) == 0
 
 
 def _sets_times(request: pb.SetAttrRequest) -> bool:

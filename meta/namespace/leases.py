@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import trio
 
 from kvfs.common.wire import meta_pb2 as pb
 
-HELD_INODES_MAX = 500_000
+HELD_INODES_MAX = 200_000
+SWEEP_INODES = 20_000
 UNACKNOWLEDGED_MAX = 20_000
 WATCH_FRESH_S = 5.0
 """A client whose last Watch ended longer ago than this gets no leases."""
@@ -116,11 +118,12 @@ class LeaseTable:
 
     def sweep(self, now_s: float) -> None:
         """Forget leases that have run out and watchers that have gone."""
-        for inode, holders in list(self._held.items()):
+        for inode in list(islice(self._held, SWEEP_INODES)):  # oldest first; what still holds goes to the end
+            holders = self._held.pop(inode)
             for client_id in [each for each, (expiry_s, _) in holders.items() if expiry_s <= now_s]:
                 del holders[client_id]
-            if not holders:
-                del self._held[inode]
+            if holders:
+                self._held[inode] = holders
         gone_s = max(WATCH_FRESH_S, self.lease_ms / 1000) * 12
         for client_id, watcher in list(self._watchers.items()):
             if not watcher.waiting and now_s - watcher.last_seen_s > gone_s:

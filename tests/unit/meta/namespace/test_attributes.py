@@ -57,7 +57,7 @@ def test_a_writer_may_only_drop_privileges(tree: Tree) -> None:
     tree.create("/x", 0o6777, OWNER)
     assert tree.chmod("/x", 0o777, OTHER).mode == 0o777  # what the kernel sends for a write by OTHER
     tree.chmod("/x", 0o6777)
-    for mode in (0o666, 0o7777, 0o0776):
+    for mode in (0o666, 0o7777, 0o0776, 0o6777):
         with fails(errno.EPERM):
             tree.chmod("/x", mode, OTHER)
     tree.chmod("/x", 0o6755)

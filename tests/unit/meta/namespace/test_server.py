@@ -69,6 +69,7 @@ def test_it_registers_serves_and_comes_back_with_its_data(tmp_path: Path) -> Non
                 async with link_pool:
                     link = ManagerLink(link_pool, SystemClock(), SystemRandom(), config.managers, Identity(client_id=b"l" * 16))
                     routing = await link.refresh()
+                    assert await meta_server.list_clients(link) == set()
                     nodes = routing.nodes_with_role(ROLE_META, alive=True)
                     assert [list(node.addresses) for node in nodes] == [info["addresses"]]
                 await call("Make", pb.MakeRequest(parent=1, name=b"d", type=pb.DIRECTORY, mode=0o755))

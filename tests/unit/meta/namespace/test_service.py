@@ -31,6 +31,9 @@ def retried() -> list[tuple[str, Any]]:
         ("append", pb.AppendRequest(inode=0, length=100)),
         ("set_xattr", pb.XattrRequest(inode=0, name=b"user.a", value=b"1", create=True)),
         ("set_attr", pb.SetAttrRequest(inode=0, length=5)),
+        ("set_attr", pb.SetAttrRequest(inode=0, mode=0o600)),
+        ("open", pb.OpenRequest(inode=0, write=True, truncate=True, session=S1)),
+        ("set_layout", pb.SetLayoutRequest(inode=1, layout=pb.Layout(stripe=2))),
     ]
 
 
@@ -42,7 +45,7 @@ def test_a_retry_gets_the_first_reply_and_changes_nothing(case: int, restart: bo
         old = await service.create(b"old")
         await service.create(b"other")
         method, request = retried()[case]
-        if "inode" in request.DESCRIPTOR.fields_by_name:
+        if "inode" in request.DESCRIPTOR.fields_by_name and not request.inode:
             request.inode = old.inode
         request_id = b"r" * 16
         first = await service.call(method, request, request_id=request_id)

@@ -14,7 +14,7 @@ from kvfs.common.errors import KvfsError, NotDirectory, NotFound
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.kv import Transaction
 from kvfs.meta.kv.memory import MemoryEngine
-from kvfs.meta.namespace import attributes, entries, files, fsck, lookup, remove, rename, store, xattrs
+from kvfs.meta.namespace import access, attributes, entries, files, fsck, lookup, remove, rename, store, xattrs
 from kvfs.meta.namespace.step import Step, Surroundings
 
 T = TypeVar("T")
@@ -83,6 +83,7 @@ class Tree:
         parent = self.find(above, who)
         if parent.type != pb.DIRECTORY:
             raise NotDirectory(above)
+        access.require(parent, who, access.EXECUTE)  # a walk looks at both paths of a call before the call looks at either
         return parent.inode, name.encode()
 
     def stat(self, path: str) -> pb.Inode:
