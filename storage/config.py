@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from kvfs.common.errors import ConfigError
@@ -22,6 +23,8 @@ class StorageConfig:
     """A wished node id; 0: the manager gives one."""
     threads: int = 4
     """For disk work, shared by all disks."""
+    inline_read_bytes: int = _MIB if (os.cpu_count() or 1) <= 4 else 0
+    """Requests up to this are read without a thread if they are cached: on few cores the hop costs more than it brings. 0: only small ones are."""
     in_flight_bytes: int = 256 * _MIB
     """Bytes of client requests being worked on; more of them wait their turn."""
     buffer_bytes: int = 128 * _MIB
@@ -47,6 +50,7 @@ class StorageConfig:
             raise ConfigError("storage.managers is empty: give the managers' addresses")
         limits = (
             ("threads", 1, 256),
+            ("inline_read_bytes", 0, 64 * _MIB),
             ("in_flight_bytes", 64 * _MIB, 1 << 40),
             ("buffer_bytes", 64 * _MIB, 1 << 40),
             ("forward_timeout_ms", 100, 600_000),

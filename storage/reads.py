@@ -24,10 +24,10 @@ from kvfs.storage.target import Target
 log = logging.getLogger("kvfs.storage")
 
 VERSION = method("Storage", "Version")
-INLINE_BYTES = 64 << 10
-"""Reads up to this are tried without a thread."""
-INLINE_TOTAL_BYTES = 256 << 10
-"""And no more than this in one request, so that others get their turn."""
+SMALL_BYTES = 64 << 10
+"""Reads up to this are tried without a thread ..."""
+SMALL_TOTAL_BYTES = 256 << 10
+"""... but no more than this in one request, so that others get their turn ..."""
 SPREAD_BYTES = 1 << 20
 """A worker job reads about this much before a second one is worth its hop."""
 SPREAD_MAX = 4
@@ -74,14 +74,18 @@ class Reader:
             raise InvalidArgument(f"{len(request.reads)} reads came with {len(views)} spans")
         results: list[pb.ReadResult | None] = []
         wanted: list[Wanted] = []
-        inline_left = INLINE_TOTAL_BYTES
+        large_bytes = self._host.config.inline_read_bytes
+        if large_bytes and sum(call.bulk.lengths) <= large_bytes:
+            largest, inline_left = large_bytes, large_bytes
+        else:
+            largest, inline_left = SMALL_BYTES, SMALL_TOTAL_BYTES
         for place, (io, view) in enumerate(zip(request.reads, views, strict=True)):
             result: pb.ReadResult | None = None
             try:
                 target = self.target_for(io)
                 if io.length > len(view):
                     raise InvalidArgument(f"a read of {io.length} bytes came with a span of {len(view)}")
-                if io.length <= INLINE_BYTES and inline_left > 0 and io.chunk_id not in target.replica.flights:
+                if io.length <= largest and inline_left > 0 and io.chunk_id not in target.replica.flights:
                     inline_left -= io.length
                     result = self._inline(target, io, view)
                 if result is None:

@@ -25,12 +25,15 @@ from kvfs.storage.engine.requests import Update, UpdateKind
 from kvfs.storage.forwards import Forwarder
 from kvfs.storage.host import Host
 from kvfs.storage.target import Target
-from kvfs.storage.workers import Job
 
 log = logging.getLogger("kvfs.storage")
 
 RETRY_S = 0.05
 """A flight that waits for the chain to change tries the same successor again after this long."""
+
+INLINE_BYTES = 64 << 10
+"""Local copies up to this, chunk and update together, are written without a thread: the hop would cost more than the writing."""
+INLINE_UPDATES = 4
 
 _Written = tuple[Flight, ChunkMeta | KvfsError | None]
 
@@ -38,7 +41,7 @@ _Written = tuple[Flight, ChunkMeta | KvfsError | None]
 class Item:
     """One update of a round."""
 
-    __slots__ = ("chunk_id", "flight", "incoming", "io", "result", "span", "tag", "target", "view")
+    __slots__ = ("chunk_id", "flight", "incoming", "io", "length", "result", "span", "tag", "target", "view")
 
     def __init__(
         self,
@@ -58,6 +61,8 @@ class Item:
         self.span = span
         self.tag: TagKey | None = incoming.tag if incoming is not None else None
         self.flight: Flight | None = None
+        self.length = 0
+        """Of the chunk, before the update."""
         self.result: Result | None = None
 
 
@@ -110,6 +115,7 @@ class Round:
     def _receive(self, item: Item) -> list[m.FlightEffect]:
         replica = item.target.replica
         stored = item.target.stored(item.chunk_id, item.tag)
+        item.length = stored.length
         if item.incoming is None:
             if not stored.pending_version:
                 item.result = Result(chain_version=replica.version)
@@ -209,8 +215,13 @@ class Round:
 
     async def _carry_out(self, writes: list[m.Prepare | m.Apply], forwards: list[m.Forward]) -> list[m.FlightEffect]:
         """Local copies in worker threads, forwards over the network, side by side."""
-        jobs = self._start_writes(writes)
         effects: list[m.FlightEffect] = []
+        if len(writes) <= INLINE_UPDATES and all(self._small(effect.flight) for effect in writes):
+            for target, work in self._works(writes):
+                for flight, outcome in work():
+                    effects += self._written(target, flight, outcome)
+            return effects + await self._forwarder.send(forwards) if forwards else effects
+        jobs = [(target, self._host.workers.submit(work)) for target, work in self._works(writes)]
         try:
             if forwards:
                 effects += await self._forwarder.send(forwards)
@@ -221,11 +232,18 @@ class Round:
                     effects += self._written(target, flight, outcome)
         return effects
 
-    def _start_writes(self, writes: list[m.Prepare | m.Apply]) -> list[tuple[Target, Job[list[_Written]]]]:
+    def _small(self, flight: Flight) -> bool:
+        item = self._owners[flight]
+        if flight.kind is UpdateKind.REMOVE:
+            return True
+        return item.io is not None and item.length + item.io.offset + item.io.length <= INLINE_BYTES
+
+    def _works(self, writes: list[m.Prepare | m.Apply]) -> list[tuple[Target, Callable[[], list[_Written]]]]:
+        """What is to be written, for each target."""
         per_target: dict[Target, list[m.Prepare | m.Apply]] = defaultdict(list)
         for effect in writes:
             per_target[self._owners[effect.flight].target].append(effect)
-        return [(target, self._host.workers.submit(self._work(target, effects))) for target, effects in per_target.items()]
+        return [(target, self._work(target, effects)) for target, effects in per_target.items()]
 
     def _work(self, target: Target, effects: list[m.Prepare | m.Apply]) -> Callable[[], list[_Written]]:
         """What a worker thread does for one target; everything it needs is gathered here, in trio's thread."""

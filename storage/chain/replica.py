@@ -303,11 +303,14 @@ class Replica:
             return self._advance(flight)
         if flight.forward_version != self.version:
             return self._advance(flight)  # it spoke of a chain that is no more
-        if result.status in _HEAL_BY_REPLACE and not flight.as_replace and flight.kind is not UpdateKind.REMOVE:
+        refused = result.clean and flight.clean
+        if refused:
+            flight.unsure = False
+        if result.status in _HEAL_BY_REPLACE and flight.error is None and not flight.as_replace and flight.kind is not UpdateKind.REMOVE:
+            # It cannot apply the update to what it has, or the bytes went wrong on the way: it gets the whole chunk, if all is well here.
             flight.as_replace = True
             return self._advance(flight)
-        if result.clean and flight.clean:
-            flight.unsure = False
+        if refused:
             if flight.error is None:
                 flight.error = result
             return self._advance(flight)

@@ -18,8 +18,6 @@ import os
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
 from chain_world import Change, World
 
 from kvfs.common import errors
@@ -27,6 +25,7 @@ from kvfs.storage.chain.messages import TagKey
 from kvfs.storage.chain.view import PublicState
 from kvfs.storage.engine.requests import UpdateKind
 
+HERE = Path(__file__).parent
 MARKS = {"?": PublicState.SYNCING, "~": PublicState.WAITING, "!": PublicState.OFFLINE, "*": PublicState.LASTSRV}
 
 

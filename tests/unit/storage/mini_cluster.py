@@ -41,6 +41,8 @@ class MiniCluster:
         self.pool = pool
         self.link = link
         self.shared = shared
+        self.services = server.World()
+        self.settings: dict[str, object] = {}
         self.scopes: dict[int, trio.CancelScope] = {}
         self.ended: dict[int, BaseException | None] = {}
         self.over: dict[int, trio.Event] = {}
@@ -56,7 +58,7 @@ class MiniCluster:
         listen = ["tcp://127.0.0.1:0"]
         if self.shared:
             listen.append(f"unix://{self.path}/s{number}.sock")
-        config = StorageConfig(data=data, listen=tuple(listen), cluster_id="test", managers=(self.manager,), threads=2)
+        config = StorageConfig(data=data, listen=tuple(listen), cluster_id="test", managers=(self.manager,), threads=2, **self.settings)  # type: ignore[arg-type]
         await self.nursery.start(self._run, number, config)
 
     async def _run(self, number: int, config: StorageConfig, *, task_status: trio.TaskStatus[object]) -> None:
@@ -65,7 +67,7 @@ class MiniCluster:
             self.ended[number] = None
             self.over[number] = trio.Event()
             try:
-                await server.serve(config, task_status=task_status)
+                await server.serve(config, world=self.services, task_status=task_status)
             except KvfsError as error:
                 self.ended[number] = error
         self.over[number].set()
