@@ -1,7 +1,8 @@
 """Changes that are never applied twice: the reply of a change is stored with it, under the caller's request id.
 
-A retry that finds the record gets the same reply, also after the service died between commit and answer. Records lie under the period of five minutes
-in which they were made; a period that ended more than five minutes ago is swept. Invariant: the record and the change are one transaction.
+A retry that finds the record gets the same reply, also after the service died between commit and answer. Records lie under the period of five
+minutes in which they were made; a period that ended more than five minutes ago is swept. A retry may come two minutes later (clients give up far
+sooner). Invariant: the record and the change are one transaction.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from kvfs.meta.namespace import keys
 from kvfs.meta.namespace.step import Step
 
 PERIOD_NS = 300 * 10**9
+RETRY_NS_MAX = 120 * 10**9
+"""How long after the first try a retry may come: the records of the period before are looked at that long."""
 REQUEST_ID_BYTES = 16
 SWEEP_ROWS = 2000
 
@@ -26,8 +29,8 @@ def recall(step: Step, request_id: bytes, operation: int, reply_class: type[R]) 
     """The stored reply, if this request was applied before."""
     if len(request_id) != REQUEST_ID_BYTES:
         raise InvalidArgument(f"a request id has {REQUEST_ID_BYTES} bytes, not {len(request_id)}")
-    period = step.now_ns // PERIOD_NS
-    for candidate in (period, period - 1):
+    period, into_ns = divmod(step.now_ns, PERIOD_NS)
+    for candidate in (period, period - 1) if into_ns < RETRY_NS_MAX else (period,):
         data = step.txn.get(keys.request(candidate, request_id))
         if data is not None:
             if data[0] != 1:

@@ -79,8 +79,8 @@ class InodeNumbers:
 
 
 class Placement:
-    """Chooses the chains of a new file: the first by turns, so that small files spread evenly, the rest after it in the table and shuffled, so that
-    the second and later chunks of files do too."""
+    """Chooses the chains of a new file: the first by turns, so that small files spread evenly, the rest after it in the table from a random place
+    on, so that the second and later chunks of files do too."""
 
     def __init__(self, routing: Callable[[], Routing], random: Random) -> None:
         self._routing = routing
@@ -98,7 +98,9 @@ class Placement:
         self._cursor += 1
         around = chains[start + 1 : start + stripe]
         around += chains[: stripe - 1 - len(around)]
-        self._random.shuffle(around)
+        if around:  # turned by chance rather than shuffled: as even, and a tenth of the time
+            turn = self._random.randrange(len(around))
+            around = around[turn:] + around[:turn]
         return pb.Layout(table_id=table_id, chunk_size=wanted.chunk_size or CHUNK_BYTES, stripe=stripe, chain_ids=[chains[start], *around])
 
     def _chains(self, table_id: int) -> list[int]:

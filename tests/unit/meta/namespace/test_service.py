@@ -104,7 +104,7 @@ def test_request_ids_are_checked() -> None:
     run(main)
 
 
-def test_old_request_records_are_swept() -> None:
+def test_request_records_last_long_enough_and_are_swept() -> None:
     async def main() -> None:
         service = await Service().start()
 
@@ -116,13 +116,16 @@ def test_old_request_records_are_swept() -> None:
             while await service.engine.transact(lambda txn: idempotency.sweep(txn, service.clock.wall_ns())):
                 pass
 
-        await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"r" * 16)
-        await trio.sleep(290)
-        await sweep()
+        period_s = idempotency.PERIOD_NS // 10**9
+        await trio.sleep(period_s - service.clock.wall_ns() // 10**9 % period_s - 5)  # 5 s before a period ends
+        request = pb.CreateRequest(parent=1, name=b"f", exclusive=True)
+        await service.call("create", request, request_id=b"r" * 16)
+        for pause_s in (1, 14, 100):
+            await trio.sleep(pause_s)
+            await sweep()
+            assert (await service.call("create", request, request_id=b"r" * 16)).created
         assert await records() == 1
-        reply = await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"r" * 16)
-        assert reply.created
-        await trio.sleep(400)
+        await trio.sleep(2 * period_s)
         await sweep()
         assert await records() == 0
 
