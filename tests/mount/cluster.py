@@ -79,6 +79,14 @@ class Cluster:
     def stop(self, name: str) -> None:
         self.kvfs("stop", name, "--cluster", str(self.directory))
 
+    def check(self) -> None:
+        """fsck of metadata against chunks and of replicas against each other, once every chain has all of its replicas."""
+        eventually(
+            lambda: all(target["state"] == "serving" for chain in self.status()["chains"] for target in chain["targets"]), message="a replica is missing"
+        )
+        report = json.loads(self.kvfs("fsck", "--cluster", str(self.directory), "--json", check=False).stdout)
+        assert report["clean"], report["problems"][:20]
+
     def close(self) -> None:
         for path in list(self.mounts):
             done = self.kvfs("umount", str(path), "--cluster", str(self.directory), check=False)

@@ -27,6 +27,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip("there is no /dev/fuse")
     with running_cluster(storage=3, replicas=2) as running:
         yield running
+        running.check()  # whatever the tests did, metadata and chunks must agree at the end
 
 
 @pytest.fixture(scope="session")
