@@ -32,7 +32,6 @@ from kvfs.meta.gc.chunks import Chunks, StorageChunks
 from kvfs.meta.gc.prune import Pruner
 from kvfs.meta.kv import Engine, open_engine
 from kvfs.meta.namespace import store
-from kvfs.meta.namespace.step import Step
 from kvfs.meta.service import MetaService
 
 log = logging.getLogger(__name__)
@@ -140,11 +139,13 @@ async def list_clients(link: ManagerLink) -> set[bytes]:
 
 
 def make_pruner(service: MetaService, link: ManagerLink, *, grace_s: float) -> Pruner:
-    def on_change(step: Step) -> None:
-        service.leases.revoke(step.changed, b"", service.clock.monotonic())
-        if step.garbage:
-            service.collector.wake()
-
     return Pruner(
-        service.engine, service.chunks, service.clock, service.open_files, service.root_step, partial(list_clients, link), on_change, grace_s=grace_s
+        service.engine,
+        service.chunks,
+        service.clock,
+        service.open_files,
+        service.root_step,
+        partial(list_clients, link),
+        service.committed,
+        grace_s=grace_s,
     )

@@ -71,11 +71,12 @@ class MetaService:
             gc_delay_ns=int(gc_delay_s * 1e9),
         )
         self.cuts = Cuts(engine, chunks)
-        self.collector = Collector(engine, chunks, clock, self.root_step, self._gone)
+        self.collector = Collector(engine, chunks, clock, self.root_step, self.committed)
         self.files = 0
         self.commits = 0
         self.conflicts = 0
         self._open_from_s = 0.0
+        self._stamp_ns = 0
         self._fsck = fsck.Fsck(engine)
 
     def hold_changes(self, seconds: float) -> None:
@@ -83,10 +84,20 @@ class MetaService:
         self._open_from_s = self.clock.monotonic() + seconds
 
     def root_step(self, txn: Transaction) -> Step:
-        return Step(txn, ROOT, b"", self.clock.wall_ns(), self.around)
+        return Step(txn, ROOT, b"", self.now_ns(), self.around)
 
-    def _gone(self, count: int) -> None:
-        self.files -= count
+    def now_ns(self) -> int:
+        """The time for records: of two changes by this process the later has the greater one, whatever the clock does (caches compare ctimes)."""
+        self._stamp_ns = max(self._stamp_ns + 1, self.clock.wall_ns())
+        return self._stamp_ns
+
+    def committed(self, step: Step) -> None:
+        """After a change of our own: what it made stale is told, and nobody waits for it."""
+        self.files += step.files_made - step.files_gone
+        if step.garbage:
+            self.collector.wake()
+        if step.changed:
+            self.leases.revoke(step.changed, b"", self.clock.monotonic())
 
     # --- the two ways to run an operation
 
@@ -134,7 +145,7 @@ class MetaService:
         def attempt(txn: Transaction) -> tuple[Q, Step]:
             nonlocal tries
             tries += 1
-            step = Step(txn, request.context.user, client_id, self.clock.wall_ns(), self.around)
+            step = Step(txn, request.context.user, client_id, self.now_ns(), self.around)
             if request_id:
                 assert reply_class is not None
                 earlier = idempotency.recall(step, request_id, NUMBERS[remember], reply_class)
@@ -368,9 +379,7 @@ class MetaService:
         step = await self.engine.transact(attempt)
         for inode, session in taken:
             self.open_files.cleared(inode, session)
-        self.files -= step.files_gone
-        if step.garbage:
-            self.collector.wake()
+        self.committed(step)
         return len(taken)
 
     async def store_readers(self) -> None:

@@ -32,13 +32,15 @@ PAUSE_AFTER_FAILURE_S = 2.0
 
 
 class Collector:
-    def __init__(self, engine: Engine, chunks: Chunks, clock: Clock, new_step: Callable[[Transaction], Step], on_gone: Callable[[int], None]) -> None:
-        """`new_step`: a Step of root's. `on_gone`: told how many inodes were removed."""
+    def __init__(
+        self, engine: Engine, chunks: Chunks, clock: Clock, new_step: Callable[[Transaction], Step], on_change: Callable[[Step], None]
+    ) -> None:
+        """`new_step`: a Step of root's. `on_change`: told of every step that was committed."""
         self._engine = engine
         self._chunks = chunks
         self._clock = clock
         self._new_step = new_step
-        self._on_gone = on_gone
+        self._on_change = on_change
         self._wake = trio.Event()
         self._running = trio.Lock()
 
@@ -131,8 +133,7 @@ class Collector:
             return body(step), step
 
         more, step = await self._engine.transact(attempt)
-        if step.files_gone:
-            self._on_gone(step.files_gone)
+        self._on_change(step)
         return more
 
 

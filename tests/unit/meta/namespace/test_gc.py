@@ -12,7 +12,6 @@ from kvfs.meta.gc import housekeeping
 from kvfs.meta.gc.collector import chains_with_chunks
 from kvfs.meta.gc.prune import Pruner
 from kvfs.meta.namespace import keys
-from kvfs.meta.namespace.step import Step
 
 S1, S2 = b"1" * 16, b"2" * 16
 
@@ -149,11 +148,8 @@ def pruner(service: Service, listed: set[bytes], *, grace_s: float = 10.0) -> Pr
     async def list_clients() -> set[bytes]:
         return listed
 
-    def on_change(step: Step) -> None:
-        service.meta.leases.revoke(step.changed, b"", service.clock.monotonic())
-
     meta = service.meta
-    return Pruner(service.engine, service.chunks, service.clock, meta.open_files, meta.root_step, list_clients, on_change, grace_s=grace_s)
+    return Pruner(service.engine, service.chunks, service.clock, meta.open_files, meta.root_step, list_clients, meta.committed, grace_s=grace_s)
 
 
 def test_a_dead_writer_is_closed_with_the_length_of_its_chunks() -> None:

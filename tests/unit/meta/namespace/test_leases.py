@@ -234,6 +234,35 @@ def test_with_two_meta_services_nobody_gets_a_lease() -> None:
     run(main)
 
 
+def test_what_the_garbage_queue_changes_is_told_too() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        top = (await service.call("make", pb.MakeRequest(parent=1, name=b"t", type=pb.DIRECTORY))).inode.inode
+        outside = (await service.create(b"outside")).inode
+        await service.call("link", pb.LinkRequest(inode=outside, parent=top, name=b"inside"))
+        await service.call("remove", pb.RemoveRequest(parent=1, name=b"t", recursive=True))
+        holder = Client(service, A)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(holder.run)
+            assert (await holder.stat(outside)).nlink == 2
+            await service.meta.collector.collect_all()
+            await trio.sleep(0.01)
+            assert outside in holder.dropped
+            assert (await holder.stat(outside)).nlink == 1
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_stamps_only_grow() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        stamps = [service.meta.now_ns() for _ in range(100)]
+        assert len(set(stamps)) == 100 and sorted(stamps) == stamps
+
+    run(main)
+
+
 def test_tables_are_swept_and_queues_are_bounded() -> None:
     async def main() -> None:
         table = LeaseTable(5, 1000)
