@@ -130,7 +130,7 @@ class Forwarder:
     async def _pack(self, parcel: Parcel, effect: Forward) -> None:
         flight, item = effect.flight, self._owners[effect.flight]
         target, io = item.target, item.io
-        key = item.tag if not flight.recovery else target.leftover_tags.get(item.chunk_id)
+        key = target.pending_tag(item.chunk_id) if flight.recovery else item.tag
         write = pb.WriteIO(
             chain_id=target.chain_id,
             chain_version=effect.chain_version,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import trio
 
 from kvfs.common.boundary.clock import Clock
-from kvfs.common.errors import DeadlineExceeded, InputOutput, KvfsError, TargetOffline, UnknownTarget
+from kvfs.common.errors import DeadlineExceeded, IndexCorrupt, InputOutput, KvfsError, TargetOffline, UnknownTarget
 from kvfs.common.membership import ManagerLink
 from kvfs.common.transport.region import BufferPool
 from kvfs.common.wire.channel import ChannelPool
@@ -76,6 +76,6 @@ class Host:
 
     def note_error(self, target: Target, error: KvfsError) -> None:
         """What the engine raised may mean that its disk is gone."""
-        if isinstance(error, InputOutput | TargetOffline):
+        if isinstance(error, InputOutput | TargetOffline | IndexCorrupt):
             target.fail(error)
             self.link.report_now()

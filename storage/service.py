@@ -40,6 +40,7 @@ log = logging.getLogger("kvfs.storage")
 MARGIN_S = 0.05
 """An update ends this much before its caller's deadline, so that the answer still arrives."""
 LIST_LIMIT = 4096
+CLIENT_ID_BYTES = 16
 REMOVE_LIMIT = 4096
 _WITH_BYTES = (pb.WRITE, pb.REPLACE)
 
@@ -184,6 +185,8 @@ class StorageService:
             raise BadRequest(f"an update of {io.length} bytes came with {len(view)}")
         if not 0 < io.chunk_size <= MAX_CHUNK_BYTES and io.kind != pb.REMOVE:
             raise InvalidArgument(f"a chunk size of {io.chunk_size}: 1 to {MAX_CHUNK_BYTES}")
+        if io.tag.client_id and len(io.tag.client_id) != CLIENT_ID_BYTES:
+            raise InvalidArgument(f"a tag's client id has {CLIENT_ID_BYTES} bytes, not {len(io.tag.client_id)}")
         tag = TagKey(io.tag.client_id, io.tag.channel, io.tag.sequence) if io.tag.client_id else None
         incoming = Incoming(
             chunk_id=io.chunk_id,
@@ -341,7 +344,6 @@ async def drop_leftovers(host: Host, target: Target, deadline: float) -> None:
         ticket = await host.lock([(target.target_id, chunk)], deadline)
         try:
             target.engine.drop_pending([chunk])
-            target.leftover_tags.pop(chunk, None)
         finally:
             host.unlock(ticket)
 

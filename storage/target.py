@@ -49,8 +49,6 @@ class Target:
         self.replica = replica
         self.moved = trio.Event()
         """Set, and replaced, at every change of the chain."""
-        self.leftover_tags: dict[bytes, TagKey] = {}
-        """Of pending versions that nobody carries at the moment."""
         self.forwards: dict[trio.CancelScope, int] = {}
         """Forwards under way, and to which target."""
         self.progress = Progress()
@@ -100,6 +98,12 @@ class Target:
         if known is not None and known.sequence >= tag.sequence:
             return None
         return Tag(tag.client_id, tag.channel, tag.sequence, record_of(update_version))
+
+    def pending_tag(self, chunk_id: bytes) -> TagKey | None:
+        """Whose update the pending version is: it may be of an earlier run of this process."""
+        meta = self.engine.get(chunk_id)
+        tag = meta.pending.tag if meta is not None and meta.pending is not None else None
+        return TagKey(tag.client_id, tag.channel, tag.sequence) if tag is not None else None
 
     # --- space -----------------------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from kvfs.storage.chain import messages as m
 from kvfs.storage.chain.flight import Flight
 from kvfs.storage.chain.messages import Incoming, Result, TagKey, refusal
 from kvfs.storage.engine.chunk import ChunkMeta
-from kvfs.storage.engine.requests import Update, UpdateKind
+from kvfs.storage.engine.requests import Tag, Update, UpdateKind
 from kvfs.storage.forwards import Forwarder
 from kvfs.storage.host import Host
 from kvfs.storage.target import Target
@@ -114,7 +114,12 @@ class Round:
 
     def _receive(self, item: Item) -> list[m.FlightEffect]:
         replica = item.target.replica
-        stored = item.target.stored(item.chunk_id, item.tag)
+        try:
+            stored = item.target.stored(item.chunk_id, item.tag)
+        except KvfsError as error:
+            self._host.note_error(item.target, error)
+            item.result = refusal(error, replica.version)
+            return []
         item.length = stored.length
         if item.incoming is None:
             if not stored.pending_version:
@@ -162,7 +167,6 @@ class Round:
         item = self._owners.pop(flight)
         item.flight = None
         if flight.recovery and result.status == 0:
-            item.target.leftover_tags.pop(item.chunk_id, None)
             if item.incoming is not None:
                 return self._receive(item)  # now the update itself
         elif result.status and flight.forward_to:
@@ -179,8 +183,6 @@ class Round:
         meta = target.engine.get(item.chunk_id)
         if meta is None or meta.pending is None:
             return
-        if item.tag is not None and item.incoming is not None:
-            target.leftover_tags[item.chunk_id] = item.tag
         if item.incoming is not None and not self._host.nursery.cancel_scope.cancel_called:
             self._host.nursery.start_soon(carry_on, self._host, target, [item.chunk_id])
 
@@ -194,8 +196,7 @@ class Round:
         tags = []
         for flight in flights:
             item = self._owners[flight]
-            key = target.leftover_tags.get(item.chunk_id) if flight.recovery else item.tag
-            tag = target.record(key, flight.update_version)
+            tag = target.record(target.pending_tag(item.chunk_id) if flight.recovery else item.tag, flight.update_version)
             if tag is not None:
                 tags.append(tag)
         replica = target.replica
@@ -328,6 +329,7 @@ def _update(flight: Flight, item: Item, chain_version: int) -> Update:
         update_version=flight.update_version,
         chunk_size=io.chunk_size,
         chain_version=chain_version,
+        tag=Tag(item.tag.client_id, item.tag.channel, item.tag.sequence) if item.tag is not None else None,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from kvfs.common.checksum import CHECKSUM_UNIT_BYTES, xxh3_64
 from kvfs.common.errors import IndexCorrupt
 from kvfs.storage.engine.classes import BLOCK_ALIGNMENT_BYTES, Block
-from kvfs.storage.engine.requests import UpdateKind
+from kvfs.storage.engine.requests import Tag, UpdateKind
 
 CHECKSUM_BYTES = 8
 
@@ -44,6 +44,8 @@ class PendingMeta:
     kind: UpdateKind
     content: Content
     mtime_ns: int
+    tag: Tag | None = None
+    """Whose update it is; its result is not kept."""
 
     @property
     def length(self) -> int:
@@ -107,11 +109,12 @@ def units_of(length: int) -> int:
 # --- encoding ------------------------------------------------------------------------------------------------------------------------
 
 _FORMAT = 1
-_HAS_BLOCK, _HAS_PENDING, _SEALED, _PENDING_HAS_BLOCK, _PENDING_SEALED = 1, 2, 4, 8, 16
+_HAS_BLOCK, _HAS_PENDING, _SEALED, _PENDING_HAS_BLOCK, _PENDING_SEALED, _PENDING_TAGGED = 1, 2, 4, 8, 16, 32
 _HEAD = struct.Struct("<BBBxI")  # format, flags, pending kind, check: the low 32 bits of XXH3-64 over the key and everything but the check
 _CHECKED_HEAD_BYTES = 4
 _FIXED = struct.Struct("<QQqIIIHxxI")  # version, chain version, mtime_ns, length, stored, block's 4 KiB pages, file, index
 _PENDING = struct.Struct("<QqIIIHxxI")  # version, mtime_ns, length, stored, block's 4 KiB pages, file, index
+_TAG = struct.Struct("<16sIQ")  # client id, channel, sequence
 _NO_BLOCK = Block(0, 0, 0)
 
 
@@ -131,6 +134,9 @@ def encode(meta: ChunkMeta) -> bytes:
         pages = block.block_bytes // BLOCK_ALIGNMENT_BYTES
         body += _PENDING.pack(pending.version, pending.mtime_ns, content.length, content.stored, pages, block.file, block.number)
         body += content.checksums
+        if pending.tag is not None:
+            flags |= _PENDING_TAGGED
+            body += _TAG.pack(pending.tag.client_id, pending.tag.channel, pending.tag.sequence)
     head = bytes((_FORMAT, flags, kind, 0))
     return head + (xxh3_64(meta.chunk_id + head + body) & 0xFFFFFFFF).to_bytes(4, "little") + body
 
@@ -154,7 +160,11 @@ def decode(chunk_id: bytes, value: bytes) -> ChunkMeta:
             end = at + CHECKSUM_BYTES * units_of(length)
             block = Block(pages * BLOCK_ALIGNMENT_BYTES, file, index) if flags & _PENDING_HAS_BLOCK else None
             p_content = Content(length, stored, block, value[at:end], bool(flags & _PENDING_SEALED))
-            pending = PendingMeta(p_version, UpdateKind(kind), p_content, p_mtime_ns)
+            tag = None
+            if flags & _PENDING_TAGGED:
+                tag = Tag(*_TAG.unpack_from(value, end))
+                end += _TAG.size
+            pending = PendingMeta(p_version, UpdateKind(kind), p_content, p_mtime_ns, tag)
     except (struct.error, ValueError) as error:
         raise IndexCorrupt(f"the index entry of chunk {chunk_id.hex()} is damaged: {error}") from error
     if end != len(value):

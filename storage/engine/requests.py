@@ -22,6 +22,16 @@ class UpdateKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Tag:
+    """An idempotency record: the last update of (client, channel) had this sequence number and this result (opaque bytes, at most 1 KiB)."""
+
+    client_id: bytes
+    channel: int
+    sequence: int
+    result: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """One change of one chunk.
 
@@ -42,16 +52,8 @@ class Update:
     """REPLACE only: the chain version that goes with `update_version` (others get it at commit)."""
     mtime_ns: int = 0
     """0: the engine's clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tag:
-    """An idempotency record: the last update of (client, channel) had this sequence number and this result (opaque bytes, at most 1 KiB)."""
-
-    client_id: bytes
-    channel: int
-    sequence: int
-    result: bytes = b""
+    tag: Tag | None = None
+    """Prepare only: whose update it is, kept with the pending version (without the result), so that a commit after a restart can record it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class Staged:
     def prepared(self) -> Change:
         """The change that makes it the pending version."""
         base = self.old or ChunkMeta(self.update.chunk_id, 0, 0, 0, EMPTY, None)
-        return Change(self.old, replace(base, pending=PendingMeta(self.version, self.kind, self.content, self.mtime_ns)))
+        return Change(self.old, replace(base, pending=PendingMeta(self.version, self.kind, self.content, self.mtime_ns, self.update.tag)))
 
     def applied(self, chain_version: int) -> Change:
         """The change that makes it the committed version at once."""

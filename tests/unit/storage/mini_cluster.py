@@ -6,6 +6,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -46,6 +47,7 @@ class MiniCluster:
         self.scopes: dict[int, trio.CancelScope] = {}
         self.ended: dict[int, BaseException | None] = {}
         self.over: dict[int, trio.Event] = {}
+        self.started: dict[int, dict[str, Any]] = {}
         self.buffers = BufferPool(64 << 20)
         self._sequence = itertools.count(1)
         self._channel = itertools.count(1)
@@ -59,7 +61,7 @@ class MiniCluster:
         if self.shared:
             listen.append(f"unix://{self.path}/s{number}.sock")
         config = StorageConfig(data=data, listen=tuple(listen), cluster_id="test", managers=(self.manager,), threads=2, **self.settings)  # type: ignore[arg-type]
-        await self.nursery.start(self._run, number, config)
+        self.started[number] = await self.nursery.start(self._run, number, config)
 
     async def _run(self, number: int, config: StorageConfig, *, task_status: trio.TaskStatus[object]) -> None:
         with trio.CancelScope() as scope:
