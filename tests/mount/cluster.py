@@ -82,7 +82,8 @@ class Cluster:
     def check(self) -> None:
         """fsck of metadata against chunks and of replicas against each other, once every chain has all of its replicas."""
         eventually(
-            lambda: all(target["state"] == "serving" for chain in self.status()["chains"] for target in chain["targets"]), message="a replica is missing"
+            lambda: all(target["state"] == "serving" for chain in self.status()["chains"] for target in chain["targets"]),
+            message="a replica is missing",
         )
         report = json.loads(self.kvfs("fsck", "--cluster", str(self.directory), "--json", check=False).stdout)
         assert report["clean"], report["problems"][:20]
