@@ -24,6 +24,9 @@ DIRECTORIES_MAX = 1024
 ENTRIES_MAX = 16_384
 """Of one directory."""
 CHANGED_MAX = 65_536
+NAME_MAX = 255
+RENEW_S = 0.2
+"""A lease that ends within this is renewed before a creation, which would otherwise outlive it."""
 LEASE_USE = 0.9
 """The service counts a lease from when it answered, we from when we asked; the rest is for clocks that run apart."""
 
@@ -36,6 +39,10 @@ class _Directory:
     mtime_ns: int
     ctime_ns: int
     entries: dict[bytes, int] = field(default_factory=dict)
+    complete: bool = False
+    """`entries` has every name: the directory was made here, and so was everything in it."""
+    changes: int = 0
+    """Changes of its entries that this mount has under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,7 @@ class EntryChange:
     child: int
     begun: tuple[int, float]
     before: tuple[pb.Inode, float] | None
+    directory: _Directory | None
 
 
 class EntryCache:
@@ -74,6 +82,18 @@ class EntryCache:
         child = directory.entries.get(name)
         return None if child is None else self.attributes(child)
 
+    def absent(self, parent: int, name: bytes) -> bool:
+        """Surely no such entry: all of the directory's are known."""
+        directory = self._directories.get(parent)
+        if directory is None or not directory.complete or directory.changes:
+            return False
+        return len(name) <= NAME_MAX and name not in directory.entries and self._now() < directory.until
+
+    def ending(self, parent: int) -> bool:
+        """All of the directory's entries are known, and the lease that keeps this true needs a new one: ask for its attributes."""
+        directory = self._directories.get(parent)
+        return directory is not None and directory.complete and not directory.changes and self._now() >= directory.until - RENEW_S
+
     def attributes(self, inode: int) -> tuple[pb.Inode, float] | None:
         kept = self._attributes.get(inode)
         if kept is None:
@@ -83,14 +103,18 @@ class EntryCache:
 
     # --- hearing ---
 
+    def lease(self, inode: pb.Inode, since: tuple[int, float]) -> float:
+        """The seconds left of the lease on attributes that a call asked for at `since` has brought; 0 when they may be out of date already."""
+        if not inode.attr_lease_ms or not self._enabled or self._changed.get(inode.inode, self._floor) > since[0]:
+            return 0.0
+        return max(0.0, since[1] + inode.attr_lease_ms / 1000 * LEASE_USE - self._now())
+
     def heard(self, inode: pb.Inode, since: tuple[int, float]) -> float:
         """Attributes that a call asked for at `since` has brought. Gives the seconds left of their lease; 0: they may not be kept."""
-        if not inode.attr_lease_ms or not self._enabled:
+        left_s = self.lease(inode, since)
+        if left_s <= 0:
             return 0.0
-        number, until = inode.inode, since[1] + inode.attr_lease_ms / 1000 * LEASE_USE
-        left_s = until - self._now()
-        if left_s <= 0 or self._changed.get(number, self._floor) > since[0]:
-            return 0.0
+        number, until = inode.inode, self._now() + left_s
         self._attributes[number] = (inode, until)
         self._attributes.move_to_end(number)
         if len(self._attributes) > ATTRIBUTES_MAX:
@@ -117,15 +141,21 @@ class EntryCache:
         directory = self._directories.get(parent)
         if directory is None or self._now() >= directory.until or self._changed.get(parent, self._floor) > since[0]:
             return
+        self._enter(directory, name, child)
+
+    @staticmethod
+    def _enter(directory: _Directory, name: bytes, child: int) -> None:
         if len(directory.entries) >= ENTRIES_MAX:
             directory.entries.clear()
+            directory.complete = False
         directory.entries[name] = child
 
-    def made_entry(self, parent: int, name: bytes, child: pb.Inode, since: tuple[int, float]) -> None:
-        """This mount has made the entry (after `end_entry`): kept, when the directory's lease held all the way from `since`."""
-        directory = self._directories.get(parent)
-        if directory is not None and self._now() < directory.until and directory.since <= since[1] and self.heard(child, since):
-            directory.entries[name] = child.inode
+    def made(self, directory: pb.Inode, since: tuple[int, float]) -> None:
+        """This mount has made the directory, at `since`, and heard its attributes: it is empty, and whatever comes into it comes through here or
+        with a revocation."""
+        known = self._directories.get(directory.inode)
+        if known is not None and self._changed.get(directory.inode, self._floor) <= since[0] and not known.entries and not known.changes:
+            known.complete = True
 
     # --- forgetting ---
 
@@ -150,27 +180,39 @@ class EntryCache:
         """This mount changes an entry. The directory's other entries stay true: its lease is still ours."""
         before = self._attributes.get(parent)
         directory = self._directories.get(parent)
-        child = 0 if directory is None else directory.entries.pop(name, 0)
+        child = 0
+        if directory is not None:
+            child = directory.entries.pop(name, 0)
+            directory.changes += 1
         if child:
             self.changing(child)
         started_s = self._now()
-        return EntryChange(parent, name, child, (self.changing(parent), started_s), before)
+        return EntryChange(parent, name, child, (self.changing(parent), started_s), before, directory)
 
-    def end_entry(self, change: EntryChange, *, at_ns: int = 0, links: int = 0) -> None:
-        """It is done, or failed. `at_ns`: the service set the directory's mtime and ctime to this; its link count grew by `links`. Then the
-        directory's attributes, known before, are known again."""
+    def end_entry(self, change: EntryChange, *, entry: int | None = None, at_ns: int = 0, links: int = 0) -> None:
+        """It is over. `entry`: the name now stands for this inode, 0 for none; None when that is not known (it failed, perhaps only the answer was
+        lost). `at_ns`: the service set the directory's mtime and ctime to this; its link count grew by `links`: then the directory's attributes,
+        if known before, are known again."""
         alone = self.changed(change.parent, change.begun) is not None
         if change.child:
             self.changing(change.child)
-        directory = self._directories.get(change.parent)
+        directory = change.directory
         if directory is None:
             return
+        directory.changes -= 1
         directory.entries.pop(change.name, None)
-        if not (alone and at_ns and change.before) or directory.since > change.begun[1] or self._now() >= change.before[1]:
+        held = self._directories.get(change.parent) is directory and directory.since <= change.begun[1] and self._now() < directory.until
+        if entry is None or not held:
+            directory.complete = False
+        elif entry:
+            self._enter(directory, change.name, entry)
+        if held and alone and at_ns:
+            directory.mtime_ns = directory.ctime_ns = at_ns
+        if not held or not (alone and at_ns and change.before) or self._now() >= change.before[1]:
             return
         attributes = pb.Inode()
         attributes.CopyFrom(change.before[0])
-        attributes.mtime_ns = attributes.ctime_ns = directory.mtime_ns = directory.ctime_ns = at_ns
+        attributes.mtime_ns = attributes.ctime_ns = at_ns
         attributes.nlink += links
         self._attributes[change.parent] = (attributes, change.before[1])
 

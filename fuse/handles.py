@@ -28,8 +28,6 @@ class FileHandle:
     flags: int
     user: User
     file: OpenFile
-    strip_privileges: bool
-    """The next write must clear setuid and setgid first (the opener is not root)."""
 
     @property
     def readable(self) -> bool:

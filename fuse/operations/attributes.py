@@ -10,8 +10,7 @@ import stat
 import time
 
 from kvfs.client import User
-from kvfs.client.user import ROOT
-from kvfs.common.errors import AccessDenied, NotFound, NotPermitted
+from kvfs.common.errors import AccessDenied, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.model import Attributes, Caller, Changes, Statistics
 from kvfs.fuse.operations.base import Base
@@ -24,19 +23,7 @@ class AttributeOperations(Base):
         kept = None if inode in self._writing else self._cache.attributes(inode)
         if kept is not None:
             return await self._present(*kept)
-        since = self._cache.tick()
-        found = await self._stat(inode)
-        return await self._present(found, self._lease(found, since))
-
-    async def _stat(self, inode: int) -> pb.Inode:
-        """As root: fstat needs no permission, and the kernel has checked the path."""
-        found = (await self._meta.get_attr([inode], user=ROOT))[0]
-        if found.type == pb.TYPE_INVALID:
-            removed = self._removed.get(inode)
-            if removed is not None:
-                return removed
-            raise NotFound(f"inode {inode} is gone")
-        return found
+        return await self._present(*await self._ask(inode))
 
     async def setattr(self, inode: int, changes: Changes, handle: int | None, caller: Caller) -> Attributes:
         started_s = self._cache.tick()[1]
@@ -52,7 +39,8 @@ class AttributeOperations(Base):
         if changes.length is not None:
             result = await self._truncate(inode, changes.length, handle, caller)
             # truncate(2) sets the times itself, where the length is set; the kernel sends "now" along with it.
-            changes = Changes(mode=changes.mode, uid=changes.uid, gid=changes.gid)
+            # A mode in the same request is its clearing of setuid and setgid for a writer, which the service has done with the cut.
+            changes = Changes(mode=changes.mode if changes.mode != result.mode else None, uid=changes.uid, gid=changes.gid)
         if changes != Changes():
             result = await self._change(inode, changes, caller)
         return result if result is not None else await self._stat(inode)

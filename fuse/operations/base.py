@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 import trio
 
 from kvfs.client import AsyncClient, OpenFile, User
-from kvfs.common.errors import AccessDenied, NotPermitted
+from kvfs.client.user import ROOT
+from kvfs.common.errors import AccessDenied, NotFound, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.allocation import Allocation
 from kvfs.fuse.entry_cache import EntryCache
@@ -107,8 +108,25 @@ class Base:
     def _lease(self, inode: pb.Inode, since: Tick) -> float:
         """Take in attributes that a call made at `since` has brought; the seconds that the kernel may keep them, too."""
         if inode.inode in self._writing:
-            return 0.0  # its length and times change here without a call; the kernel is asked anew by each write anyway
+            # Its length and times change here without a call. The kernel, through which those writes come, asks again after each of them.
+            return self._cache.lease(inode, since)
         return self._cache.heard(inode, since)
+
+    async def _ask(self, inode: int) -> tuple[pb.Inode, float]:
+        """Attributes from the service, and their lease."""
+        since = self._cache.tick()
+        found = await self._stat(inode)
+        return found, self._lease(found, since)
+
+    async def _stat(self, inode: int) -> pb.Inode:
+        """As root: fstat needs no permission, and the kernel has checked the path."""
+        found = (await self._meta.get_attr([inode], user=ROOT))[0]
+        if found.type == pb.TYPE_INVALID:
+            removed = self._removed.get(inode)
+            if removed is not None:
+                return removed
+            raise NotFound(f"inode {inode} is gone")
+        return found
 
     async def _present(self, inode: pb.Inode, lease_s: float) -> Attributes:
         """Attributes as this mount shows them, with the bytes really stored (asked of the storage only for files of more than one chunk)."""

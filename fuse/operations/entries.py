@@ -23,6 +23,10 @@ class EntryOperations(Base):
         kept = self._cache.lookup(parent, name)
         if kept is not None and kept[0].inode not in self._writing:
             return await self._present(*kept)
+        if self._cache.ending(parent):
+            await self._ask(parent)
+        if self._cache.absent(parent, name):
+            raise NotFound("no such entry")
         since = self._cache.tick()
 
         async def look(user: User) -> pb.LookupReply:
@@ -57,9 +61,14 @@ class EntryOperations(Base):
         try:
             made = await self._as(caller, lambda user: self._meta.make(parent, name, kind, mode, user=user, rdev=rdev, symlink=symlink))
         finally:
-            self._cache.end_entry(change, at_ns=made.ctime_ns if made else 0, links=int(kind == pb.DIRECTORY))
-        self._cache.made_entry(parent, name, made, since)
-        return await self._present(made, self._lease(made, since))
+            if made is not None:
+                self._cache.end_entry(change, entry=made.inode, at_ns=made.ctime_ns, links=int(kind == pb.DIRECTORY))
+            else:
+                self._cache.end_entry(change)
+        lease_s = self._lease(made, since)
+        if kind == pb.DIRECTORY:
+            self._cache.made(made, since)
+        return await self._present(made, lease_s)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, caller: Caller) -> Attributes:
         change = self._cache.begin_entry(new_parent, new_name)
@@ -68,7 +77,7 @@ class EntryOperations(Base):
         try:
             found = await self._as(caller, lambda user: self._meta.link(inode, new_parent, new_name, user=user))
         finally:
-            self._cache.end_entry(change, at_ns=found.ctime_ns if found else 0)
+            self._cache.end_entry(change, entry=found.inode if found else None, at_ns=found.ctime_ns if found else 0)
             since = self._cache.changed(inode, begun)
         return await self._present(found, self._lease(found, since) if since else 0.0)
 
@@ -85,7 +94,7 @@ class EntryOperations(Base):
             removed = await self._as(caller, lambda user: self._meta.remove(parent, name, user=user, directory=directory))
         finally:
             # What loses a name has its ctime set with the directory's; a removed directory has not.
-            self._cache.end_entry(change, at_ns=removed.ctime_ns if removed and not directory else 0)
+            self._cache.end_entry(change, entry=0 if removed else None, at_ns=removed.ctime_ns if removed and not directory else 0)
         self._cache.revoked(removed.inode)
         if directory:
             removed.nlink = 0

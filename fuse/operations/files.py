@@ -64,15 +64,16 @@ class FileOperations(Base):
 
         since = self._cache.tick()
         change = self._cache.begin_entry(parent, name)
-        made_ns = 0
+        done: tuple[User, pb.CreateReply] | None = None
         try:
-            user, reply = await self._as(caller, creating)
-            made_ns = reply.inode.ctime_ns if reply.created else 0
+            done = await self._as(caller, creating)
         finally:
-            self._cache.end_entry(change, at_ns=made_ns)
+            if done is not None:
+                self._cache.end_entry(change, entry=done[1].inode.inode, at_ns=done[1].inode.ctime_ns if done[1].created else 0)
+            else:
+                self._cache.end_entry(change)
+        user, reply = done
         inode = reply.inode
-        if reply.created:
-            self._cache.made_entry(parent, name, inode, since)
         file = self._client.open_file(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
         opened = self._opened(inode, file, flags, user)
         if not reply.created and flags & os.O_TRUNC:  # somebody made it since the kernel looked
@@ -84,8 +85,7 @@ class FileOperations(Base):
         return opened, await self._present(inode, self._lease(inode, since))
 
     def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
-        privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
-        handle = FileHandle(inode.inode, flags, user, file, strip_privileges=bool(privileged) and user.uid != 0)
+        handle = FileHandle(inode.inode, flags, user, file)
         if handle.writable:
             self._writing.setdefault(inode.inode, []).append(handle)
         return Opened(self._files.add(handle), keep_cache=self._keep_cache(inode), direct_io=bool(flags & os.O_APPEND))
@@ -104,24 +104,11 @@ class FileOperations(Base):
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         opened = self._files.get(handle)
-        if opened.strip_privileges:
-            await self._strip_privileges(opened)
         if opened.append:
             await opened.file.append([data])
         else:
             await opened.file.pwrite(offset, [data])
         return len(data)
-
-    async def _strip_privileges(self, opened: FileHandle) -> None:
-        """A write by an ordinary user clears setuid and setgid. The kernel leaves it to the file system (FUSE_HANDLE_KILLPRIV)."""
-        opened.strip_privileges = False
-        inode = (await self._meta.get_attr([opened.inode], user=ROOT))[0]
-        mode = inode.mode & ~stat.S_ISUID
-        if mode & stat.S_IXGRP:
-            mode &= ~stat.S_ISGID
-        if mode != inode.mode:
-            await self._meta.set_attr(opened.inode, user=ROOT, mode=mode)
-            self._invalidate.attributes(opened.inode)
 
     async def flush(self, handle: int) -> None:
         """close(2) of one descriptor. What was written is on every replica, and its length known to all, when this returns."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
+import stat
 import subprocess
 import sys
 import threading
@@ -222,3 +224,58 @@ def test_writers_at_disjoint_offsets(pair: Pair) -> None:
     expected = b"".join(blocks[which, turn] for turn in range(rounds) for which in range(16))
     assert (pair[0] / "shared").read_bytes() == expected
     assert (pair[1] / "shared").read_bytes() == expected
+
+
+def test_many_workers_in_one_directory_always_see_the_truth(pair: Pair) -> None:
+    """Each worker owns a few names, changes them through either mount, and asks both after every change: what is cached of the directory by the one
+    or the other, while all the rest of it changes, must never answer for what was."""
+    errors: list[BaseException] = []
+
+    def work(which: int) -> None:
+        dice = random.Random(which)
+        exists: dict[str, int] = {}
+        try:
+            for turn in range(60):
+                changer, name, other = dice.choice(pair), f"w{which}-{dice.randrange(3)}", f"w{which}-{dice.randrange(3)}"
+                if name not in exists:
+                    if dice.random() < 0.3:
+                        (changer / name).mkdir()
+                        exists[name] = -1
+                    else:
+                        (changer / name).write_bytes(b"x" * turn)
+                        exists[name] = turn
+                elif dice.random() < 0.4 and other not in exists:
+                    os.rename(changer / name, changer / other)
+                    exists[other] = exists.pop(name)
+                elif exists[name] < 0:
+                    (changer / name).rmdir()
+                    del exists[name]
+                elif dice.random() < 0.5:
+                    (changer / name).unlink()
+                    del exists[name]
+                else:
+                    (changer / name).write_bytes(b"y" * turn)
+                    exists[name] = turn
+                for asked in (name, other):
+                    for mount in pair:
+                        found = outcome(mount / asked)
+                        expected = exists.get(asked)
+                        assert found == expected, f"worker {which} turn {turn}: {mount / asked} is {found}, should be {expected}"
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not errors, errors[0]
+
+
+def outcome(path: Path) -> int | None:
+    """None: not there; -1: a directory; else the file's length."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return -1 if stat.S_ISDIR(found.st_mode) else found.st_size

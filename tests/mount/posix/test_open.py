@@ -75,7 +75,7 @@ def test_truncate_flag(posix: Posix) -> None:
     with posix.touches(path):
         posix.root.create(path, os.O_WRONLY | os.O_TRUNC)
     assert os.lstat(path).st_size == 0
-    assert open(path, "rb").read() == b""
+    assert posix.root.read_file(path) == b""
 
 
 def test_truncate_flag_of_an_empty_file_touches_it(posix: Posix) -> None:
@@ -212,7 +212,7 @@ def test_append_ignores_the_position(posix: Posix) -> None:
     posix.root.write(fd, b"def")
     assert posix.root.pread(fd, 10, 0) == b"abcdef"
     posix.root.close(fd)
-    assert open(path, "rb").read() == b"abcdef"
+    assert posix.root.read_file(path) == b"abcdef"
 
 
 def test_append_sees_another_descriptors_growth(posix: Posix) -> None:

@@ -34,19 +34,19 @@ def test_cut_bytes_do_not_come_back(posix: Posix) -> None:
     path = posix.make("file", data=b"x" * 3000)
     os.truncate(path, 1000)
     os.truncate(path, 3000)
-    assert open(path, "rb").read() == b"x" * 1000 + bytes(2000)
+    assert posix.root.read_file(path) == b"x" * 1000 + bytes(2000)
     os.truncate(path, 500)
     with open(path, "r+b") as file:
         file.seek(2500)
         file.write(b"end")
-    assert open(path, "rb").read() == b"x" * 500 + bytes(2000) + b"end"
+    assert posix.root.read_file(path) == b"x" * 500 + bytes(2000) + b"end"
 
 
 def test_cut_bytes_do_not_come_back_over_chunks(posix: Posix) -> None:
     path = posix.make("file", data=b"y" * (2 * MIB + 100))
     os.truncate(path, 100)
     os.truncate(path, 2 * MIB + 100)
-    assert open(path, "rb").read() == b"y" * 100 + bytes(2 * MIB)
+    assert posix.root.read_file(path) == b"y" * 100 + bytes(2 * MIB)
 
 
 def test_ftruncate_with_unwritten_data(posix: Posix) -> None:
@@ -57,7 +57,7 @@ def test_ftruncate_with_unwritten_data(posix: Posix) -> None:
     os.pwrite(fd, b"Z", 8)
     assert os.pread(fd, 100, 0) == b"0123" + bytes(4) + b"Z" and os.fstat(fd).st_size == 9
     os.close(fd)
-    assert open(path, "rb").read() == b"0123" + bytes(4) + b"Z"
+    assert posix.root.read_file(path) == b"0123" + bytes(4) + b"Z"
 
 
 def test_truncate_of_an_open_file_is_seen_through_the_descriptor(posix: Posix) -> None:

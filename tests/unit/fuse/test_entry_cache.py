@@ -160,8 +160,8 @@ def test_own_creation_is_known_and_moves_the_directorys_times(cache: EntryCache)
     since = cache.tick()
     change = cache.begin_entry(1, b"new")
     assert cache.attributes(1) is None, "while it is under way nobody knows the directory's times"
-    cache.end_entry(change, at_ns=55, links=1)
-    cache.made_entry(1, b"new", file(8), since)
+    cache.end_entry(change, entry=8, at_ns=55, links=1)
+    cache.heard(file(8), since)
     found = cache.lookup(1, b"new")
     assert found is not None and found[0].inode == 8
     parent = cache.attributes(1)
@@ -173,7 +173,7 @@ def test_own_removal_forgets_the_entry_and_the_child(cache: EntryCache) -> None:
     know(cache)
     asked_before = cache.tick()
     change = cache.begin_entry(1, b"a")
-    cache.end_entry(change, at_ns=60)
+    cache.end_entry(change, entry=0, at_ns=60)
     cache.revoked(7)
     assert cache.lookup(1, b"a") is None and cache.attributes(7) is None
     cache.entered(1, b"a", 7, asked_before)
@@ -195,11 +195,84 @@ def test_creation_whose_directory_was_revoked_meanwhile_is_not_known(cache: Entr
     cache.revoked(1)
     clock.now_s += 0.1
     cache.heard(directory(changed_ns=70), cache.tick())
-    cache.end_entry(change, at_ns=55)
-    cache.made_entry(1, b"new", file(8), since)
+    cache.end_entry(change, entry=8, at_ns=55)
+    cache.heard(file(8), since)
     assert cache.lookup(1, b"new") is None
     parent = cache.attributes(1)
     assert parent is None or parent[0].mtime_ns != 55
+
+
+def make_directory(cache: EntryCache, number: int = 5) -> None:
+    """As mkdir through this mount does."""
+    cache.heard(directory(1), cache.tick())
+    since = cache.tick()
+    cache.end_entry(cache.begin_entry(1, b"d"), entry=number, at_ns=55, links=1)
+    cache.heard(directory(number), since)
+    cache.made(directory(number), since)
+
+
+def make_file(cache: EntryCache, name: bytes, *, parent: int = 5, number: int = 9) -> None:
+    since = cache.tick()
+    cache.end_entry(cache.begin_entry(parent, name), entry=number, at_ns=56)
+    cache.heard(file(number), since)
+
+
+def test_directory_made_here_is_known_whole(cache: EntryCache, clock: Clock) -> None:
+    make_directory(cache)
+    assert cache.absent(5, b"x") and not cache.absent(1, b"x"), "of the root nobody knows what else there is"
+    make_file(cache, b"x")
+    assert not cache.absent(5, b"x") and cache.absent(5, b"y")
+    cache.end_entry(cache.begin_entry(5, b"x"), entry=0, at_ns=57)
+    assert cache.absent(5, b"x")
+    clock.now_s += 1
+    assert not cache.absent(5, b"y"), "the lease is over"
+    cache.heard(directory(5, changed_ns=57), cache.tick())
+    assert cache.absent(5, b"y"), "and comes back with the directory unchanged"
+    clock.now_s += 1
+    cache.heard(directory(5, changed_ns=58), cache.tick())
+    assert not cache.absent(5, b"y")
+
+
+def test_directory_is_no_longer_known_whole_after_a_revocation(cache: EntryCache) -> None:
+    make_directory(cache)
+    cache.revoked(5)
+    cache.heard(directory(5), cache.tick())
+    assert not cache.absent(5, b"x")
+
+
+def test_nothing_is_absent_while_a_change_is_under_way_or_has_failed(cache: EntryCache) -> None:
+    make_directory(cache)
+    make_file(cache, b"x")
+    change = cache.begin_entry(5, b"x")
+    assert not cache.absent(5, b"x") and not cache.absent(5, b"y")
+    cache.end_entry(change)
+    assert not cache.absent(5, b"x"), "the removal failed, or only its answer was lost"
+
+
+def test_directory_revoked_while_its_making_was_under_way_is_not_known_whole(cache: EntryCache) -> None:
+    cache.heard(directory(1), cache.tick())
+    since = cache.tick()
+    change = cache.begin_entry(1, b"d")
+    cache.revoked(5)
+    cache.end_entry(change, entry=5, at_ns=55, links=1)
+    cache.heard(directory(5), since)
+    cache.made(directory(5), since)
+    assert not cache.absent(5, b"x")
+
+
+def test_entry_made_after_the_lease_lapsed_ends_the_whole_knowledge(cache: EntryCache, clock: Clock) -> None:
+    make_directory(cache)
+    clock.now_s += 2
+    make_file(cache, b"x")
+    cache.heard(directory(5, changed_ns=10), cache.tick())
+    assert not cache.absent(5, b"x") and not cache.absent(5, b"y")
+
+
+def test_too_many_entries_are_not_known_whole(cache: EntryCache) -> None:
+    make_directory(cache)
+    for number in range(ENTRIES_MAX + 1):
+        cache.end_entry(cache.begin_entry(5, b"%d" % number), entry=number + 100, at_ns=56)
+    assert not cache.absent(5, b"none")
 
 
 def test_lost_service_means_that_nothing_is_known(cache: EntryCache) -> None:

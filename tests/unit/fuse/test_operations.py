@@ -355,18 +355,6 @@ async def test_time_now_is_for_whoever_may_write_and_a_given_time_for_the_owner(
 
 
 @staged
-async def test_write_of_an_ordinary_user_clears_setuid(ready: Stage) -> None:
-    fs = ready.one
-    made = await write_file(fs, b"f", b"x")
-    await fs.setattr(made.inode, Changes(mode=0o6777), None, ROOT)
-    opened = await fs.open(made.inode, os.O_WRONLY, USER)
-    await fs.write(opened.handle, 0, b"y")
-    assert (await fs.getattr(made.inode, ROOT)).mode & 0o7777 == 0o777
-    assert made.inode in ready.kernel.attributes_of, "the kernel has the old mode cached"
-    await fs.release(opened.handle)
-
-
-@staged
 async def test_xattrs(ready: Stage) -> None:
     fs = ready.one
     made = await write_file(fs, b"f", b"x")
