@@ -43,6 +43,8 @@ log = logging.getLogger("kvfs.storage")
 
 RECOVER_CHUNKS = 256
 CREATE_RETRY_S = 1.0
+LEAVE_S = 0.5
+"""How long a process that is told to stop waits for the cluster to take notice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,22 @@ async def serve(config: StorageConfig, *, world: World = World(), task_status: t
         process = _Process(config, clock, random, world.net or SystemNet(), disks, workers)
         try:
             await process.run(task_status)
+        except BaseExceptionGroup as group:
+            raise _plain(group) from None
         finally:
             process.close()
     finally:
         workers.close()
         disks.close()
+
+
+def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one typed error that ended the process, instead of the nurseries' group around it."""
+    found, others = group.split(KvfsError)
+    error: BaseException | None = found
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if error is not None and others is None else group
 
 
 class _Process:
@@ -87,6 +100,9 @@ class _Process:
         self._resyncs: dict[int, Resync] = {}
         self._making: set[int] = set()
         self._cluster_id = disks.cluster_id
+        self._stopping = trio.Event()
+        self._serving = trio.CancelScope()
+        self._served = trio.Event()
 
     @property
     def host(self) -> Host:
@@ -94,6 +110,23 @@ class _Process:
         return self._host
 
     async def run(self, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
+        """Until cancelled; then the process leaves in order, with its connections still alive to do so."""
+        async with trio.open_nursery() as outside:
+
+            async def inside() -> None:
+                with trio.CancelScope(shield=True):
+                    await self._run(task_status)
+                outside.cancel_scope.cancel()
+
+            outside.start_soon(inside)
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._stopping.set()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _run(self, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
         config = self._config
         identity = Identity(cluster_id=self._cluster_id, client_id=self._random.bytes(16), role="storage")
         buffers = BufferPool(config.buffer_bytes, name="kvfs-forward")
@@ -101,13 +134,14 @@ class _Process:
             async with ChannelPool(self._net, self._clock, identity) as pool, trio.open_nursery() as nursery:
                 link = ManagerLink(pool, self._clock, self._random, config.managers, identity, exit_when_lost=config.exit_when_lease_lost)
                 self._host = host = Host(config, self._clock, pool, link, self._workers, buffers, nursery)
+                nursery.start_soon(self._leave)
                 for directory in self._disks.directories:
                     for target_id in directory.target_ids:
                         await self._open(directory, target_id, 0, fresh=False)
                 server = RpcServer(self._net, self._clock, identity)
                 server.add("Storage", StorageService(host))
                 await nursery.start(self._follow, link)
-                addresses = await nursery.start(server.serve, config.listen)
+                addresses = await nursery.start(self._serve, server)
                 registered = await link.register(
                     role=cluster.ROLE_STORAGE,
                     node_uuid=self._disks.node.node_uuid,
@@ -123,8 +157,29 @@ class _Process:
                 task_status.started({"addresses": addresses, "node_id": registered.node_id, "cluster_id": registered.cluster_id})
         finally:
             buffers.close()
-        if self._failure is not None:
-            raise self._failure
+
+    async def _serve(self, server: RpcServer, *, task_status: trio.TaskStatus[list[str]]) -> None:
+        with self._serving:
+            await server.serve(self._config.listen, task_status=task_status)
+        self._served.set()
+
+    async def _leave(self) -> None:
+        """Told to stop: the targets leave their chains at once instead of being missed, then the server ends, then all else."""
+        await self._stopping.wait()
+        host = self.host
+        for target in host.targets.values():
+            target.replica.fail("the service is stopping")
+            target.wake()
+        if host.link.lease_valid() and any(target.replica.view is not None for target in host.targets.values()):
+            host.link.report_now()
+            try:
+                await host.link.wait_routing(host.link.routing.version, timeout_s=LEAVE_S)
+            except KvfsError as error:
+                log.debug("leaving: %s", error.message)
+        self._serving.cancel()
+        with trio.move_on_after(LEAVE_S):
+            await self._served.wait()
+        host.nursery.cancel_scope.cancel()
 
     def close(self) -> None:
         for engine in self._engines:

@@ -12,7 +12,7 @@ from kvfs.common import errors
 from kvfs.common.boundary.disk import DiskFile
 from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.checksum import checksums
-from kvfs.common.errors import ConfigError, DirectoryInUse, KvfsError, WrongDataDirectory
+from kvfs.common.errors import AddressInUse, ConfigError, DirectoryInUse, KvfsError, WrongCluster, WrongDataDirectory
 from kvfs.common.ids import chunk_id
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
@@ -229,6 +229,23 @@ def test_wrong_directories_are_refused_untouched(tmp_path: Path) -> None:
             await refused((tmp_path / "manager",), "test", DirectoryInUse)
             assert not (tmp_path / "new" / "node.json").exists()
             await world.start(1, disks=2)
+
+    trio.run(main)
+
+
+def test_a_process_that_cannot_start_says_why(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            await world.start(1)
+            taken = next(address for address in world.started[1]["addresses"] if address.startswith("tcp"))
+            data = (str(tmp_path / "new"),)
+            with pytest.raises(AddressInUse):
+                await server.serve(StorageConfig(data=data, listen=(taken,), cluster_id="test", managers=(world.manager,)))
+            data = (str(tmp_path / "foreign"),)
+            with pytest.raises(WrongCluster):
+                await server.serve(StorageConfig(data=data, cluster_id="another", managers=(world.manager,)))
+            with pytest.raises(DirectoryInUse):
+                await server.serve(StorageConfig(data=(str(tmp_path / "storage-1" / "disk-0"),), cluster_id="test", managers=(world.manager,)))
 
     trio.run(main)
 
