@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from kvfs.common import errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,9 @@ def test_imports_point_down_the_table(folder: str) -> None:
             parts = name.split(".")
             assert parts[0] not in MAY_IMPORT, f"{path}: bare import of {name}; write `from kvfs.{name}`"
             if parts[0] == "kvfs" and len(parts) > 1 and parts[1] in MAY_IMPORT:
-                assert parts[1] == folder or parts[1] in MAY_IMPORT[folder], f"{path.relative_to(ROOT)} imports {name}: {folder} may not import {parts[1]}"
+                assert parts[1] == folder or parts[1] in MAY_IMPORT[folder], (
+                    f"{path.relative_to(ROOT)} imports {name}: {folder} may not import {parts[1]}"
+                )
 
 
 def test_protocol_cores_do_no_io() -> None:
