@@ -25,8 +25,6 @@ from kvfs.common.errors import AddressInUse, ClusterNotFound, FormatTooNew, Wron
 
 FORMAT = 1
 SOCKET_PATH_MAX = 90  # sun_path holds 107 bytes; leave room for the longest file name below run/
-META_NODE = 100
-STORAGE_NODE = 10001
 PORTS = (20000, 32000)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 
-from kvfs.cli import cluster_dir, process
+from kvfs.cli import process
 from kvfs.cli.cluster_dir import ClusterDir
 from kvfs.cli.control import LINE_BYTES_MAX, is_running
 from kvfs.common.errors import DirectoryInUse, KvfsError, SetupError
@@ -81,12 +81,12 @@ def mount_child(cluster: ClusterDir, mount: str) -> Child:
 
 
 def children_of(cluster: ClusterDir) -> list[Child]:
-    def service(name: str, role: str, node_id: int) -> Child:
-        return Child(name, role, kvfs_argv(role, "--config", str(cluster.config_file(name))), node_id)
+    def service(name: str, role: str) -> Child:
+        return Child(name, role, kvfs_argv(role, "--config", str(cluster.config_file(name))))
 
-    made = [service("manager", "manager", 1)]
-    made += [service(name, "storage", cluster_dir.STORAGE_NODE + index) for index, name in enumerate(cluster.storage_names())]
-    made.append(service("meta", "meta", cluster_dir.META_NODE))
+    made = [service("manager", "manager")]
+    made += [service(name, "storage") for name in cluster.storage_names()]
+    made.append(service("meta", "meta"))
     if cluster.mount:
         made.append(mount_child(cluster, cluster.mount))
     return made

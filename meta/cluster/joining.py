@@ -7,6 +7,8 @@ A target that was seen once and that the node comes back without is blank: it ma
 
 from __future__ import annotations
 
+import itertools
+
 from kvfs.common.errors import BadRequest, Busy, InvalidArgument
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.registry import Change, Records
@@ -60,7 +62,8 @@ def plan(records: Records, request: pb.RegisterRequest) -> tuple[Change, pb.Node
 def _new_id(records: Records, request: pb.RegisterRequest) -> int:
     wished = request.node_id
     if not wished:
-        return max(records.nodes, default=0) + 1
+        # The lowest that was never given: ids that others wish for by their configuration lie above, and must not be taken from them.
+        return next(number for number in itertools.count(1) if number not in records.nodes)
     holder = records.nodes.get(wished)
     if holder is None:
         return wished

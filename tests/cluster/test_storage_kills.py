@@ -1,5 +1,5 @@
-"""Three storage processes under SIGKILL, one, two or all at once, while clients write: nothing acknowledged is lost, nothing is applied twice, the
-replicas end byte-identical. KVFS_KILLS_SECONDS and KVFS_KILLS_SEED make it longer and other."""
+"""Three storage processes under SIGKILL, one, two or all at once, while clients write: nothing acknowledged is lost, nothing is
+applied twice, no read goes back in time, the replicas end byte-identical. KVFS_KILLS_SECONDS and KVFS_KILLS_SEED make it longer and other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "storage"))
 import mini_cluster
-from test_recovery import Writers
+from test_recovery import Readers, Writers
 
 SERVE = """
 import sys, trio
@@ -70,7 +70,10 @@ def test_kills_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             await world.create(3, 3, targets_per_disk=2)
             chains = [chain.chain_id for chain in world.routing.chains]
             writers = [Writers(world, chain, 20, seed=seed + chain) for chain in chains]
+            readers = [Readers(world, chain, 0, seed=seed + chain) for chain in chains]
             async with trio.open_nursery() as nursery:
+                for reader in readers:
+                    reader.start(nursery)
                 for writer in writers:
                     for _ in range(3):
                         nursery.start_soon(writer.run)
@@ -89,11 +92,11 @@ def test_kills_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                     if chance.random() < 0.7:
                         await world.settled(3, timeout_s=40)
                 await world.settled(3, timeout_s=60)
-                for writer in writers:
-                    writer.stopping = True
+                for client in (*writers, *readers):
+                    client.stopping = True
             for chain, writer in zip(chains, writers, strict=True):
                 await writer.check()
-                assert await world.assert_identical(chain) == len(writer.expected)
+                assert await world.assert_identical(chain) == len(writer.expected) + 1
 
     try:
         trio.run(main)
