@@ -11,19 +11,18 @@ from collections.abc import Sequence
 
 import trio
 
-from kvfs.common.errors import ChainError, ChunkNotFound, InternalError, InvalidArgument, KvfsError, TargetNotServing, TargetOffline
+from kvfs.common.errors import ChunkNotFound, InternalError, InvalidArgument, KvfsError, TargetNotServing, TargetOffline
 from kvfs.common.ids import CHUNK_ID_BYTES
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.server import Call
-from kvfs.common.wire.service import method
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import ReadOutcome
 from kvfs.storage.host import Host
 from kvfs.storage.target import Target
+from kvfs.storage.versions import Versions
 
 log = logging.getLogger("kvfs.storage")
 
-VERSION = method("Storage", "Version")
 SMALL_BYTES = 64 << 10
 """Reads up to this are tried without a thread ..."""
 SMALL_TOTAL_BYTES = 256 << 10
@@ -31,27 +30,25 @@ SMALL_TOTAL_BYTES = 256 << 10
 SPREAD_BYTES = 1 << 20
 """A worker job reads about this much before a second one is worth its hop."""
 SPREAD_MAX = 4
-RETRY_S = 0.01
 
 
 class Wanted:
     """One read that could not be answered inline."""
 
-    __slots__ = ("io", "place", "result", "target", "version", "view")
+    __slots__ = ("io", "place", "result", "target", "view")
 
     def __init__(self, place: int, io: pb.ReadIO, target: Target, view: memoryview) -> None:
         self.place = place
         self.io = io
         self.target = target
         self.view = view
-        self.version = 0
-        """0: the committed one; else the pending one that the tail has committed."""
         self.result: pb.ReadResult | None = None
 
 
 class Reader:
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, versions: Versions) -> None:
         self._host = host
+        self._versions = versions
 
     def target_for(self, io: pb.ReadIO) -> Target:
         """The target, if it may answer."""
@@ -101,27 +98,29 @@ class Reader:
         except ChunkNotFound:
             # Perhaps only not committed yet.
             meta = target.engine.get(io.chunk_id)
-            if meta is not None and target.replica.successor is not None:
+            if meta is not None:
                 return None
             raise
         except KvfsError as error:
             self._host.note_error(target, error)
             raise
-        if outcome is None or (outcome.pending_version and target.replica.successor is not None):
+        if outcome is None or outcome.pending_version:
             return None
         return _placed(outcome)
 
     async def finish(self, wanted: Sequence[Wanted], deadline: float) -> None:
         """Every wanted read has a result afterwards."""
-        dirty: dict[tuple[int, int], list[Wanted]] = {}
+        dirty: dict[Target, list[Wanted]] = {}
         for want in wanted:
-            tail = self._ask_whom(want)
-            if tail:
-                dirty.setdefault((want.target.target_id, tail), []).append(want)
-        if dirty:
+            if self._versions.whom(want.target, want.io.chunk_id):
+                dirty.setdefault(want.target, []).append(want)
+        if len(dirty) == 1:
+            for target, group in dirty.items():
+                await self._settle(target, group, deadline)
+        elif dirty:
             async with trio.open_nursery() as nursery:
-                for (_, tail), group in dirty.items():
-                    nursery.start_soon(self._settle_dirty, group, tail, deadline)
+                for target, group in dirty.items():
+                    nursery.start_soon(self._settle, target, group, deadline)
         ready = [want for want in wanted if want.result is None]
         groups = _spread(ready)
         jobs = [self._host.workers.submit(lambda group=group: _read_all(group)) for group in groups]  # type: ignore[misc]
@@ -129,54 +128,12 @@ class Reader:
             for want, error in await job.wait():
                 self._host.note_error(want.target, error)
 
-    def _ask_whom(self, want: Wanted) -> int:
-        target = want.target
-        if target.replica.successor is None:
-            return 0
-        return target.replica.ask_whom(want.io.chunk_id, target.stored(want.io.chunk_id, None))
-
-    async def _settle_dirty(self, group: Sequence[Wanted], tail: int, deadline: float) -> None:
-        """Find out which version of each chunk may be read, and wait for it to be here if it is on its way."""
-        target = group[0].target
-        host = self._host
-        while True:
-            try:
-                request = pb.VersionRequest(chain_id=target.chain_id, target_id=tail, chunk_ids=[want.io.chunk_id for want in group])
-                left_s = max(0.01, deadline - host.clock.monotonic())
-                reply = await host.pool.call(host.addresses(tail), VERSION, request, timeout_s=left_s)
-                break
-            except KvfsError as error:
-                refused = error
-            # The tail died or the chain changed: the next look may find another tail, or that this target is it.
-            if host.clock.monotonic() + RETRY_S >= deadline or not target.replica.serving:
-                answer = refused if isinstance(refused, ChainError) else TargetNotServing(f"the tail does not answer: {refused.message}")
-                for want in group:
-                    want.result = _refused(answer)
-                return
-            with trio.move_on_after(RETRY_S):
-                await target.moved.wait()
-            view = target.replica.view
-            assert view is not None
-            tail = view.writable[-1] if view.writable else tail
-            if tail == target.target_id:
-                return
-        for want, version in zip(group, reply.versions, strict=True):
-            await self._choose(want, version, deadline)
-
-    async def _choose(self, want: Wanted, tail_version: int, deadline: float) -> None:
-        target, chunk_id = want.target, want.io.chunk_id
-        stored = target.stored(chunk_id, None)
-        if not target.replica.committed_after(chunk_id, stored, tail_version):
-            return
-        if stored.pending_version == tail_version and not stored.pending_removes:
-            want.version = tail_version
-            return
-        # Committed further down and not written here yet: the update's own driver holds the lock until it is.
+    async def _settle(self, target: Target, group: Sequence[Wanted], deadline: float) -> None:
         try:
-            ticket = await self._host.lock([(target.target_id, chunk_id)], deadline)
-            self._host.unlock(ticket)
+            await self._versions.settle(target, [want.io.chunk_id for want in group], deadline)
         except KvfsError as error:
-            want.result = _refused(error)
+            for want in group:
+                want.result = _refused(error)
 
 
 def _spread(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
@@ -203,7 +160,7 @@ def _read_all(group: Sequence[Wanted]) -> list[tuple[Wanted, KvfsError]]:
         io = want.io
         engine: ChunkEngine = want.target.engine
         try:
-            outcome = engine.read(io.chunk_id, io.offset, io.length, want.view, version=want.version, nowait=False)
+            outcome = engine.read(io.chunk_id, io.offset, io.length, want.view)
             assert outcome is not None
             want.result = _placed(outcome)
         except ChunkNotFound as error:

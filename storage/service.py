@@ -15,7 +15,6 @@ import trio
 
 from kvfs.common.errors import (
     BadRequest,
-    ChainVersionMismatch,
     DeadlineExceeded,
     InternalError,
     InvalidArgument,
@@ -34,6 +33,7 @@ from kvfs.storage.host import Host
 from kvfs.storage.reads import Reader
 from kvfs.storage.target import Target
 from kvfs.storage.updates import Item, Round
+from kvfs.storage.versions import Versions
 
 log = logging.getLogger("kvfs.storage")
 
@@ -88,7 +88,8 @@ class Budget:
 class StorageService:
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._reader = Reader(host)
+        self._versions = Versions(host)
+        self._reader = Reader(host, self._versions)
         self._budget = Budget(host.config.in_flight_bytes)
 
     # --- reads -----------------------------------------------------------------------------------------------------------------------
@@ -116,17 +117,16 @@ class StorageService:
         call.bulk.placed([result.length for result in done])
         return pb.ReadReply(results=done)
 
-    def version(self, request: pb.VersionRequest, call: Call) -> pb.VersionReply:
-        """Asked of the last target of the chain's path: what has it committed?"""
+    def version(self, request: pb.VersionRequest, call: Call) -> pb.VersionReply | Awaitable[pb.VersionReply]:
+        """Asked of the last serving target: what has it committed?"""
         target = self._host.usable(request.target_id)
-        replica = target.replica
-        if not replica.takes_part or replica.successor is not None:
-            raise ChainVersionMismatch(f"target {request.target_id} is not the last of chain {request.chain_id} at version {replica.version}")
-        versions = []
-        for chunk in request.chunk_ids:
-            meta = target.engine.get(chunk)
-            versions.append(meta.version if meta is not None else 0)
+        versions = self._versions.committed(target, request.chunk_ids)
+        if any(self._versions.whom(target, chunk) for chunk in request.chunk_ids):
+            return self._version_later(target, request, call)
         return pb.VersionReply(versions=versions)
+
+    async def _version_later(self, target: Target, request: pb.VersionRequest, call: Call) -> pb.VersionReply:
+        return pb.VersionReply(versions=await self._versions.answer(target, request.chunk_ids, call.deadline - MARGIN_S))
 
     # --- updates ---------------------------------------------------------------------------------------------------------------------
 

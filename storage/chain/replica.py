@@ -65,6 +65,9 @@ _AWAY = frozenset((PublicState.OFFLINE, PublicState.WAITING, PublicState.LASTSRV
 _HEAL_BY_REPLACE = frozenset((errors.MissingUpdate.code, errors.ChecksumMismatch.code))
 
 
+BEHIND = -1
+
+
 class Replica:
     def __init__(self, target_id: int, *, fresh: bool) -> None:
         """`fresh`: made for a chain that has never held anything, so it lacks nothing."""
@@ -180,15 +183,26 @@ class Replica:
     # --- reads -----------------------------------------------------------------------------------------------------------------------
 
     def ask_whom(self, chunk_id: bytes, stored: Stored) -> int:
-        """The target to ask for the committed version before a read (CRAQ 2.3); 0: nobody, what is committed here is the truth.
+        """Before a read, or an answer to another's question: the target to ask for the committed version (CRAQ 2.3); 0: nobody, what is committed
+        here is the truth; BEHIND: nobody, but the update must end first.
 
-        An update under way counts as pending from its first moment, since it may be committed further down before it is written here. The last of
-        the path is asked, syncing or not: it commits first.
+        An update under way counts as pending from its first moment, since it may be committed further down before it is written here. The last
+        serving target knows, except of an update that it forwarded or found: a tail that is gone may have committed it and shown it to readers. (A
+        target that is syncing is never asked: it may not have got the chunk yet.)
         """
-        if self.successor is None or (not stored.pending_version and chunk_id not in self.flights):
+        flight = self.flights.get(chunk_id)
+        if flight is None and not stored.pending_version:
             return 0
         assert self.view is not None
-        return self.view.writable[-1]
+        last = self.view.serving[-1]
+        if last != self.target_id:
+            return last
+        return BEHIND if flight is None or flight.unsure or not flight.clean else 0
+
+    @property
+    def knows_versions(self) -> bool:
+        """Whether this is the target that others ask for committed versions: the last one serving."""
+        return self.serving and (self.successor is None or self.successor.syncing)
 
     def committed_after(self, chunk_id: bytes, stored: Stored, tail_version: int) -> bool:
         """The tail answered: whether it has committed more than is committed here now, so that the read must come after the update."""

@@ -6,7 +6,7 @@ Owns: what a driver must do for each effect, in its plainest form. Disk work hap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import xxhash
 
@@ -16,7 +16,7 @@ from kvfs.storage.chain.compare import Listed, Side, take_differences
 from kvfs.storage.chain.flight import Flight
 from kvfs.storage.chain.locks import ChunkLocks, Ticket
 from kvfs.storage.chain.messages import Incoming, Result, Stored, TagKey
-from kvfs.storage.chain.replica import Replica
+from kvfs.storage.chain.replica import BEHIND, Replica
 from kvfs.storage.chain.view import ChainView, PublicState
 from kvfs.storage.engine.requests import UpdateKind
 
@@ -154,6 +154,7 @@ class World:
         self.nodes = {name: Node(name, place + 1, ModelDisk(), Replica(place + 1, fresh=True)) for place, name in enumerate(names)}
         self.view: ChainView | None = None
         self.exits: list[str] = []
+        self.careful = False
         self.asked: list[tuple[str, str, Callable[[Result | None], None]]] = []
         """Requests that were not answered: (asker, asked, what to tell the asker)."""
 
@@ -226,40 +227,74 @@ class World:
         """A client's read, as the service does it."""
         node = self.nodes[name]
         done = answer or (lambda version, data: self.say(f"{name} -> client: v{version} {data!r}"))
-        if not node.replica.serving:
-            self.say(f"{name} -> client: TargetNotServing")
-            return
-        stored = node.disk.stored(chunk, None)
-        tail = node.replica.ask_whom(chunk, stored)
-        if tail == 0:
-            done(*node.disk.chunks.get(chunk, (0, b"")))
-            return
 
-        def on_version(version: int) -> None:
-            if not node.replica.committed_after(chunk, node.disk.stored(chunk, None), version):
-                done(*node.disk.chunks.get(chunk, (0, b"")))
-            elif chunk in node.replica.flights:
-                # The tail has it: it is committed, and our own copy is about to be. Read behind the update.
-                ticket = node.locks.join([(node.target_id, chunk)])
+        def refuse(why: str) -> None:
+            self.say(f"{name} -> client: TargetNotServing, {why}")
 
-                def behind() -> None:
-                    self._leave(node, ticket)
-                    done(*node.disk.chunks.get(chunk, (0, b"")))
+        def here() -> tuple[int, bytes]:
+            return node.disk.chunks.get(chunk, (0, b""))
 
-                ticket.on_ready = behind
-                if ticket.ready:
-                    behind()
+        def settled(version: int) -> None:
+            if not node.replica.serving or node.replica.committed_after(chunk, node.disk.stored(chunk, None), version):
+                refuse("the update failed here")
             else:
-                self._start(Job(node, None, Change(UpdateKind.WRITE), lambda result: done(*node.disk.chunks.get(chunk, (0, b"")))), chunk)
+                done(*here())
+
+        def answered(version: int | None) -> None:
+            if version is None:
+                refuse("the tail does not answer")
+            elif not node.replica.committed_after(chunk, node.disk.stored(chunk, None), version):
+                done(*here())
+            else:
+                # It is committed, and our own copy is about to be.
+                self._behind(node, chunk, lambda: settled(version))
+
+        def truth() -> None:
+            if not node.replica.serving or node.disk.stored(chunk, None).pending_version:
+                refuse("the update did not end")
+            else:
+                done(*here())
+
+        if not node.replica.serving:
+            refuse(node.replica.phase.value)
+            return
+        tail = node.replica.ask_whom(chunk, node.disk.stored(chunk, None))
+        if tail == 0:
+            done(*here())
+        elif tail == BEHIND:
+            self._behind(node, chunk, truth)
+        else:
+            self._ask_version(node, tail, chunk, answered)
+
+    def _behind(self, node: Node, chunk: bytes, then: Callable[[], None]) -> None:
+        """After the update under way; one that nobody carries is carried to its end first."""
+        self._start(Job(node, None, Change(UpdateKind.WRITE), lambda result: then()), chunk)
+
+    def _ask_version(self, node: Node, tail: int, chunk: bytes, answered: Callable[[int | None], None]) -> None:
+        """CRAQ 2.3: what has the last one committed?"""
+        name = self.name_of(tail)
+
+        def reply(version: int | None) -> None:
+            text = f"version {chunk.decode()} v{version}" if version is not None else "not the tail"
+            self.send(name, node.name, text, lambda back: answered(version if back else None))
 
         def deliver(receiver: Node | None) -> None:
             if receiver is None:
-                self.say(f"{name} -> client: the tail did not answer")
+                answered(None)
                 return
-            version = receiver.disk.stored(chunk, None).version
-            self.send(receiver.name, name, f"version {chunk.decode()} v{version}", lambda back: on_version(version) if back else None)
 
-        self.send(name, self.name_of(tail), f"version? {chunk.decode()}", deliver)
+            def truth() -> None:
+                stored = receiver.disk.stored(chunk, None)
+                reply(None if not receiver.replica.knows_versions or stored.pending_version else stored.version)
+
+            if not receiver.replica.knows_versions:
+                reply(None)
+            elif receiver.replica.ask_whom(chunk, receiver.disk.stored(chunk, None)) == BEHIND:
+                self._behind(receiver, chunk, truth)
+            else:
+                reply(receiver.disk.stored(chunk, None).version)
+
+        self.send(node.name, name, f"version? {chunk.decode()}", deliver)
 
     def kill(self, name: str) -> None:
         self.nodes[name].alive = False
@@ -348,7 +383,9 @@ class World:
                 return
             flight, effects = replica.recover(chunk, stored)
         else:
-            flight, effects = replica.receive(job.incoming, disk.stored(chunk, job.incoming.tag))
+            # A disk that is about to refuse is not a roomy one; unless a dialogue says so, nothing is forwarded before such a disk was asked.
+            incoming = replace(job.incoming, roomy=False) if self.careful and disk.fail_next is not None else job.incoming
+            flight, effects = replica.receive(incoming, disk.stored(chunk, job.incoming.tag))
         if flight.recovery:
             pending = disk.pending[chunk]
             change = Change(UpdateKind.REMOVE if pending.removes else UpdateKind.REPLACE, pending.data, 0, pending.tag)

@@ -63,6 +63,49 @@ class Writers:
                 assert data == self.expected.get(index, b""), (target, index)
 
 
+class Readers:
+    """A chunk that only grows, read at every replica: no read may see less than an acknowledged write or a read that ended before it began."""
+
+    def __init__(self, world: MiniCluster, chain: int, index: int, seed: int) -> None:
+        self.world = world
+        self.chain = chain
+        self.chunk = chunk_id(8, index)
+        self.random = random.Random(seed)
+        self.seen = 0
+        self.reads = 0
+        self.stopping = False
+
+    async def write(self) -> None:
+        length = 0
+        while not self.stopping:
+            piece = self.random.randbytes(self.random.choice((1, 100, 3000)))
+            if length + len(piece) > 1 << 20:
+                return
+            result = await self.world.write(self.chain, self.chunk, piece, offset=length)
+            length += len(piece)
+            assert result.chunk_length in (length, 0), "0: a duplicate whose chunk has moved on"
+            self.seen = max(self.seen, length)
+
+    async def read(self) -> None:
+        while not self.stopping:
+            serving = self.world.routing.serving(self.chain)
+            floor = self.seen
+            try:
+                with trio.move_on_after(3):
+                    target = self.random.choice(serving)
+                    data = await self.world.read(self.chain, self.chunk, 0, 1 << 20, target=target)
+                    assert len(data) >= floor, f"target {target} answered {len(data)} bytes, {floor} were seen before"
+                    self.seen = max(self.seen, len(data))
+                    self.reads += 1
+            except (KvfsError, IndexError):
+                await trio.sleep(0.01)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self.write)
+        for _ in range(2):
+            nursery.start_soon(self.read)
+
+
 async def wait_serving(world: MiniCluster, chain: int, count: int) -> None:
     with trio.fail_after(20):
         while len(world.routing.serving(chain)) != count:
@@ -77,7 +120,9 @@ def test_kill_one_and_bring_it_back_under_load(tmp_path: Path) -> None:
             await world.create(3, 3)
             chain = next(iter(world.routing.chains)).chain_id
             writers = Writers(world, chain, 40, seed=1)
+            readers = Readers(world, chain, 0, seed=1)
             async with trio.open_nursery() as nursery:
+                readers.start(nursery)
                 for _ in range(4):
                     nursery.start_soon(writers.run)
                 for number in (2, 1, 3):
@@ -89,9 +134,10 @@ def test_kill_one_and_bring_it_back_under_load(tmp_path: Path) -> None:
                     assert writers.done > before, "two replicas go on"
                     await world.start(number)
                     await wait_serving(world, chain, 3)
-                writers.stopping = True
+                writers.stopping = readers.stopping = True
             await writers.check()
-            assert await world.assert_identical(chain) == len(writers.expected)
+            assert await world.assert_identical(chain) == len(writers.expected) + 1
+            assert readers.reads > 100
             assert not any(world.ended.values())
 
     trio.run(main)
