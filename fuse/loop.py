@@ -117,6 +117,9 @@ class KernelOperations(pyfuse3.Operations):
     # --- names ---
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        kept = self._fs.kept_entry(parent_inode, name)  # most lookups end here, without a task switch and a deadline
+        if kept is not None:
+            return entry_of(kept)
         return await self._entry("lookup", self._fs.lookup(parent_inode, name, caller_of(ctx)))
 
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -146,6 +149,9 @@ class KernelOperations(pyfuse3.Operations):
     # --- attributes ---
 
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        kept = self._fs.kept_attributes(inode)
+        if kept is not None:
+            return entry_of(kept)
         return await self._entry("getattr", self._fs.getattr(inode, caller_of(ctx)))
 
     async def setattr(self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext) -> EntryAttributes:

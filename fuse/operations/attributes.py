@@ -20,9 +20,9 @@ NOW_MARGIN_NS = 5_000_000_000
 
 class AttributeOperations(Base):
     async def getattr(self, inode: int, caller: Caller) -> Attributes:
-        kept = None if inode in self._writing else self._cache.attributes(inode)
+        kept = self.kept_attributes(inode)
         if kept is not None:
-            return await self._present(*kept)
+            return kept
         return await self._present(*await self._ask(inode))
 
     async def setattr(self, inode: int, changes: Changes, handle: int | None, caller: Caller) -> Attributes:

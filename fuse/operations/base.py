@@ -7,7 +7,7 @@ here is bounded. It must never know the kernel: invalidations go through the cal
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
 import trio
@@ -20,6 +20,7 @@ from kvfs.fuse.allocation import Allocation
 from kvfs.fuse.entry_cache import EntryCache
 from kvfs.fuse.groups import supplementary_groups
 from kvfs.fuse.handles import DirectoryHandle, FileHandle, HandleTable
+from kvfs.fuse.look_ahead import LookAhead
 from kvfs.fuse.model import BLOCK_BYTES, TYPE_BITS, Attributes, Caller
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Base:
         self._files: HandleTable[FileHandle] = HandleTable()
         self._directories: HandleTable[DirectoryHandle] = HandleTable()
         self._allocation = Allocation(client)
+        self._ahead = LookAhead(trio.current_time)
         self._removed: OrderedDict[int, pb.Inode] = OrderedDict()
         """Directories that this mount removed and the kernel still knows: somebody may stand in one."""
         self._writing: dict[int, list[FileHandle]] = {}
@@ -105,12 +107,31 @@ class Base:
         for inode in {opened.inode for opened in self._files}:
             self._invalidate.data(inode)
 
+    def _learn(self, parent: int, entries: Iterable[pb.DirEntry], since: Tick) -> None:
+        """Take in a page of a directory, listed at `since`: the lookups that follow a listing find it here."""
+        for entry in entries:
+            if entry.HasField("attributes") and entry.inode not in self._writing and self._cache.heard(entry.attributes, since):
+                self._cache.entered(parent, entry.name, entry.inode, since)
+
     def _lease(self, inode: pb.Inode, since: Tick) -> float:
         """Take in attributes that a call made at `since` has brought; the seconds that the kernel may keep them, too."""
         if inode.inode in self._writing:
             # Its length and times change here without a call. The kernel, through which those writes come, asks again after each of them.
             return self._cache.lease(inode, since)
         return self._cache.heard(inode, since)
+
+    def kept_entry(self, parent: int, name: bytes) -> Attributes | None:
+        """lookup without a call, when what is known suffices; None: call it."""
+        return self._kept(self._cache.lookup(parent, name))
+
+    def kept_attributes(self, inode: int) -> Attributes | None:
+        """getattr without a call, when what is known suffices; None: call it."""
+        return self._kept(self._cache.attributes(inode))
+
+    def _kept(self, kept: tuple[pb.Inode, float] | None) -> Attributes | None:
+        if kept is None or kept[0].inode in self._writing or self._allocation.unsure(kept[0]):
+            return None
+        return self._attributes(*kept)
 
     async def _ask(self, inode: int) -> tuple[pb.Inode, float]:
         """Attributes from the service, and their lease."""

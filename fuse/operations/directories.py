@@ -80,8 +80,10 @@ class DirectoryOperations(Base):
     async def _next_page(self, directory: DirectoryHandle, position: int) -> None:
         limit = PAGE_ENTRIES if position > DOT_DOT else PAGE_ENTRIES_FIRST
         # As root: the right to list was checked at opendir, and lasts as long as the handle.
+        since = self._cache.tick()
         reply = await self._meta.read_dir(directory.inode, user=ROOT, after=directory.name_before(position), limit=limit, attributes=True)
         directory.page = list(reply.entries)
+        self._learn(directory.inode, directory.page, since)
         directory.page_more = reply.more
         directory.page_position = position
 

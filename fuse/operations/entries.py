@@ -9,8 +9,10 @@ from __future__ import annotations
 import stat
 
 from kvfs.client import User
-from kvfs.common.errors import InvalidArgument, NotFound
+from kvfs.client.user import ROOT
+from kvfs.common.errors import InvalidArgument, KvfsError, NotFound
 from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.look_ahead import PAGE_ENTRIES
 from kvfs.fuse.model import TYPE_OF_BITS, Attributes, Caller
 from kvfs.fuse.operations.base import REMOVED_MAX, Base
 
@@ -20,9 +22,9 @@ RENAME_EXCHANGE = 2
 
 class EntryOperations(Base):
     async def lookup(self, parent: int, name: bytes, caller: Caller) -> Attributes:
-        kept = self._cache.lookup(parent, name)
-        if kept is not None and kept[0].inode not in self._writing:
-            return await self._present(*kept)
+        kept = self.kept_entry(parent, name)
+        if kept is not None:
+            return kept
         if self._cache.ending(parent):
             await self._ask(parent)
         if self._cache.absent(parent, name):
@@ -38,7 +40,21 @@ class EntryOperations(Base):
         found = reply.inodes[0]
         lease_s = self._lease(found, since)
         self._cache.entered(parent, name, found.inode, since)
+        after = self._ahead.missed(parent)
+        if after is not None:
+            await self._look_ahead(parent, after)
         return await self._present(found, lease_s)
+
+    async def _look_ahead(self, parent: int, after: bytes) -> None:
+        """Somebody looks at one entry of the directory after another: fetch a page of them in one call."""
+        try:
+            since = self._cache.tick()
+            reply = await self._meta.read_dir(parent, user=ROOT, after=after, limit=PAGE_ENTRIES, attributes=True)
+        except KvfsError:
+            return  # a guess that failed: whoever needs the entries asks for them
+        self._learn(parent, reply.entries, since)
+        if reply.entries:
+            self._ahead.listed(parent, reply.entries[-1].name, reply.more)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
         kind = TYPE_OF_BITS.get(stat.S_IFMT(mode) or stat.S_IFREG)

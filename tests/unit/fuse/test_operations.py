@@ -169,6 +169,24 @@ async def test_path_under_leases_costs_no_call(ready: Stage) -> None:
 
 
 @staged
+async def test_looking_at_every_entry_costs_few_calls(ready: Stage) -> None:
+    directory = (await ready.two.mkdir(1, b"d", 0o755, ROOT)).inode
+    for number in range(100):
+        await ready.two.mknod(directory, b"n%03d" % number, stat.S_IFREG | number, 0, ROOT)
+    await ready.one.lookup(1, b"d", ROOT)
+    before = ready.calls()
+    for number in range(100):
+        assert (await ready.one.lookup(directory, b"n%03d" % number, ROOT)).mode & 0o777 == number
+    assert ready.calls() - before < 20
+    await ready.two.setattr((await ready.two.lookup(directory, b"n050", ROOT)).inode, Changes(mode=0o777), None, ROOT)
+    assert (await ready.one.lookup(directory, b"n050", ROOT)).mode & 0o777 == 0o777
+    assert ready.one.kept_entry(directory, b"n051") is not None
+    before = ready.calls()
+    await listing(ready.two, directory)
+    assert ready.calls() == before
+
+
+@staged
 async def test_what_the_other_mount_changes_is_seen_at_once(ready: Stage) -> None:
     one, two = ready.one, ready.two
     directory = (await one.mkdir(1, b"d", 0o755, ROOT)).inode
