@@ -38,6 +38,11 @@ class FileHandle:
         return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
 
     @property
+    def direct(self) -> bool:
+        """Its bytes do not go through the kernel's page cache."""
+        return self.append or not self.readable
+
+    @property
     def append(self) -> bool:
         return bool(self.flags & os.O_APPEND)
 

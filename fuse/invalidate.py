@@ -36,6 +36,10 @@ class Invalidator:
     def data(self, inode: int) -> None:
         self._put(inode, False)
 
+    async def data_now(self, inode: int) -> None:
+        """Not while the kernel waits for us with a lock of this file that invalidating needs: reads are fine, since they are answered meanwhile."""
+        await self._tell(partial(_invalidate_inode, inode, False))
+
     def _put(self, inode: int, attributes_only: bool) -> None:
         try:
             self._send.send_nowait((inode, attributes_only))

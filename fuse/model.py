@@ -73,7 +73,7 @@ class Opened:
     keep_cache: bool
     """The kernel's cached pages of the file are still true."""
     direct_io: bool
-    """The kernel must not cache pages of this handle: its idea of where the bytes land may be wrong (O_APPEND)."""
+    """The kernel must not cache pages of this handle."""
 
 
 @dataclass(frozen=True, slots=True)

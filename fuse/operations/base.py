@@ -38,6 +38,9 @@ class Invalidate(Protocol):
 
     def data(self, inode: int) -> None: ...
 
+    async def data_now(self, inode: int) -> None:
+        """The same, and returns when the kernel has."""
+
 
 Tick = tuple[int, float]
 """When a call was made, as EntryCache counts."""
@@ -49,6 +52,8 @@ class NoKernel:
     def attributes(self, inode: int) -> None: ...
 
     def data(self, inode: int) -> None: ...
+
+    async def data_now(self, inode: int) -> None: ...
 
 
 class Base:
@@ -67,6 +72,8 @@ class Base:
         """Directories that this mount removed and the kernel still knows: somebody may stand in one."""
         self._writing: dict[int, list[FileHandle]] = {}
         """Handles open for writing, by inode."""
+        self._cached_opens: dict[int, int] = {}
+        """Open handles that go through the kernel's page cache, by inode."""
         self._seen: OrderedDict[int, int] = OrderedDict()
         """inode -> data_version that the kernel's cached pages stand for, at this mount's last open."""
 

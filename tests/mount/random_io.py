@@ -61,6 +61,8 @@ class Handle:
     caller: Caller
     fd: int
     append: bool
+    blind: bool = False
+    """Open for writing only."""
     mapping: mmap.mmap | None = None
 
 
@@ -114,9 +116,9 @@ class Verifier:
     def handle(self) -> Handle:
         if len(self.handles) < 2 or (len(self.handles) < self.handles_max and self.random.random() < 0.05):
             caller = self.random.choice(self.callers)
-            append = self.random.random() < 0.15
-            fd = caller.open(self.path, os.O_RDWR | (os.O_APPEND if append else 0))
-            self.handles.append(Handle(caller, fd, append))
+            append, blind = self.random.random() < 0.15, self.random.random() < 0.2
+            fd = caller.open(self.path, (os.O_WRONLY if blind else os.O_RDWR) | (os.O_APPEND if append else 0))
+            self.handles.append(Handle(caller, fd, append, blind))
         return self.random.choice(self.handles)
 
     def plain(self) -> Handle:
@@ -126,6 +128,14 @@ class Verifier:
                 return handle
         self.close_all()
         return self.plain()
+
+    def seeing(self) -> Handle:
+        for _ in range(100):
+            handle = self.handle()
+            if not handle.blind:
+                return handle
+        self.close_all()
+        return self.seeing()
 
     def close(self, handle: Handle) -> None:
         if handle.mapping is not None:
@@ -197,7 +207,7 @@ class Verifier:
         return f"append +{len(data)} fd {handle.fd}"
 
     def read(self) -> str:
-        handle, offset, length = self.handle(), self.offset(), self.length()
+        handle, offset, length = self.seeing(), self.offset(), self.length()
         got = handle.caller.pread(handle.fd, length, offset)
         expected = max(0, min(length, len(self.model) - offset))
         assert len(got) == expected, f"read of {length} at {offset} gave {len(got)} bytes, should be {expected} (file of {len(self.model)})"
@@ -205,7 +215,7 @@ class Verifier:
         return f"read {offset} +{length} fd {handle.fd}"
 
     def map_read(self) -> str:
-        handle = next((handle for handle in self.handles if isinstance(handle.caller, Here) and not handle.append), None)
+        handle = next((handle for handle in self.handles if isinstance(handle.caller, Here) and not handle.blind and not handle.append), None)
         if handle is None or not self.model:
             return self.read()
         if handle.mapping is None or len(handle.mapping) > len(self.model) or self.random.random() < 0.3:

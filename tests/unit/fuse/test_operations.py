@@ -36,6 +36,9 @@ class Kernel:
     def data(self, inode: int) -> None:
         self.data_of.append(inode)
 
+    async def data_now(self, inode: int) -> None:
+        self.data_of.append(inode)
+
 
 @dataclass
 class Stage:
@@ -245,6 +248,27 @@ async def test_append_goes_to_the_end_wherever_the_kernel_thinks_it_is(ready: St
         await fs.flush(opened.handle)
         await fs.release(opened.handle)
     assert await read_file(ready.one, made.inode, 100) == b"a0b0a1b1a2b2a3b3a4b4"
+
+
+@staged
+async def test_write_past_the_page_cache_invalidates_what_readers_have(ready: Stage) -> None:
+    fs = ready.one
+    writer, made = await fs.create(1, b"f", 0o644, os.O_WRONLY, ROOT)
+    assert writer.direct_io
+    await fs.write(writer.handle, 0, b"one")
+    assert ready.kernel.data_of == [], "nobody reads it"
+    reader = await fs.open(made.inode, os.O_RDONLY, ROOT)
+    both = await fs.open(made.inode, os.O_RDWR, ROOT)
+    assert not reader.direct_io and not both.direct_io
+    await fs.write(writer.handle, 0, b"two")
+    assert ready.kernel.data_of == [made.inode]
+    await fs.write(both.handle, 0, b"three")
+    assert ready.kernel.data_of == [made.inode], "through the page cache: the kernel knows"
+    for opened in (reader, both):
+        await fs.release(opened.handle)
+    await fs.write(writer.handle, 0, b"four")
+    assert ready.kernel.data_of == [made.inode]
+    await fs.release(writer.handle)
 
 
 @staged
