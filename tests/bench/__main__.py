@@ -41,6 +41,22 @@ PLAN: list[tuple[str, str, int, bool]] = [
 ]
 
 
+ROUNDS = 3
+REPEATABLE = {"seq_write", "seq_read", "random_read", "stat", "open_close", "listing"}
+"""Workloads that leave things as they found them; the best round of each side counts."""
+
+
+def touch_memory(directory: Path, mib: int) -> None:
+    """Write and delete as much as the test will: a virtual machine gets a page of memory only when it is first touched, and that costs more than
+    the copy into it. Whoever came first would pay for all."""
+    path = directory / "touch"
+    block = bytes(1 << 20)
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(mib):
+            file.write(block)
+    path.unlink()
+
+
 class Bench:
     def __init__(self, base: Path, replicas: int, scale: Scale) -> None:
         self.scale, self.replicas = scale, replicas
@@ -70,14 +86,20 @@ class Bench:
         (self.mount / "m").mkdir()
         (self.mount / "n").mkdir()
         sides = (("local", str(self.local)), ("mount", str(self.mount / "m")), ("native", str(self.cluster.path)))
+        touch_memory(self.local, 4 * self.scale.file_mib)
         for label, workload, streams, fresh in PLAN:
-            if fresh:
-                self.remount()
-            for kind, where in sides:
-                result = run(kind, where, workload, streams, self.scale, [] if kind == "local" else self.pids())
-                if label:
-                    self.results.append((label, result))
-                    console.print(f"  replicas {self.replicas}: {label}: {kind} {result.rate:,.0f}/s", style="dim")
+            best: dict[str, Result] = {}
+            for _ in range(ROUNDS if workload in REPEATABLE else 1):  # the sides take turns: a noisy minute hits all of them
+                if fresh:
+                    self.remount()
+                for kind, where in sides:
+                    result = run(kind, where, workload, streams, self.scale, [] if kind == "local" else self.pids())
+                    if kind not in best or result.wall_s < best[kind].wall_s:
+                        best[kind] = result
+            if label:
+                self.results += [(label, result) for result in best.values()]
+                rates = ", ".join(f"{kind} {result.rate:,.0f}/s" for kind, result in best.items())
+                console.print(f"  replicas {self.replicas}: {label}: {rates}", style="dim")
 
     def close(self) -> None:
         if control.is_running(self.cluster.control_socket):
