@@ -1,9 +1,12 @@
 """How many bytes of a file are really stored (st_blocks), so that `du` is right for sparse files.
 
 The rule, chosen to be cheap: a file of at most one chunk counts its length (it is stored or it is not, and asking would cost each stat of a small
-file a call). A longer one is asked of the storage: one LastChunk per chain of its layout, at once, whose answers are added. The sum is kept as
-long as the file's version stays the same; while somebody has it open for writing, for ASK_AGAIN_S. When the storage does not answer within
-ASK_TIMEOUT_S the length is taken. Invariants: at most KEPT_MAX sums are kept; a sum never comes from another version of the file. It must never
+file a call). A longer one is asked of the storage: one LastChunk per chain of its layout, at once, whose answers are added. The sum is kept
+as long as the file's
+version stays the same; while somebody has it open for writing, for ASK_AGAIN_S. LastChunk takes as long as the file has chunks: when it
+does not answer
+within ASK_TIMEOUT_S there are very many of them (or a service is away), and the length is taken, for TRUST_LENGTH_S.
+Invariants: at most KEPT_MAX sums are kept; a sum never comes from another version of the file. It must never
 make a stat fail.
 """
 
@@ -20,7 +23,8 @@ from kvfs.fuse.model import BLOCK_BYTES
 
 KEPT_MAX = 65_536
 ASK_AGAIN_S = 1.0
-ASK_TIMEOUT_S = 3.0
+ASK_TIMEOUT_S = 0.5
+TRUST_LENGTH_S = 60.0
 ASKED_AT_ONCE = 16
 
 Version = tuple[int, int, int, int]
@@ -29,7 +33,8 @@ Version = tuple[int, int, int, int]
 class Allocation:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
-        self._kept: OrderedDict[int, tuple[Version, int, float]] = OrderedDict()
+        # inode -> (version, blocks, asked at, how long that holds while somebody writes)
+        self._kept: OrderedDict[int, tuple[Version, int, float, float]] = OrderedDict()
 
     @staticmethod
     def _version(inode: pb.Inode) -> Version:
@@ -43,9 +48,11 @@ class Allocation:
         kept = self._kept.get(inode.inode)
         if kept is None:
             return None
-        version, blocks, asked_at = kept
-        fresh = version == self._version(inode) and (inode.writers == 0 or trio.current_time() - asked_at < ASK_AGAIN_S)
-        return blocks if fresh else None
+        version, blocks, asked_at, lasts_s = kept
+        fresh = trio.current_time() - asked_at < lasts_s
+        if inode.writers:
+            return blocks if fresh else None  # its version changes with every report of a writer
+        return blocks if version == self._version(inode) and (fresh or lasts_s == ASK_AGAIN_S) else None
 
     async def blocks(self, inode: pb.Inode, length: int) -> int:
         total: int | None = None
@@ -55,7 +62,7 @@ class Allocation:
         except* KvfsError:
             total = None
         blocks = -(-(length if total is None else total) // BLOCK_BYTES)
-        self._kept[inode.inode] = (self._version(inode) if total is not None else (-1, 0, 0, 0), blocks, trio.current_time())
+        self._kept[inode.inode] = (self._version(inode), blocks, trio.current_time(), TRUST_LENGTH_S if total is None else ASK_AGAIN_S)
         self._kept.move_to_end(inode.inode)
         if len(self._kept) > KEPT_MAX:
             self._kept.popitem(last=False)

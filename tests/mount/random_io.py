@@ -91,8 +91,8 @@ class Verifier:
         os.close(os.open(self.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666))
         os.chmod(self.path, 0o666)
         weighted: list[tuple[Callable[[], str], float]] = [
-            (self.write, 34), (self.read, 34), (self.map_read, 6), (self.truncate, 5), (self.append, 5), (self.stat, 6),
-            (self.fsync, 1), (self.reopen, 6), (self.write_far, 2), (self.switch, 0.3), (self.truncate_path, 0.7),
+            (self.write, 38), (self.read, 38), (self.map_read, 8), (self.truncate, 2.5), (self.append, 1.5), (self.stat, 5),
+            (self.fsync, 0.5), (self.reopen, 3), (self.write_far, 1.5), (self.switch, 0.2), (self.truncate_path, 0.5),
         ]  # fmt: skip
         chosen = [call for call, _ in weighted]
         weights = [weight for _, weight in weighted]
