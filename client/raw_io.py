@@ -43,6 +43,7 @@ class RawFile(io.RawIOBase):
         self._borrowed_until = 0.0
         self._borrowed_token = 0
         self._steps = 0
+        self._sequential_end = 0
         self._closing = False
         self._orphaned: list[tuple[int, bytes]] = []
         """Written by a buffer's finalizer that ran in the client's own thread: goes out with the close that follows."""
@@ -104,17 +105,23 @@ class RawFile(io.RawIOBase):
             start = self._position - self._borrowed_at
             fresh = self._borrowed_token == self._file.token and _CLOCK.monotonic() < self._borrowed_until and not self.closed
             if fresh and 0 <= start < len(borrowed):
-                return borrowed[start : start + size]
+                part = borrowed[start : start + size]
+                self._sequential_end = self._position + len(part)
+                return part
             self._give_back()
         self._check(self._readable, "reading")
         if size >= BORROW_BYTES:
+            self._sequential_end = self._position + size
             return None
-        return self._borrow(size)[:size]
+        part = self._borrow(size)[:size]
+        self._sequential_end = self._position + len(part)
+        return part
 
     def _borrow(self, size: int) -> memoryview:
-        # Small at first: a reader of a header shall not make the cluster read megabytes.
-        self._steps += 1
-        length = min(BORROW_BYTES, max(size, FIRST_BORROW_BYTES if self._steps == 1 else BORROW_BYTES))
+        # Small at first: a reader of a header shall not make the cluster read megabytes; and no more than asked for where the reader jumped to.
+        self._steps = self._steps + 1 if self._position == self._sequential_end else 0
+        ahead = (0, FIRST_BORROW_BYTES, BORROW_BYTES)[min(self._steps, 2)]
+        length = min(BORROW_BYTES, max(size, ahead))
         handle = self._handle()
         self._borrowed_token = handle.token  # before the read: what changes meanwhile makes it stale
         self._borrowed_until = _CLOCK.monotonic() + STALE_S

@@ -70,8 +70,7 @@ class NativeSide:
         return self.client.open(f"/{path}", mode, buffering=0)
 
     def pread(self, file: Any, view: memoryview, offset: int) -> int:
-        file.seek(offset)
-        return int(file.readinto(view))
+        return int(file.preadv([view], offset))
 
     def mkdir(self, path: str) -> None:
         self.client.makedirs(f"/{path}", exist_ok=True)

@@ -112,6 +112,20 @@ def test_sequential_reading_in_small_steps_borrows_what_was_read_ahead(client: C
     client.unlink("/long")
 
 
+def test_random_small_reads_fetch_what_they_ask_for(client: Client) -> None:
+    """A reader that jumps about must not make the cluster read megabytes for each of its few bytes."""
+    data = os.urandom(8 << 20)
+    client.write_bytes("/jumps", data)
+    before = client.counters.read_bytes
+    offsets = [((number * 2_654_435_761) % (8 << 20)) // 4096 * 4096 for number in range(1, 31)]
+    view = bytearray(4096)
+    with client.open("/jumps", "rb", buffering=0) as file:
+        for offset in offsets:
+            file.seek(offset)
+            assert file.readinto(view) == 4096 and view == data[offset : offset + 4096]
+    assert client.counters.read_bytes - before <= 30 * 64 * 1024
+
+
 def test_a_reader_sees_its_own_files_writes_at_once(client: Client) -> None:
     with client.open("/own", "w+b", buffering=0) as raw:
         raw.write(b"a" * 100_000)
