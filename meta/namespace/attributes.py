@@ -117,6 +117,7 @@ def truncate(step: Step, inode: pb.Inode, length: int) -> None:
         inode.truncate_version += 1
         step.txn.set(keys.cut(number), records.encode_cut(Cut(cut_to, inode.truncate_version)))
         step.cuts.append(number)
+        inode.chunks_possible = True  # the cut leaves the boundary chunk with the new length, also where there was none
     elif length < inode.length:
         inode.truncate_version += 1
     if length != inode.length or step.cuts:

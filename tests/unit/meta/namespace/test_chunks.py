@@ -105,3 +105,21 @@ def test_a_recursive_removal_leaves_no_chunk() -> None:
             assert [inode.inode for inode in reply.inodes] == [1]
 
     run(test)
+
+
+def test_a_file_grown_through_an_open_handle_and_never_written_leaves_no_chunk() -> None:
+    """Growing it makes its boundary chunk: the removal must know that there can be one."""
+
+    async def test() -> None:
+        async with whole() as cluster, cluster.client() as client:
+            file = await client.open("/grown", "wb")
+            await file.truncate(SIZE + SIZE // 2)
+            await file.aclose()
+            number = (await client.stat("/grown")).inode
+            assert (await client.stat("/grown")).length == SIZE + SIZE // 2
+            assert await client.read_bytes("/grown") == bytes(SIZE + SIZE // 2)
+            await client.unlink("/grown")
+            assert (await client.meta.collect_garbage()).gc_pending == 0
+            assert await chunks(client, number) == {}
+
+    run(test)
