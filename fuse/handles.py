@@ -28,6 +28,8 @@ class FileHandle:
     flags: int
     user: User
     file: OpenFile
+    strip_privileges: bool
+    """The next write must clear setuid and setgid first: the opener is not root, and the kernel does it only for what goes through its page cache."""
 
     @property
     def readable(self) -> bool:

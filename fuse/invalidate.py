@@ -36,6 +36,9 @@ class Invalidator:
     def data(self, inode: int) -> None:
         self._put(inode, False)
 
+    async def attributes_now(self, inode: int) -> None:
+        await self._tell(partial(_invalidate_inode, inode, True))
+
     async def data_now(self, inode: int) -> None:
         """Not while the kernel waits for us with a lock of this file that invalidating needs: reads are fine, since they are answered meanwhile."""
         await self._tell(partial(_invalidate_inode, inode, False))

@@ -38,6 +38,9 @@ class Invalidate(Protocol):
 
     def data(self, inode: int) -> None: ...
 
+    async def attributes_now(self, inode: int) -> None:
+        """The same, and returns when the kernel has."""
+
     async def data_now(self, inode: int) -> None:
         """The same, and returns when the kernel has."""
 
@@ -52,6 +55,8 @@ class NoKernel:
     def attributes(self, inode: int) -> None: ...
 
     def data(self, inode: int) -> None: ...
+
+    async def attributes_now(self, inode: int) -> None: ...
 
     async def data_now(self, inode: int) -> None: ...
 

@@ -89,7 +89,8 @@ class FileOperations(Base):
         return opened, await self._present(inode, self._lease(inode, since))
 
     def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
-        handle = FileHandle(inode.inode, flags, user, file)
+        privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
+        handle = FileHandle(inode.inode, flags, user, file, strip_privileges=bool(privileged) and user.uid != 0)
         if handle.writable:
             self._writing.setdefault(inode.inode, []).append(handle)
         if not handle.direct:
@@ -110,6 +111,8 @@ class FileOperations(Base):
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         opened = self._files.get(handle)
+        if opened.strip_privileges and opened.direct:
+            await self._strip_privileges(opened)
         if opened.append:
             await opened.file.append([data])
         else:
@@ -118,6 +121,17 @@ class FileOperations(Base):
             # Somebody here reads the file, perhaps through a mapping: the pages that these bytes went past must go before write(2) returns.
             await self._invalidate.data_now(opened.inode)
         return len(data)
+
+    async def _strip_privileges(self, opened: FileHandle) -> None:
+        opened.strip_privileges = False
+        inode = (await self._meta.get_attr([opened.inode], user=ROOT))[0]
+        mode = inode.mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            mode &= ~stat.S_ISGID
+        if mode != inode.mode:
+            await self._meta.set_attr(opened.inode, user=ROOT, mode=mode)
+            self._cache.changing(opened.inode)
+            await self._invalidate.attributes_now(opened.inode)
 
     async def flush(self, handle: int) -> None:
         """close(2) of one descriptor. What was written is on every replica, and its length known to all, when this returns."""

@@ -36,6 +36,9 @@ class Kernel:
     def data(self, inode: int) -> None:
         self.data_of.append(inode)
 
+    async def attributes_now(self, inode: int) -> None:
+        self.attributes_of.append(inode)
+
     async def data_now(self, inode: int) -> None:
         self.data_of.append(inode)
 
@@ -394,6 +397,18 @@ async def test_time_now_is_for_whoever_may_write_and_a_given_time_for_the_owner(
     assert abs(found.mtime_ns - now) < 5 * 10**9
     with pytest.raises(NotPermitted):
         await fs.setattr(made.inode, Changes(mtime_ns=12345), None, USER)
+
+
+@staged
+async def test_write_of_an_ordinary_user_clears_setuid(ready: Stage) -> None:
+    fs = ready.one
+    made = await write_file(fs, b"f", b"x")
+    await fs.setattr(made.inode, Changes(mode=0o6777), None, ROOT)
+    opened = await fs.open(made.inode, os.O_WRONLY, USER)
+    await fs.write(opened.handle, 0, b"y")
+    assert (await fs.getattr(made.inode, ROOT)).mode & 0o7777 == 0o777
+    assert ready.kernel.attributes_of == [made.inode], "the kernel has the old mode cached"
+    await fs.release(opened.handle)
 
 
 @staged
