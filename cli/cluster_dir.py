@@ -18,7 +18,7 @@ import random
 import socket
 import tempfile
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kvfs.common.errors import AddressInUse, ClusterNotFound, FormatTooNew, WrongDataDirectory
@@ -49,7 +49,6 @@ class ClusterDir:
     chunk_size_bytes: int = 1 << 20
     lease_ms: int = 2000
     format: int = FORMAT
-    extra: dict[str, object] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -347,10 +346,3 @@ def spawn_supervisor(path: Path, *, restart: bool) -> subprocess.Popen[bytes]:
     arguments = ["supervise", str(path)] + ([] if restart else ["--no-restart"])
     with open(path / "log" / "supervisor.log", "ab") as out:
         return subprocess.Popen(kvfs_argv(*arguments), stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/")
-
-
-def terminate(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except ProcessLookupError:
-        pass  # it ended by itself

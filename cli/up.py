@@ -15,7 +15,7 @@ from kvfs.cli.bring_up import bring_up
 from kvfs.cli.context import Options, common_options, err_console, guarded, print_json
 from kvfs.cli.mount import check_mount_point
 from kvfs.cli.status import collect, print_status
-from kvfs.cli.supervisor import Supervisor, run_supervisor, spawn_supervisor
+from kvfs.cli.supervisor import run_supervisor, spawn_supervisor
 from kvfs.common.errors import SetupError, WrongDataDirectory
 
 UP_TIMEOUT_S = 120.0
@@ -206,6 +206,3 @@ def supervise(directory: Path, no_restart: bool) -> None:
         await bring_up(cluster)
 
     sys.exit(run_supervisor(cluster, restart=not no_restart, bring_up=chains))
-
-
-__all__ = ["Supervisor", "down", "prepare", "start", "start_detached", "stop", "stop_supervisor", "supervise", "up"]
