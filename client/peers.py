@@ -67,6 +67,7 @@ class Counters:
     written_bytes: int = 0
     write_requests: int = 0
     write_retries: int = 0
+    touches_dropped: int = 0
     meta_calls: int = 0
     meta_retries: int = 0
     routing_refreshes: int = 0

@@ -15,6 +15,7 @@ import trio
 from kvfs.client.config import ClientConfig
 from kvfs.client.peers import Counters, Peers
 from kvfs.client.retry import Attempts
+from kvfs.client.storage_blocks import BlockPath, Probe, Touch
 from kvfs.client.storage_reads import ChunkRead, ReadDone, ReadPath
 from kvfs.client.storage_writes import ChunkWrite, WriteDone, WritePath
 from kvfs.client.tags import Channels
@@ -30,6 +31,7 @@ LAST_CHUNK = method("Storage", "LastChunk")
 LIST_CHUNKS = method("Storage", "ListChunks")
 STATUS = method("Storage", "Status")
 CHECK_TARGET = method("Storage", "CheckTarget")
+KV_EVICT = method("Storage", "KvEvict")
 NO_END = 0
 
 
@@ -42,6 +44,7 @@ class StorageClient:
         self._channels = Channels(client_id, config.channels)
         self._reads = ReadPath(peers, config, self._refresh_in_background)
         self._writes = WritePath(peers, config, self._channels)
+        self._blocks = BlockPath(peers, config, nursery)
 
     @property
     def routing(self) -> Routing:
@@ -54,6 +57,29 @@ class StorageClient:
     async def read(self, reads: Sequence[ChunkRead], *, deadline_s: float | None = None) -> list[ReadDone]:
         """Verified bytes of every range, or an error. Holes have length 0. See storage_reads.py."""
         return await self._reads.read(reads, deadline_s=deadline_s)
+
+    async def read_each(self, reads: Sequence[ChunkRead], *, deadline_s: float | None = None) -> list[ReadDone | KvfsError]:
+        """The outcome of each; never raises for a failed read. A hole has found=False."""
+        return await self._reads.read_each(reads, deadline_s=deadline_s)
+
+    async def probe(self, probes: Sequence[Probe], *, deadline_s: float | None = None) -> list[bytes | KvfsError]:
+        """Which KV-cache blocks are there: a bitmap for each probe, or why it could not be asked. Never raises for one. See storage_blocks.py."""
+        return await self._blocks.probe(probes, deadline_s=deadline_s)
+
+    def touch(self, touches: Sequence[Touch]) -> None:
+        """Blocks were used. Advice that nobody waits for: told a moment later, or not at all."""
+        self._blocks.touch(touches)
+
+    async def space_stats(self, inode: int = 0) -> list[pb.KvSpaceStats]:
+        """What every target that can be asked tells of a space's blocks; inode 0: of all spaces."""
+        return await self._blocks.space_stats(inode)
+
+    async def evict(self, chain_id: int, inode: int, blocks: int) -> int:
+        """Remove the least recently touched blocks of a space on one chain; gives how many went."""
+        reply: pb.KvEvictReply = await self._at_head(
+            chain_id, KV_EVICT, lambda version, target: pb.KvEvictRequest(target_id=target, inode=inode, blocks=blocks)
+        )
+        return reply.evicted
 
     async def write(self, writes: Sequence[ChunkWrite], *, deadline_s: float | None = None) -> list[WriteDone]:
         """All acknowledged, or the error of one that was not (the others have been tried all the same)."""

@@ -66,6 +66,22 @@ class ReadPath:
 
     async def read(self, reads: Sequence[ChunkRead], *, deadline_s: float | None = None) -> list[ReadDone]:
         """All of them, in order, or the error of one that could not be read."""
+        run, attempts = self._begin(reads, deadline_s)
+        while run.pending:
+            await self._step(run, attempts)
+        return [done for done in run.done if done is not None]
+
+    async def read_each(self, reads: Sequence[ChunkRead], *, deadline_s: float | None = None) -> list[ReadDone | KvfsError]:
+        """The outcome of each, in order. Never raises for a read that failed."""
+        run, attempts = self._begin(reads, deadline_s)
+        while run.pending:
+            try:
+                await self._step(run, attempts)
+            except KvfsError as error:
+                run.give_up(error)
+        return [done or run.errors[index] for index, done in enumerate(run.done)]
+
+    def _begin(self, reads: Sequence[ChunkRead], deadline_s: float | None) -> tuple[_Run, Attempts]:
         config, peers = self._config, self._peers
         attempts = Attempts(
             peers.clock,
@@ -75,28 +91,30 @@ class ReadPath:
             first_s=config.backoff_first_s,
             max_s=config.backoff_max_s,
         )
-        run = _Run(reads)
         peers.counters.reads += len(reads)
-        while run.pending:
-            groups, stuck = self._plan(run, peers.routing)
-            if groups:
-                timeout_s = attempts.timeout_s()
-                if len(groups) == 1:
-                    await self._ask(run, groups[0], timeout_s)
-                else:
-                    async with trio.open_nursery() as nursery:
-                        for group in groups:
-                            nursery.start_soon(self._ask, run, group, timeout_s)
-                run.pending = [index for index in run.pending if run.done[index] is None]
-            elif stuck is not None:
-                final = run.final_error()
-                if final is not None:
-                    raise final
-                await peers.refresh(min(attempts.left_s(), config.read_attempt_s))
-                await attempts.wait(stuck)
-                run.tried.clear()
-                run.rounds += 1
-        return [done for done in run.done if done is not None]
+        return _Run(reads), attempts
+
+    async def _step(self, run: _Run, attempts: Attempts) -> None:
+        """One attempt at what is pending, at other replicas than before; or, where none is left, a wait for newer routing."""
+        config, peers = self._config, self._peers
+        groups, stuck = self._plan(run, peers.routing)
+        if groups:
+            timeout_s = attempts.timeout_s()
+            if len(groups) == 1:
+                await self._ask(run, groups[0], timeout_s)
+            else:
+                async with trio.open_nursery() as nursery:
+                    for group in groups:
+                        nursery.start_soon(self._ask, run, group, timeout_s)
+            run.pending = [index for index in run.pending if run.done[index] is None]
+        elif stuck is not None:
+            final = run.final_error()
+            if final is not None:
+                raise final
+            await peers.refresh(min(attempts.left_s(), config.read_attempt_s))
+            await attempts.wait(stuck)
+            run.tried.clear()
+            run.rounds += 1
 
     def _plan(self, run: _Run, routing: Routing) -> tuple[list[Group], KvfsError | None]:
         """Groups to ask now; without any, the error that everything is stuck on."""
@@ -216,8 +234,15 @@ class _Run:
 
     def final_error(self) -> KvfsError | None:
         """An error that no waiting will mend, where one read has met such from every replica."""
-        for index in self.pending:
-            error = self.errors.get(index)
-            if error is not None and (not worth_retrying(error) or (isinstance(error, DataError) and self.rounds >= DAMAGED_ROUNDS)):
-                return error
-        return None
+        return next((self.errors[index] for index in self.pending if self._final(index)), None)
+
+    def _final(self, index: int) -> bool:
+        error = self.errors.get(index)
+        return error is not None and (not worth_retrying(error) or (isinstance(error, DataError) and self.rounds >= DAMAGED_ROUNDS))
+
+    def give_up(self, error: KvfsError) -> None:
+        """Those that met an error for good are over, the others go on; if there are none such, the error is everyone's."""
+        final = [index for index in self.pending if self._final(index)]
+        if not final:
+            self.errors.update(dict.fromkeys(self.pending, error))
+        self.pending = [index for index in self.pending if index not in final] if final else []

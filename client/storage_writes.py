@@ -34,7 +34,7 @@ REFUSED_TIMES = 4
 
 @dataclass(slots=True)
 class ChunkWrite:
-    """An update of one chunk: WRITE needs `data`, of `length` bytes; TRUNCATE sets the chunk's length; REMOVE neither."""
+    """An update of one chunk: WRITE and CREATE need `data`, of `length` bytes; TRUNCATE sets the chunk's length; REMOVE neither."""
 
     chain_id: int
     chunk_id: ChunkId
@@ -43,6 +43,10 @@ class ChunkWrite:
     chunk_size: int
     data: Buffer | None = None
     kind: pb.UpdateKind = pb.WRITE
+    slab_bytes: int = 0
+    """CREATE: the size of the block on disk."""
+    space: pb.KvSpace | None = None
+    """CREATE: what the storage services are to know of the block's space."""
 
 
 @dataclass(slots=True)
@@ -134,6 +138,7 @@ class WritePath:
         counters.write_requests += 1
         request = pb.WriteRequest()
         memory: list[Buffer] = []
+        spaces: dict[int, pb.KvSpace] = {}
         add = request.writes.add
         for index, target in zip(group.indexes, group.targets, strict=True):
             write = run.writes[index]
@@ -148,9 +153,13 @@ class WritePath:
                 checksums=run.checksums(index),
                 tag=run.tags[index],
                 target_id=target,
+                slab_bytes=write.slab_bytes,
             )
+            if write.space is not None:
+                spaces[write.space.inode] = write.space
             if write.data is not None:
                 memory.append(write.data)
+        request.spaces.extend(spaces.values())
         try:
             reply = await self._peers.caller.call(group.addresses, WRITE, request, timeout_s=timeout_s, send=memory)
         except KvfsError as error:

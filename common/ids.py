@@ -20,11 +20,29 @@ ChunkId = NewType("ChunkId", bytes)
 ROOT_INODE = InodeId(1)
 CHUNK_ID_BYTES = 24
 MAX_INODE = (1 << 60) - 1
+SPACE_BIT = 1 << 59
+"""Set in the inode of a KV-cache space, whose chunks are blocks."""
+DIGEST_BYTES = 16
+"""Of a block's key: the end of its chunk id."""
 
 
 def chunk_id(inode: int, index: int) -> ChunkId:
     """The id of chunk `index` (from 0) of a file."""
     return ChunkId(inode.to_bytes(8, "big") + index.to_bytes(16, "big"))
+
+
+def block_id(inode: int, digest: bytes) -> ChunkId:
+    """The id of a KV-cache block."""
+    return ChunkId(inode.to_bytes(8, "big") + digest)
+
+
+def is_space(inode: int) -> bool:
+    return inode & SPACE_BIT != 0
+
+
+def is_block(chunk: bytes) -> bool:
+    """Whether a chunk is a KV-cache block."""
+    return chunk[0] & (SPACE_BIT >> 56) != 0
 
 
 def chunk_inode(chunk: bytes) -> InodeId:

@@ -16,6 +16,7 @@ import trio
 
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import ChecksumMismatch, KvfsError
+from kvfs.common.ids import is_block
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.channel import Buffer
@@ -48,6 +49,7 @@ class Parcel:
     buffers: list[Buffer] = field(default_factory=list)
     borrowed: list[Span] = field(default_factory=list)
     """Of our own pool, to be given back."""
+    spaces: dict[int, pb.KvSpace] = field(default_factory=dict)
 
 
 class Forwarder:
@@ -102,7 +104,7 @@ class Forwarder:
                             except KvfsError as error:
                                 effects += self._fail(effect, error)
                     if parcel.effects:
-                        request = pb.WriteRequest(writes=parcel.writes, from_target=parcel.writes[0].from_target)
+                        request = pb.WriteRequest(writes=parcel.writes, from_target=parcel.writes[0].from_target, spaces=parcel.spaces.values())
                         reply = await self._host.pool.call(addresses, WRITE, request, timeout_s=timeout_s, send=parcel.buffers)
                         results = reply.results
                 except trio.TooSlowError:
@@ -145,6 +147,9 @@ class Forwarder:
         )
         if key is not None:
             _set_tag(write, key)
+        if is_block(item.chunk_id):
+            write.slab_bytes = target.slab_bytes(item.chunk_id) if io is None else io.slab_bytes
+            target.retention.tell_space(item.chunk_id, parcel.spaces)
         buffer: Buffer | None = None
         if effect.kind is UpdateKind.REPLACE and not self._came_whole(item, flight):
             write.length = flight.length

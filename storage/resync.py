@@ -16,6 +16,7 @@ import trio
 
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import ChainError, ChecksumMismatch, KvfsError, from_wire
+from kvfs.common.ids import is_block
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.channel import Buffer
@@ -174,6 +175,7 @@ class Resync:
         borrowed: list[Span] = []
         try:
             writes: list[pb.WriteIO] = []
+            spaces: dict[int, pb.KvSpace] = {}
             for chunk in chunks:
                 meta = target.engine.get(chunk)
                 write = pb.WriteIO(
@@ -189,11 +191,14 @@ class Resync:
                 )
                 if meta is not None and meta.version:
                     write.kind, write.update_version, write.length = pb.REPLACE, meta.version, meta.length
+                    if is_block(chunk):
+                        write.slab_bytes = target.slab_bytes(chunk)
+                        target.retention.tell_space(chunk, spaces)
                     if meta.length:
                         borrowed.append(await host.buffers.acquire(meta.length))
                 writes.append(write)
             await host.workers.run(lambda: self._read(writes, borrowed))
-            request = pb.WriteRequest(writes=writes, from_target=target.target_id)
+            request = pb.WriteRequest(writes=writes, from_target=target.target_id, spaces=spaces.values())
             reply = await host.pool.call(host.addresses(self._successor), WRITE, request, timeout_s=CALL_S, send=borrowed)
             if len(reply.results) != len(writes):
                 raise ChainError(f"target {self._successor} answered {len(reply.results)} of {len(writes)} writes")

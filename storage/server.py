@@ -34,6 +34,7 @@ from kvfs.storage.disks import DataDirectory, Disks, OpenDisk, infos, openable
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.host import Host
 from kvfs.storage.resync import Resync
+from kvfs.storage.retention.retention import Retention
 from kvfs.storage.service import StorageService
 from kvfs.storage.target import Target
 from kvfs.storage.updates import carry_on
@@ -217,7 +218,9 @@ class _Process:
                 raise
             log.error("target %d cannot be opened and stays out of service: %s", target_id, error.message)
             replica.fail(error.message)
-        target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica)
+        retention = Retention(self._clock, engine)
+        await self._workers.run(retention.load)
+        target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica, retention)
         target.refresh_space()
         self.host.targets[target_id] = target
         return target

@@ -21,7 +21,7 @@ from kvfs.common.errors import (
     KvfsError,
     TargetNotServing,
 )
-from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id
+from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_block, is_space
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
@@ -31,6 +31,7 @@ from kvfs.storage.engine.requests import Tag, UpdateKind
 from kvfs.storage.forwards import MAX_CHUNK_BYTES
 from kvfs.storage.host import Host
 from kvfs.storage.reads import Reader
+from kvfs.storage.retention.calls import RetentionCalls, note_blocks
 from kvfs.storage.target import Target
 from kvfs.storage.updates import Item, Round
 from kvfs.storage.versions import Versions
@@ -42,7 +43,7 @@ MARGIN_S = 0.05
 LIST_LIMIT = 4096
 CLIENT_ID_BYTES = 16
 REMOVE_LIMIT = 4096
-_WITH_BYTES = (pb.WRITE, pb.REPLACE)
+_WITH_BYTES = (pb.WRITE, pb.REPLACE, pb.CREATE)
 
 
 class Budget:
@@ -91,6 +92,8 @@ class StorageService:
         self._versions = Versions(host)
         self._reader = Reader(host, self._versions)
         self._budget = Budget(host.config.in_flight_bytes)
+        calls = RetentionCalls(host)
+        self.kv_probe, self.kv_touch, self.kv_stats = calls.probe, calls.touch, calls.stats
 
     # --- reads -----------------------------------------------------------------------------------------------------------------------
 
@@ -98,11 +101,12 @@ class StorageService:
         """Inline when everything is small and cached; else the rest in the background."""
         results, wanted = self._reader.begin(request, call)
         if not wanted:
+            note_blocks(self._host, request.reads, results)
             call.bulk.placed([result.length for result in results if result is not None])
             return pb.ReadReply(results=results)  # type: ignore[arg-type]
-        return self._read_rest(results, wanted, call)
+        return self._read_rest(request, results, wanted, call)
 
-    async def _read_rest(self, results: list[pb.ReadResult | None], wanted: list, call: Call) -> pb.ReadReply:  # type: ignore[type-arg]
+    async def _read_rest(self, request: pb.ReadRequest, results: list[pb.ReadResult | None], wanted: list, call: Call) -> pb.ReadReply:  # type: ignore[type-arg]
         count = sum(want.io.length for want in wanted)
         await self._budget.take(count, call.remaining_s())
         try:
@@ -114,6 +118,7 @@ class StorageService:
         done = [result for result in results if result is not None]
         if len(done) != len(results):
             raise InternalError("a read was left without a result")
+        note_blocks(self._host, request.reads, done)
         call.bulk.placed([result.length for result in done])
         return pb.ReadReply(results=done)
 
@@ -138,11 +143,22 @@ class StorageService:
             self._host.link.check_lease()
             await self._budget.take(count, call.remaining_s())
         try:
+            self._learn(request)
             results = await self._update(request.writes, views, call.bulk.spans(), from_client, call.deadline - MARGIN_S)
         finally:
             if from_client:
                 self._budget.give(count)
         return pb.WriteReply(results=[_to_wire(result) for result in results])
+
+    def _learn(self, request: pb.WriteRequest) -> None:
+        """What a request says of the spaces whose blocks it carries."""
+        if not request.spaces:
+            return
+        spaces = {space.inode: space for space in request.spaces}
+        for inode, target_id in {(chunk_inode(io.chunk_id), io.target_id) for io in request.writes}:
+            target = self._host.targets.get(target_id)
+            if target is not None and inode in spaces and is_space(inode):
+                target.retention.learn(spaces[inode])
 
     async def _update(
         self, writes: Sequence[pb.WriteIO], views: Sequence[memoryview], spans: Sequence[Span], from_client: bool, deadline: float
@@ -187,6 +203,7 @@ class StorageService:
             raise InvalidArgument(f"a chunk size of {io.chunk_size}: 1 to {MAX_CHUNK_BYTES}")
         if io.tag.client_id and len(io.tag.client_id) != CLIENT_ID_BYTES:
             raise InvalidArgument(f"a tag's client id has {CLIENT_ID_BYTES} bytes, not {len(io.tag.client_id)}")
+        _check_block(io, from_client)
         tag = TagKey(io.tag.client_id, io.tag.channel, io.tag.sequence) if io.tag.client_id else None
         incoming = Incoming(
             chunk_id=io.chunk_id,
@@ -346,6 +363,17 @@ async def drop_leftovers(host: Host, target: Target, deadline: float) -> None:
             target.engine.drop_pending([chunk])
         finally:
             host.unlock(ticket)
+
+
+def _check_block(io: pb.WriteIO, from_client: bool) -> None:
+    """A KV-cache block is made whole, and never changed."""
+    if io.kind == pb.CREATE:
+        if not is_block(io.chunk_id):
+            raise InvalidArgument("CREATE is for the blocks of KV-cache spaces")
+        if io.offset or not io.length:
+            raise InvalidArgument(f"a block is made whole and is not empty: offset {io.offset}, length {io.length}")
+    elif from_client and io.kind != pb.REMOVE and is_block(io.chunk_id):
+        raise InvalidArgument(f"a block of a KV-cache space is never changed: {pb.UpdateKind.Name(io.kind)} refused")
 
 
 def _to_wire(result: Result) -> pb.WriteResult:

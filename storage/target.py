@@ -19,6 +19,7 @@ from kvfs.storage.chain.replica import Replica
 from kvfs.storage.chain.view import LocalState, PublicState
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import Space, Tag, UpdateKind
+from kvfs.storage.retention.retention import Retention
 from kvfs.storage.workers import WorkerPool
 
 log = logging.getLogger("kvfs.storage")
@@ -39,7 +40,9 @@ class Progress:
 
 
 class Target:
-    def __init__(self, target_id: int, chain_id: int, disk: int, path: str, engine: ChunkEngine | None, replica: Replica) -> None:
+    def __init__(
+        self, target_id: int, chain_id: int, disk: int, path: str, engine: ChunkEngine | None, replica: Replica, retention: Retention
+    ) -> None:
         self.target_id = target_id
         self.chain_id = chain_id
         self.disk = disk
@@ -47,6 +50,7 @@ class Target:
         self._engine = engine
         """None: it could not be opened; the replica is failed then."""
         self.replica = replica
+        self.retention = retention
         self.moved = trio.Event()
         """Set, and replaced, at every change of the chain."""
         self.forwards: dict[trio.CancelScope, int] = {}
@@ -104,6 +108,14 @@ class Target:
         meta = self.engine.get(chunk_id)
         tag = meta.pending.tag if meta is not None and meta.pending is not None else None
         return TagKey(tag.client_id, tag.channel, tag.sequence) if tag is not None else None
+
+    def slab_bytes(self, chunk_id: bytes) -> int:
+        """The block class of a chunk's newest version; 0: it has no block."""
+        meta = self.engine.get(chunk_id)
+        block = None
+        if meta is not None:
+            block = meta.pending.content.block if meta.pending is not None else meta.block
+        return block.block_bytes if block is not None else 0
 
     # --- space -----------------------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from kvfs.common.errors import InternalError, KvfsError
+from kvfs.common.ids import is_block
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.storage.chain import messages as m
@@ -166,6 +167,9 @@ class Round:
         flight, result = effect.flight, effect.result
         item = self._owners.pop(flight)
         item.flight = None
+        if is_block(item.chunk_id):
+            at_head = item.incoming is not None and item.incoming.from_target == 0
+            item.target.retention.settled(item.chunk_id, result.status, at_head=at_head)
         if flight.recovery and result.status == 0:
             if item.incoming is not None:
                 return self._receive(item)  # now the update itself
@@ -329,6 +333,7 @@ def _update(flight: Flight, item: Item, chain_version: int) -> Update:
         update_version=flight.update_version,
         chunk_size=io.chunk_size,
         chain_version=chain_version,
+        slab_bytes=io.slab_bytes,
         tag=Tag(item.tag.client_id, item.tag.channel, item.tag.sequence) if item.tag is not None else None,
     )
 

@@ -17,6 +17,7 @@ Must never: reply success before everyone after this target in the chain has com
 from __future__ import annotations
 
 import enum
+from dataclasses import replace
 
 from kvfs.common import errors
 from kvfs.storage.chain.fence import Fence
@@ -227,6 +228,8 @@ class Replica:
                 return refusal(errors.NotChainHead, self.version)
             if incoming.kind is UpdateKind.REPLACE:
                 return refusal(errors.BadRequest, self.version, "REPLACE is for replicas")
+        elif incoming.kind is UpdateKind.CREATE:
+            return refusal(errors.BadRequest, self.version, "CREATE is for the head")
         elif incoming.from_target != self.predecessor:
             return refusal(errors.ChainVersionMismatch, self.version, f"target {incoming.from_target} is not before {self.target_id}")
         return None
@@ -241,7 +244,8 @@ class Replica:
         elif answer is None:
             answer = self._screen_forward(incoming, stored)
         version = incoming.update_version if incoming.from_target else stored.version + 1
-        flight = Flight(incoming.chunk_id, incoming.kind, version, incoming)
+        kind = UpdateKind.WRITE if incoming.kind is UpdateKind.CREATE else incoming.kind  # the question was answered here, at the head
+        flight = Flight(incoming.chunk_id, kind, version, incoming)
         if answer is not None:
             flight.done = True
             effects: list[FlightEffect] = [Reply(flight, answer)]
@@ -273,6 +277,9 @@ class Replica:
         nothing = incoming.kind is UpdateKind.REMOVE or (incoming.kind is UpdateKind.TRUNCATE and incoming.length == 0)
         if nothing and stored.version == 0:
             return Result(chain_version=self.version)
+        if incoming.kind is UpdateKind.CREATE and stored.version:
+            refused = refusal(errors.AlreadyExists, self.version, f"chunk {incoming.chunk_id.hex()} is there already")
+            return replace(refused, version=stored.version, length=stored.length, checksum=stored.checksum)
         return None
 
     def _screen_forward(self, incoming: Incoming, stored: Stored) -> Result | None:

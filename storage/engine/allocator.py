@@ -307,6 +307,15 @@ class Allocator:
             growth = min(growth, max(0, self._config.capacity_bytes - self.group_bytes_total))
         return held, self.group_bytes_total - held + growth
 
+    def class_space(self, block_bytes: int) -> tuple[int, int]:
+        """(bytes of its groups, blocks of it that chunks hold)."""
+        cls = self._classes.get(block_bytes)
+        if cls is None:
+            return 0, 0
+        taken = sum(group.blocks - group.free.bit_count() for group in cls.groups.values())
+        waiting = sum(block.block_bytes == block_bytes for block in self.waiting())
+        return len(cls.groups) * cls.group_bytes, taken - waiting
+
     def _class(self, block_bytes: int) -> _Class:
         cls = self._classes.get(block_bytes)
         if cls is None:

@@ -18,7 +18,7 @@ from kvfs.common.boundary.disk import DiskFile
 from kvfs.common.checksum import CHECKSUM_UNIT_BYTES, checksums, xxh3_64
 from kvfs.common.errors import ChecksumMismatch, InvalidArgument
 from kvfs.storage.engine.chunk import CHECKSUM_BYTES, EMPTY, Content
-from kvfs.storage.engine.classes import LARGEST_BLOCK_BYTES, Block, block_bytes_for
+from kvfs.storage.engine.classes import BLOCK_ALIGNMENT_BYTES, LARGEST_BLOCK_BYTES, Block, block_bytes_for
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.requests import Update, UpdateKind
 
@@ -61,6 +61,8 @@ def check(update: Update) -> None:
         raise InvalidArgument(f"a {kind.name} has no offset, this one has {update.offset}")
     if update.offset < 0 or update.length < 0 or end > limit:
         raise InvalidArgument(f"an update of bytes {update.offset}..{end} in a chunk of at most {limit}")
+    if update.slab_bytes % BLOCK_ALIGNMENT_BYTES or (update.slab_bytes and not end <= update.slab_bytes <= LARGEST_BLOCK_BYTES):
+        raise InvalidArgument(f"{end} bytes in a block of {update.slab_bytes}: it must hold them, in a multiple of {BLOCK_ALIGNMENT_BYTES}")
     if kind == UpdateKind.TRUNCATE:
         return
     if update.data is None or len(update.data) != update.length or (kind == UpdateKind.WRITE and not update.length):
@@ -76,8 +78,8 @@ def new_block_bytes(old: Content, update: Update) -> int:
         block = old.block
         if block is not None and not old.sealed and update.offset >= old.stored and end <= block.block_bytes:
             return 0
-        return block_bytes_for(max(end, old.stored))
-    return block_bytes_for(update.length) if update.kind == UpdateKind.REPLACE and update.length else 0
+        return update.slab_bytes or block_bytes_for(max(end, old.stored))
+    return update.slab_bytes or block_bytes_for(update.length) if update.kind == UpdateKind.REPLACE and update.length else 0
 
 
 class ContentWriter:

@@ -147,6 +147,11 @@ class ChunkEngine:
             used, free = self._ledger.allocator.space()
             return Space(used + free, used, free, self._ledger.chunks)
 
+    def slab_space(self, block_bytes: int) -> tuple[int, int]:
+        """Of one block class: (bytes taken from the disk, blocks that chunks hold)."""
+        with self._ledger.lock:
+            return self._ledger.allocator.class_space(block_bytes)
+
     def check(self, *, read_data: bool = False) -> CheckReport:
         """fsck: structure always; read_data reads every stored byte against its checksum. The engine stands still during the structural part."""
         return check_target(self._ledger, read_data)

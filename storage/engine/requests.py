@@ -19,6 +19,8 @@ class UpdateKind(enum.IntEnum):
     REMOVE = 2
     REPLACE = 3
     """The whole chunk, with its versions, as the predecessor has it."""
+    CREATE = 4
+    """A WRITE of the whole chunk, only if it is not there. Of the chain's head alone: it makes a WRITE of it, so the engine never meets one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Update:
     """REPLACE only: the chain version that goes with `update_version` (others get it at commit)."""
     mtime_ns: int = 0
     """0: the engine's clock."""
+    slab_bytes: int = 0
+    """The block class of a KV-cache block; 0: by length."""
     tag: Tag | None = None
     """Prepare only: whose update it is, kept with the pending version (without the result), so that a commit after a restart can record it."""
 

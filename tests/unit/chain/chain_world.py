@@ -393,6 +393,8 @@ class World:
             job.node.jobs[flight] = first
         else:
             job.node.jobs[flight] = job
+            if job.change.kind is UpdateKind.CREATE and not flight.done:
+                job.change = replace(job.change, kind=flight.kind)  # what is written and forwarded is what the core made of it
         self._effects(job.node, effects)
 
     def _effects(self, node: Node, effects: list[m.FlightEffect]) -> None:

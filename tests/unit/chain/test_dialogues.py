@@ -2,7 +2,7 @@
 
     > chain 2 A B C?            a chain version; A serving, C syncing (~ waiting, ! offline, * lastsrv); "@AB": only these learn of it
     > write A c1 hello #x.1     a client's update arrives at A; #client.number is its tag, +5 an offset, "old" a chain version that was, e.g. =1
-    > truncate A c1 3 / remove A c1 / read A c1
+    > truncate A c1 3 / remove A c1 / create A c1 hello #x.1 / read A c1
     > run / deliver N / lose N / again N        messages: all; the Nth under way (from 1); lost; delivered, and once more later
     > hold A / release A        A's disk works no more / does what has come up
     > fail A NoSpace / flip A   A's next write to disk fails so, or goes wrong unnoticed
@@ -69,7 +69,7 @@ def do(world: World, line: str) -> None:
     number = int(words[0]) - 1 if words and words[0].isdecimal() else 0
     if command == "chain":
         world.chain(int(words[0]), *states(words[1:]))
-    elif command in ("write", "truncate", "remove"):
+    elif command in ("write", "truncate", "remove", "create"):
         update(world, UpdateKind[command.upper()], words)
     elif command == "read":
         world.read(words[0], words[1].encode())

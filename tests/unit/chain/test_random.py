@@ -69,11 +69,13 @@ class Client:
     def begin(self) -> None:
         self.sequence += 1
         tag = TagKey(b"%d" % self.number, 0, self.sequence)
-        kind = self.run.random.choices((UpdateKind.WRITE, UpdateKind.TRUNCATE, UpdateKind.REMOVE), (8, 1, 1))[0]
+        kind = self.run.random.choices((UpdateKind.WRITE, UpdateKind.TRUNCATE, UpdateKind.REMOVE, UpdateKind.CREATE), (8, 1, 1, 2))[0]
         data = f"[{self.number}.{self.sequence}]".encode()
         offset = self.run.random.choice((0, 5, 10))
         if self.run.appends:
             kind, offset = UpdateKind.WRITE, -1
+        if kind is UpdateKind.CREATE:
+            offset = 0
         if kind is UpdateKind.TRUNCATE:
             data = b"t" * self.run.random.randrange(1, 8)
         self.change = Change(kind, data, offset, tag)
@@ -105,7 +107,7 @@ class Client:
             self.run.acknowledged.append((self.number, self.sequence))
             self.run.seen[self.chunk] = max(self.run.seen.get(self.chunk, 0), result.length)
             self.change = None
-        elif result.status in (113, 501):  # refused cleanly: it did not happen
+        elif result.status in (102, 113, 501):  # refused cleanly: it did not happen
             self.change = None
             self.run.refused.add((self.number, self.sequence))
 

@@ -87,7 +87,7 @@ class FakeStorage:
         views = iter(await call.bulk.source())
         failure = self.fail_writes.pop(0) if self.fail_writes else None
         for io in request.writes:
-            view = next(views) if io.kind == storage_pb2.WRITE else None
+            view = next(views) if io.kind in (storage_pb2.WRITE, storage_pb2.CREATE) else None
             if failure is not None:
                 reply.results.add(status=failure.code, message=failure.message)
                 continue

@@ -1,0 +1,133 @@
+"""The RPCs about KV-cache blocks: probes, touches, statistics.
+
+Owns the way of their bytes: digests stay one string of 16 bytes each, and no message is made for a key. What belongs to one entry of a batch is
+answered as its status. Anything large is done in slices, so that other requests get their turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+
+import trio
+
+from kvfs.common.errors import ChunkNotFound, InvalidArgument, KvfsError, TargetNotServing
+from kvfs.common.ids import DIGEST_BYTES, is_block, is_space
+from kvfs.common.wire import base_pb2 as base
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.server import Call
+from kvfs.storage.host import Host
+from kvfs.storage.retention.table import pack_bits
+from kvfs.storage.target import Target
+
+SLICE_BYTES = 8192 * DIGEST_BYTES
+"""Digests looked at in one go: about a millisecond."""
+
+
+class RetentionCalls:
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def probe(self, request: pb.KvProbeRequest, call: Call) -> pb.KvProbeReply | Awaitable[pb.KvProbeReply]:
+        """At any serving target: what was acknowledged is on all of them."""
+        if sum(len(probe.digests) for probe in request.probes) > SLICE_BYTES:
+            return self._probe_slowly(request)
+        return pb.KvProbeReply(results=[self._probe(probe) for probe in request.probes])
+
+    async def _probe_slowly(self, request: pb.KvProbeRequest) -> pb.KvProbeReply:
+        reply = pb.KvProbeReply()
+        for probe in request.probes:
+            starts = range(0, max(1, len(probe.digests)), SLICE_BYTES)
+            parts: dict[int, bytes] = {}
+            for start in reversed(starts) if probe.touch else starts:  # the last digest is touched first
+                part = pb.KvProbe(target_id=probe.target_id, inode=probe.inode, digests=probe.digests[start : start + SLICE_BYTES], touch=probe.touch)
+                result = self._probe(part)
+                parts[start] = result.present
+                if result.status:
+                    parts.clear()
+                    break
+                await trio.lowlevel.checkpoint()
+            reply.results.add(status=result.status, present=b"".join(parts[start] for start in sorted(parts)))
+        return reply
+
+    def _probe(self, probe: pb.KvProbe) -> pb.KvProbeResult:
+        try:
+            target = self._serving(probe.target_id)
+            _check(probe.inode, probe.digests)
+        except KvfsError as error:
+            return pb.KvProbeResult(status=error.code)
+        return pb.KvProbeResult(present=pack_bits(target.retention.probe(probe.inode, probe.digests, touch=probe.touch)))
+
+    def _serving(self, target_id: int) -> Target:
+        target = self._host.usable(target_id)
+        if not target.replica.serving or not self._host.link.lease_valid():
+            raise TargetNotServing(f"target {target_id} is {target.replica.public.name.lower()}, {target.replica.phase.value}")
+        return target
+
+    async def touch(self, request: pb.KvTouchRequest, call: Call) -> base.Empty:
+        """Touches of targets that are not here or not known are void: they are advice."""
+        for touch in request.touches:
+            _check(touch.inode, touch.digests)
+            target = self._host.targets.get(touch.target_id)
+            if target is None or not target.opened:
+                continue
+            for start in range(0, len(touch.digests), SLICE_BYTES):
+                target.retention.touch(touch.inode, touch.digests[start : start + SLICE_BYTES], told=touch.from_target != 0)
+                await trio.lowlevel.checkpoint()
+        return base.Empty()
+
+    def stats(self, request: pb.KvStatsRequest, call: Call) -> pb.KvStatsReply:
+        reply = pb.KvStatsReply()
+        for target_id, target in sorted(self._host.targets.items()):
+            if not target.opened:
+                continue
+            tables = target.retention.tables
+            for inode in [request.inode] if request.inode else sorted(tables):
+                if inode in tables:
+                    reply.spaces.append(_stats(target_id, target, inode))
+        return reply
+
+
+def note_blocks(host: Host, reads: Sequence[pb.ReadIO], results: Sequence[pb.ReadResult | None]) -> None:
+    """The blocks among the reads of a request were touched."""
+    found: dict[int, list[bytes]] = {}
+    missed: dict[int, list[bytes]] = {}
+    for io, result in zip(reads, results, strict=True):
+        if result is not None and is_block(io.chunk_id):
+            if result.status == 0:
+                found.setdefault(io.target_id, []).append(io.chunk_id)
+            elif result.status == ChunkNotFound.code:
+                missed.setdefault(io.target_id, []).append(io.chunk_id)
+    for target_id in found.keys() | missed.keys():
+        host.targets[target_id].retention.note_reads(found.get(target_id, ()), missed.get(target_id, ()))
+
+
+def _check(inode: int, digests: bytes) -> None:
+    if not is_space(inode):
+        raise InvalidArgument(f"inode {inode} is no KV-cache space")
+    if len(digests) % DIGEST_BYTES:
+        raise InvalidArgument(f"{len(digests)} bytes of digests: {DIGEST_BYTES} each")
+
+
+def _stats(target_id: int, target: Target, inode: int) -> pb.KvSpaceStats:
+    table = target.retention.tables[inode]
+    replica = target.replica
+    group_bytes, used_blocks = target.engine.slab_space(table.slab_bytes)
+    counts = table.counts
+    return pb.KvSpaceStats(
+        target_id=target_id,
+        inode=inode,
+        head=replica.serving and replica.predecessor == 0,
+        blocks=len(table),
+        bytes=table.bytes,
+        block_space=table.block_space,
+        allocated_bytes=group_bytes * len(table) // used_blocks if used_blocks else 0,
+        hits=counts.hits,
+        misses=counts.misses,
+        stored=counts.stored,
+        present=counts.present,
+        evicted=counts.evicted,
+        expired=counts.expired,
+        removed=counts.removed,
+        quota_bytes=table.policy.quota_bytes,
+        ttl_ms=table.policy.ttl_ms,
+    )

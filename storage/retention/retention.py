@@ -1,0 +1,198 @@
+"""What one target knows of its KV-cache blocks: the face of retention to the rest of the service.
+
+Owns the target's tables and what is to be told of them: touches not yet in the log, touches not yet told to the other replicas, policies and counters
+that changed. Runs in trio's thread and never waits. Invariants: after `settled` the table says what the chunk index says; what is queued is bounded
+by the number of blocks, since each block stands in a queue once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import trio
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.errors import AlreadyExists, NoSpace
+from kvfs.common.ids import DIGEST_BYTES, SPACE_BIT, chunk_inode
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.retention.policy import Reason, Victim
+from kvfs.storage.retention.table import Policy, SpaceTable
+
+_PAGE = 4096
+_BEHIND_FILES = (SPACE_BIT - 1).to_bytes(8, "big") + b"\xff" * DIGEST_BYTES
+"""Blocks come behind all chunks of files."""
+_INODE_BYTES = 8
+
+
+class Retention:
+    def __init__(self, clock: Clock, engine: ChunkEngine | None) -> None:
+        self._clock = clock
+        self._engine = engine
+        self._now_ms = 0
+        self.tables: dict[int, SpaceTable] = {}
+        self.touched: dict[int, dict[bytes, None]] = {}
+        """For the log, and for the followers of a head: the order of the last touches."""
+        self.local: dict[int, dict[bytes, None]] = {}
+        """Those that no other replica told of: for the head."""
+        self.changed: set[int] = set()
+        """Spaces with a policy or counters that the log does not know."""
+        self.pressed = False
+        """A put was refused for lack of space."""
+        self.grown_bytes = 0
+        """Taken by new blocks since the fullness of the target was looked at."""
+        self.grown_limit_bytes = 0
+        self.wake = trio.Event()
+        """There may be something to evict."""
+        self._doomed: dict[tuple[int, bytes], Reason] = {}
+
+    def load(self) -> None:
+        """Blocking, before anything else: the tables from the chunk index. Every block counts as touched when it was written."""
+        if self._engine is None:
+            return
+        found: dict[int, list[tuple[int, bytes, int]]] = {}
+        slabs: dict[int, int] = {}
+        after, more = _BEHIND_FILES, True
+        while more:
+            metas, more = self._engine.list(after=after, limit=_PAGE)
+            for meta in metas:
+                if meta.version:
+                    inode: int = chunk_inode(meta.chunk_id)
+                    found.setdefault(inode, []).append((meta.mtime_ns // 1_000_000, meta.chunk_id[_INODE_BYTES:], meta.length))
+                    if meta.block is not None:
+                        slabs[inode] = meta.block.block_bytes
+            after = metas[-1].chunk_id if metas else after
+        for inode, blocks in found.items():
+            table = self.table(inode)
+            table.slab_bytes = slabs.get(inode, 0)
+            for touched_ms, digest, length in sorted(blocks):
+                table.put(digest, length, touched_ms)
+
+    def now_ms(self) -> int:
+        """Never falls."""
+        self._now_ms = max(self._now_ms, self._clock.wall_ns() // 1_000_000)
+        return self._now_ms
+
+    def table(self, inode: int) -> SpaceTable:
+        table = self.tables.get(inode)
+        if table is None:
+            table = self.tables[inode] = SpaceTable(inode)
+        return table
+
+    # --- what updates tell -------------------------------------------------------------------------------------------------------------
+
+    def settled(self, chunk_id: bytes, status: int, *, at_head: bool) -> None:
+        """An update of this block came to its end here."""
+        inode, digest = chunk_inode(chunk_id), chunk_id[_INODE_BYTES:]
+        reason = self._doomed.pop((inode, digest), None)
+        if status == 0:
+            self._look(inode, digest, chunk_id, at_head, reason)
+        elif status == AlreadyExists.code:
+            self.table(inode).counts.present += 1
+            self.changed.add(inode)
+        elif status == NoSpace.code:
+            self.pressed = True
+            self.wake.set()
+
+    def _look(self, inode: int, digest: bytes, chunk_id: bytes, at_head: bool, reason: Reason | None) -> None:
+        assert self._engine is not None
+        meta = self._engine.get(chunk_id)
+        if meta is not None and meta.version:
+            table = self.table(inode)
+            if digest in table:
+                return  # a retry, or the same again
+            table.put(digest, meta.length, self.now_ms())
+            if not table.slab_bytes and meta.block is not None:
+                table.slab_bytes = meta.block.block_bytes
+            if at_head:
+                table.counts.stored += 1
+                self.changed.add(inode)
+                self.grown_bytes += table.slab_bytes
+                if table.over_bytes or self.grown_bytes > self.grown_limit_bytes:
+                    self.wake.set()
+            return
+        known = self.tables.get(inode)
+        if known is not None and known.drop(digest) and at_head:
+            name = reason.value if reason is not None else "removed"
+            setattr(known.counts, name, getattr(known.counts, name) + 1)
+            self.changed.add(inode)
+
+    def doom(self, victims: Iterable[Victim]) -> None:
+        """They are about to be removed for this reason."""
+        for victim in victims:
+            self._doomed[victim.inode, victim.digest] = victim.reason
+
+    def spare(self, victims: Iterable[Victim]) -> None:
+        """The round is over, whatever came of it."""
+        for victim in victims:
+            self._doomed.pop((victim.inode, victim.digest), None)
+
+    # --- spaces ------------------------------------------------------------------------------------------------------------------------
+
+    def learn(self, space: pb.KvSpace) -> None:
+        known = self.tables.get(space.inode)
+        if known is not None and known.policy.version >= space.version:
+            return
+        if self.table(space.inode).learn(Policy(space.block_bytes, space.quota_bytes, space.ttl_ms, space.version)):
+            self.changed.add(space.inode)
+            self.wake.set()
+
+    def tell_space(self, chunk_id: bytes, spaces: dict[int, pb.KvSpace]) -> None:
+        """Add what is known of a block's space to a request that carries the block."""
+        inode = chunk_inode(chunk_id)
+        known = self.tables.get(inode)
+        if inode not in spaces and known is not None and known.policy.version:
+            policy = known.policy
+            spaces[inode] = pb.KvSpace(
+                inode=inode, block_bytes=policy.block_bytes, quota_bytes=policy.quota_bytes, ttl_ms=policy.ttl_ms, version=policy.version
+            )
+
+    # --- touches -----------------------------------------------------------------------------------------------------------------------
+
+    def touch(self, inode: int, digests: bytes, *, told: bool = False) -> None:
+        """In the order given. `told`: by another replica of the chain."""
+        table = self.tables.get(inode)
+        if table is None:
+            return
+        touched = table.touch(digests, self.now_ms())
+        _queue(self.touched, inode, touched)
+        if not told:
+            _queue(self.local, inode, touched)
+
+    def probe(self, inode: int, digests: bytes, *, touch: bool) -> list[bool]:
+        table = self.tables.get(inode)
+        if table is None:
+            return [False] * (len(digests) // DIGEST_BYTES)
+        found = table.probe(digests)
+        hits = sum(found)
+        table.counts.hits += hits
+        table.counts.misses += len(found) - hits
+        self.changed.add(inode)
+        if touch and hits:
+            parts = [digests[at * DIGEST_BYTES : (at + 1) * DIGEST_BYTES] for at in range(len(found) - 1, -1, -1) if found[at]]
+            self.touch(inode, b"".join(parts))
+        return found
+
+    def note_reads(self, chunk_ids: Sequence[bytes], missed: Sequence[bytes]) -> None:
+        """Blocks that were read, in the order of the request (shallowest first), and blocks that were not there."""
+        for chunk_id in reversed(chunk_ids):
+            inode = chunk_inode(chunk_id)
+            table = self.tables.get(inode)
+            if table is not None:
+                table.counts.hits += 1
+                self.changed.add(inode)
+                self.touch(inode, chunk_id[_INODE_BYTES:])
+        for chunk_id in missed:
+            table = self.tables.get(chunk_inode(chunk_id))
+            if table is not None:
+                table.counts.misses += 1
+                self.changed.add(table.inode)
+
+
+def _queue(queues: dict[int, dict[bytes, None]], inode: int, digests: Sequence[bytes]) -> None:
+    if not digests:
+        return
+    queue = queues.setdefault(inode, {})
+    for digest in digests:
+        queue.pop(digest, None)
+        queue[digest] = None
