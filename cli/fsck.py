@@ -3,7 +3,8 @@
 Whole cluster: the namespace's own consistency (Meta.Fsck), then every chunk of every serving replica: it belongs to a file that exists, lies on the
 chain the layout says, within the file's length, and is the same on all serving replicas of its chain. A file that is open for writing may have chunks
 behind its recorded length; inodes waiting for garbage collection may still have chunks. A difference counts only if it is still there at a second
-look, since the cluster goes on working meanwhile. Nothing is repaired here.
+look, since the cluster goes on working meanwhile. A KV-cache block must belong to a space that exists, lie on the chain that its digest says, and be
+no longer than the space's blocks. Nothing is repaired here.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import trio
 from kvfs.cli.context import Options, common_options, console, print_json
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses
 from kvfs.common.errors import InvalidArgument, UnknownTarget
-from kvfs.common.ids import chunk_index, chunk_inode
+from kvfs.common.ids import chunk_index, chunk_inode, is_space
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.service import method
+from kvfs.kvcache.placement import BlockPlacement
 from kvfs.storage.engine.offline import check_directory
 
 CALL_TIMEOUT_S = 30.0
@@ -50,6 +52,12 @@ class FileFacts:
     writers: int
 
 
+@dataclass(slots=True)
+class SpaceFacts:
+    block_bytes: int
+    placement: BlockPlacement
+
+
 class Checker:
     """One pass over a cluster."""
 
@@ -57,6 +65,7 @@ class Checker:
         self.pool, self.routing = pool, routing
         self.report = Report()
         self.files: dict[int, FileFacts] = {}
+        self.spaces: dict[int, SpaceFacts] = {}
         self.pending_gc: set[int] = set()
 
     async def run(self) -> Report:
@@ -77,6 +86,8 @@ class Checker:
                 self.report.inodes += 1
                 if inode.type == meta_pb2.FILE:
                     self.files[inode.inode] = FileFacts(inode.length, inode.layout.chunk_size, tuple(inode.layout.chain_ids), inode.writers)
+                elif inode.HasField("space"):
+                    self.spaces[inode.inode] = SpaceFacts(inode.space.block_bytes, BlockPlacement(inode.space.chain_ids))
             cursor = page.cursor
             if not page.more:
                 return
@@ -111,14 +122,15 @@ class Checker:
         for chunk_id in {chunk_id for found in replicas.values() for chunk_id in found}:
             views = {target: found.get(chunk_id) for target, found in replicas.items()}
             if len(set(views.values())) > 1:
-                name = f"chunk {chunk_index(chunk_id)} of inode {chunk_inode(chunk_id)}"
-                self.add(f"chain {chain_id}: {name} differs between replicas (version, length, checksum): {views}")
+                self.add(f"chain {chain_id}: {named(chunk_id)} differs between replicas (version, length, checksum): {views}")
 
     def chunk_problem(self, chain_id: int, chunk: storage_pb2.ChunkInfo) -> str | None:
         inode, index = chunk_inode(chunk.chunk_id), chunk_index(chunk.chunk_id)
-        name = f"chunk {index} of inode {inode}"
+        name = named(chunk.chunk_id)
         if inode in self.pending_gc:
             return None
+        if is_space(inode):
+            return self.block_problem(chain_id, chunk)
         file = self.files.get(inode)
         if file is None:
             return f"{name} is an orphan: no such file"
@@ -130,9 +142,25 @@ class Checker:
             return f"{name} ends at {index * file.chunk_size + chunk.length}, behind the file's length {file.length}"
         return None
 
+    def block_problem(self, chain_id: int, chunk: storage_pb2.ChunkInfo) -> str | None:
+        name = named(chunk.chunk_id)
+        space = self.spaces.get(chunk_inode(chunk.chunk_id))
+        if space is None:
+            return f"{name} is an orphan: no such space"
+        if (due := space.placement.chain(chunk.chunk_id[8:])) != chain_id:
+            return f"{name} lies on chain {chain_id}, its digest says {due}"
+        if chunk.length > space.block_bytes:
+            return f"{name} has {chunk.length} bytes, blocks of the space have at most {space.block_bytes}"
+        return None
+
     def add(self, problem: str) -> None:
         if len(self.report.problems) < PROBLEMS_MAX:
             self.report.problems.append(problem)
+
+
+def named(chunk_id: bytes) -> str:
+    inode = chunk_inode(chunk_id)
+    return f"block {chunk_id[8:].hex()} of space {inode}" if is_space(inode) else f"chunk {chunk_index(chunk_id)} of inode {inode}"
 
 
 async def check_cluster(spec: str) -> Report:

@@ -165,10 +165,11 @@ class MetaClient:
         rdev: int = 0,
         symlink: bytes = b"",
         layout: pb.Layout | None = None,
+        space: pb.Space | None = None,
     ) -> pb.Inode:
-        """mkdir, symlink and mknod (also of an empty regular file)."""
+        """mkdir (with `space`: of a KV-cache space), symlink and mknod (also of an empty regular file)."""
         request = pb.MakeRequest(
-            context=self._change(user), parent=parent, name=name, type=type, mode=mode, rdev=rdev, symlink=symlink, layout=layout
+            context=self._change(user), parent=parent, name=name, type=type, mode=mode, rdev=rdev, symlink=symlink, layout=layout, space=space
         )
         reply: pb.InodeReply = await self._call("Make", request)
         return reply.inode

@@ -7,7 +7,8 @@
     ├── ChainError           a storage target will not do this now: refresh routing, try again
     ├── DataError            stored bytes are not what was written
     ├── ClusterError         the manager refuses
-    └── SetupError           a person must change something: configuration, ports, folders, /dev/fuse
+    ├── SetupError           a person must change something: configuration, ports, folders, /dev/fuse
+    └── CacheError           a KV-cache space is not what was asked for
 
 Invariants: `code` is unique, never reused and never renumbered (it is on the wire, docs/format.md); every class has an errno; `retryable` says
 that the same request may succeed later without anyone changing it. An error that crosses the wire comes back as the same class.
@@ -408,6 +409,19 @@ class ClusterNotFound(SetupError):
     """No cluster where the command was told to look."""
 
     code, errno = 707, _errno.ENOENT
+
+
+# --- CacheError: 800-899 ------------------------------------------------------------------------------------------------------------
+
+
+class CacheError(KvfsError):
+    code, errno = 800, _errno.EINVAL
+
+
+class SpaceDiffers(CacheError):
+    """The space of that name holds blocks of another format than the one asked for; the message names the field."""
+
+    code = 801
 
 
 def _all_classes(root: type[KvfsError]) -> list[type[KvfsError]]:

@@ -62,9 +62,11 @@ class MetaService:
         self.numbers = InodeNumbers(engine)
         self.open_files = OpenFiles()
         self.leases = LeaseTable(epoch or clock.wall_ns(), attr_lease_ms)
+        placement = Placement(routing, random)
         self.around = Surroundings(
             new_inode=self.numbers.next,
-            place=Placement(routing, random),
+            place=placement,
+            table=placement.table,
             readers=self.open_files.readers,
             closing=self.open_files.closing,
             keep=self.open_files.keep,

@@ -1,5 +1,5 @@
 """The garbage queue: files without a name and session lose their chunks, then their records; directories cut off by a recursive removal are taken
-apart entry by entry.
+apart entry by entry; a dropped KV-cache space loses its blocks on all its chains at once, and again after a grace, in which puts under way end.
 
 Invariants: an inode goes only after every chain of its layout that may hold a chunk has confirmed the removal; everything is done again after a crash
 until the queue entry is cleared, which is part of the transaction that removes the inode. Entries wait `gc_delay_s` first.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -16,10 +17,12 @@ from kvfs.common.boundary.clock import Clock
 from kvfs.common.errors import KvfsError
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.gc.chunks import Chunks
+from kvfs.meta.gc.together import together
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.transaction import Transaction
 from kvfs.meta.namespace import keys, records
 from kvfs.meta.namespace.remove import cut_off
+from kvfs.meta.namespace.spaces import SPACE_GRACE_NS
 from kvfs.meta.namespace.step import LENGTH_MAX, Step
 
 log = logging.getLogger(__name__)
@@ -95,10 +98,17 @@ class Collector:
         while queue:
             key, value = queue.pop()
             try:
-                if records.decode_garbage(value) == records.FILE_GARBAGE:
+                kind = records.decode_garbage(value)
+                if kind == records.FILE_GARBAGE:
                     await self._free_file(key)
-                else:
+                elif kind == records.TREE_GARBAGE:
                     await self._take_apart(key)
+                elif kind == records.SPACE_GARBAGE:
+                    await self._empty_space(key, _await_stragglers)
+                elif keys.garbage_parts(key)[0] > self._clock.wall_ns():
+                    continue  # not even when everything is asked for: a put may still be under way
+                else:
+                    await self._empty_space(key, _erase_removed)
                 results.append(True)
             except KvfsError as error:
                 log.warning("garbage of inode %d stays for now: %s", keys.garbage_parts(key)[1], error.message)
@@ -111,7 +121,7 @@ class Collector:
             return
         for chain_id in chains_with_chunks(inode):
             await self._chunks.remove(chain_id, number, 0)
-        await self._transact(lambda step: _erase_file(step, key, number))
+        await self._transact(lambda step: _erase_removed(step, key, number))
 
     def _freeable(self, txn: Transaction, key: bytes, number: int) -> pb.Inode | None:
         """The file, if it is to be freed now; a queue entry that is wrong is cleared."""
@@ -121,6 +131,13 @@ class Collector:
             txn.clear(key)  # the end of its last session puts it into the queue again
             return None
         return inode
+
+    async def _empty_space(self, key: bytes, then: Callable[[Step, bytes, int], bool]) -> None:
+        _, number = keys.garbage_parts(key)
+        inode = await self._engine.transact(lambda txn: self._new_step(txn).peek(number))
+        if inode is not None:
+            await together([partial(self._chunks.remove, chain_id, number, 0) for chain_id in inode.space.chain_ids])
+        await self._transact(lambda step: then(step, key, number))
 
     async def _take_apart(self, key: bytes) -> None:
         _, number = keys.garbage_parts(key)
@@ -146,7 +163,13 @@ def chains_with_chunks(inode: pb.Inode) -> list[int]:
     return list(dict.fromkeys(chain_ids[: max(1, min(count, len(chain_ids)))]))
 
 
-def _erase_file(step: Step, key: bytes, number: int) -> bool:
+def _await_stragglers(step: Step, key: bytes, number: int) -> bool:
+    step.txn.clear(key)
+    step.discard(number, records.SWEPT_SPACE_GARBAGE, delay_ns=SPACE_GRACE_NS)
+    return False
+
+
+def _erase_removed(step: Step, key: bytes, number: int) -> bool:
     step.txn.clear(key)
     inode = step.peek(number)
     if inode is not None and inode.nlink == 0:

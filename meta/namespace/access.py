@@ -39,6 +39,12 @@ def require(inode: pb.Inode, user: pb.User, mask: int) -> None:
         raise AccessDenied("permission denied by the mode bits")
 
 
+def require_room(directory: pb.Inode) -> None:
+    """No file operation makes an entry in a KV-cache space: what it holds are blocks, and blocks have no entries."""
+    if directory.HasField("space"):
+        raise NotPermitted("a KV-cache space holds blocks only: they are put through kvfs.kvcache or `kvfs kv put`")
+
+
 def owns(inode: pb.Inode, user: pb.User) -> bool:
     return user.uid in (0, inode.uid)
 

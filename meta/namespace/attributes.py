@@ -134,6 +134,7 @@ def set_layout(step: Step, request: pb.SetLayoutRequest) -> pb.InodeReply:
     access.require_owner(inode, step.user)
     if inode.type != pb.DIRECTORY:
         raise InvalidArgument("only a directory takes a layout: a file keeps the one it was made with")
+    access.require_room(inode)
     check_layout(request.layout)
     inode.layout.CopyFrom(request.layout)
     inode.layout.ClearField("chain_ids")

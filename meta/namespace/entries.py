@@ -6,10 +6,12 @@ Order of checks is Linux's: search the directory, EEXIST, write permission, then
 from __future__ import annotations
 
 from kvfs.common.errors import AlreadyExists, InvalidArgument, NameTooLong, NotFound, NotPermitted, TooManyLinks
+from kvfs.common.ids import SPACE_BIT
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
 from kvfs.meta.namespace.attributes import check_layout
 from kvfs.meta.namespace.files import new_file, new_inode
+from kvfs.meta.namespace.spaces import new_space
 from kvfs.meta.namespace.step import Step, check_name
 
 SYMLINK_BYTES_MAX = 4095
@@ -25,6 +27,8 @@ def make(step: Step, request: pb.MakeRequest) -> pb.InodeReply:
         if b"\0" in request.symlink:
             raise InvalidArgument("a symbolic link has no zero byte")
     parent = new_place(step, request.parent, request.name)
+    if request.HasField("space") and kind != pb.DIRECTORY:
+        raise InvalidArgument("a KV-cache space is a directory")
     if kind in (pb.CHAR_DEVICE, pb.BLOCK_DEVICE) and step.user.uid != 0:
         raise NotPermitted("only root may make device files")
     if kind == pb.FILE:
@@ -57,11 +61,15 @@ def new_place(step: Step, parent: int, name: bytes) -> pb.Inode:
     if step.entry(parent, name) is not None:
         raise AlreadyExists("the name is taken")
     access.require(directory, step.user, access.WRITE | access.EXECUTE)
+    access.require_room(directory)
     return directory
 
 
 def _new_directory(step: Step, parent: pb.Inode, request: pb.MakeRequest) -> pb.Inode:
     inode = new_inode(step, parent, pb.DIRECTORY, request.mode & (0o777 | access.STICKY))
+    if request.HasField("space"):
+        inode.inode |= SPACE_BIT
+        inode.space.CopyFrom(new_space(step, request.space))
     inode.nlink = 2
     inode.parent = parent.inode
     inode.layout.CopyFrom(parent.layout)

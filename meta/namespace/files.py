@@ -32,6 +32,7 @@ def create(step: Step, request: pb.CreateRequest) -> pb.CreateReply:
         _open(step, inode, read=request.read, write=request.write, cut=request.truncate, session=request.session)
         return pb.CreateReply(inode=with_writers(step, inode), created=False)
     access.require(parent, step.user, access.WRITE | access.EXECUTE)
+    access.require_room(parent)
     inode = new_file(step, parent, request.mode, request.layout if request.HasField("layout") else None)
     step.put(inode)
     step.put_entry(request.parent, request.name, inode)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from kvfs.common.ids import ROOT_INODE
+from kvfs.common.ids import ROOT_INODE, is_space
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.transaction import Transaction
@@ -99,6 +99,8 @@ def _problems(seen: _Survey) -> set[str]:
             found.add(f"{where}: that directory is not there")
         elif seen.kinds[parent] != pb.DIRECTORY:
             found.add(f"{where}: that inode is not a directory")
+        elif is_space(parent):
+            found.add(f"{where}: a KV-cache space has no entries")
     for number, kind in seen.kinds.items():
         names = seen.names[number]
         links = seen.links[number]

@@ -29,6 +29,10 @@ FILE_GARBAGE = 1
 """A file without a name: its chunks, then itself."""
 TREE_GARBAGE = 2
 """A directory cut off by a recursive removal: what is below it, then itself."""
+SPACE_GARBAGE = 3
+"""A dropped KV-cache space: its blocks, then once more as SWEPT_SPACE_GARBAGE."""
+SWEPT_SPACE_GARBAGE = 4
+"""A dropped space whose blocks were removed once: those that a client put meanwhile, then itself."""
 
 
 @dataclass(frozen=True, slots=True)

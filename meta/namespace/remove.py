@@ -1,7 +1,8 @@
 """Taking entries away: unlink, rmdir, recursive removal.
 
 Order of checks is Linux's: search the directory, ENOENT, write permission on the directory, the sticky bit, what kind it is, whether it is empty.
-A recursive removal cuts the directory off in one transaction; what is below it goes in the background (gc), its own entries by entry.
+A recursive removal cuts the directory off in one transaction; what is below it goes in the background (gc), its own entries by entry. A KV-cache
+space is dropped by rmdir though it holds blocks: they are no entries.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from kvfs.common.errors import InvalidArgument, IsDirectory, NotDirectory, NotEmpty, TooManyLinks
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
+from kvfs.meta.namespace.spaces import drop_space
 from kvfs.meta.namespace.step import Step, check_name
 
 WALK_ENTRIES_MAX = 200_000
@@ -33,6 +35,9 @@ def remove(step: Step, request: pb.RemoveRequest) -> pb.RemoveReply:
         _check_tree(step, inode)
         step.add_links(parent.inode, -1)
         after = cut_off(step, inode)
+    elif request.directory and inode.HasField("space"):
+        step.add_links(parent.inode, -1)
+        after = drop_space(step, inode)
     elif request.directory:
         remove_empty(step, inode)
         step.add_links(parent.inode, -1)
@@ -65,6 +70,8 @@ def remove_empty(step: Step, directory: pb.Inode) -> None:
 
 def cut_off(step: Step, directory: pb.Inode) -> pb.Inode:
     """The directory keeps its entries and has no name any more: nobody can make entries in it, and the garbage queue takes it apart."""
+    if directory.HasField("space"):
+        return drop_space(step, directory)
     directory.nlink = 0
     directory.ctime_ns = step.now_ns
     step.put(directory)

@@ -41,6 +41,7 @@ def rename(step: Step, request: pb.RenameRequest) -> pb.RenameReply:
 
     moved_is_directory = moved.type == pb.DIRECTORY
     may_take_away(step, old_parent, moved)
+    access.require_room(new_parent)
     if target is None:
         access.require(new_parent, step.user, access.WRITE | access.EXECUTE)
     else:
@@ -50,6 +51,8 @@ def rename(step: Step, request: pb.RenameRequest) -> pb.RenameReply:
                 raise NotDirectory("a directory only replaces a directory")
             if not moved_is_directory and target.type == pb.DIRECTORY:
                 raise IsDirectory("only a directory replaces a directory")
+            if target.HasField("space"):
+                raise NotEmpty("a KV-cache space is not replaced: drop it first, or exchange the two")
     if not same_parent:  # a directory that moves has its ".." changed: that is a write to it
         if moved_is_directory:
             access.require(moved, step.user, access.WRITE)

@@ -45,6 +45,8 @@ class Surroundings:
     new_inode: Callable[[], int]
     place: Callable[[pb.Layout], pb.Layout]
     """Chains for a new file; raises NoServingTarget while there is no chain table."""
+    table: Callable[[int, int], tuple[int, int, Sequence[int]]]
+    """(table id, replication), 0 for any -> table id, replication and chains of the table that fits; raises InvalidArgument, NoServingTarget."""
     readers: Callable[[int], Sequence[Reader]] = _nobody
     closing: Callable[[int], Collection[bytes]] = _none
     """Stored sessions of an inode that were closed and only wait to be cleared."""
@@ -187,9 +189,10 @@ class Step:
         self.files_gone += 1
         self.changed.add(number)
 
-    def discard(self, number: int, kind: int) -> None:
+    def discard(self, number: int, kind: int, *, delay_ns: int | None = None) -> None:
         """Into the garbage queue."""
-        self.txn.set(keys.garbage(self.now_ns + self.around.gc_delay_ns, number), records.encode_garbage(kind))
+        due_ns = self.now_ns + (self.around.gc_delay_ns if delay_ns is None else delay_ns)
+        self.txn.set(keys.garbage(due_ns, number), records.encode_garbage(kind))
         self.garbage = True
 
     def drop_link(self, inode: pb.Inode) -> pb.Inode:

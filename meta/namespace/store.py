@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvfs.common.boundary.random import Random, SeededRandom
-from kvfs.common.errors import FormatTooNew, NoServingTarget
+from kvfs.common.errors import FormatTooNew, InvalidArgument, NoServingTarget
 from kvfs.common.ids import ROOT_INODE
 from kvfs.common.routing import Routing
 from kvfs.common.wire import meta_pb2 as pb
@@ -103,6 +103,20 @@ class Placement:
             around = around[turn:] + around[:turn]
         return pb.Layout(table_id=table_id, chunk_size=wanted.chunk_size or CHUNK_BYTES, stripe=stripe, chain_ids=[chains[start], *around])
 
+    def table(self, table_id: int, replication: int) -> tuple[int, int, list[int]]:
+        """The chain table of a new KV-cache space, 0 for any: the first that fits."""
+        replicas = {table.table_id: table.replicas for table in self._routing().tables}
+        if table_id == 0:
+            table_id = TABLE if not replication else min((number for number, count in replicas.items() if count == replication), default=0)
+            if not table_id and replicas:
+                raise InvalidArgument(f"there is no chain table of replication {replication}: there are {_listed(replicas)}")
+        elif replicas and table_id not in replicas:
+            raise InvalidArgument(f"there is no chain table {table_id}: there are {_listed(replicas)}")
+        chains = self._chains(table_id)
+        if replication not in (0, replicas[table_id]):
+            raise InvalidArgument(f"chain table {table_id} has replication {replicas[table_id]}, not {replication}")
+        return table_id, replicas[table_id], chains
+
     def _chains(self, table_id: int) -> list[int]:
         routing = self._routing()
         if routing.version != self._version:
@@ -112,3 +126,7 @@ class Placement:
         if not chains:
             raise NoServingTarget(f"chain table {table_id} is not there yet: the cluster is starting, or has too few storage services")
         return chains
+
+
+def _listed(replicas: dict[int, int]) -> str:
+    return ", ".join(f"{number} (replication {count})" for number, count in sorted(replicas.items()))

@@ -23,7 +23,7 @@ from tests.unit.meta.namespace.tree import Tree
 
 from kvfs.common.errors import KvfsError
 from kvfs.common.wire import meta_pb2 as pb
-from kvfs.meta.gc.collector import _erase_file
+from kvfs.meta.gc.collector import _erase_removed
 from kvfs.meta.kv import Transaction
 from kvfs.meta.namespace import files, keys, lookup
 from kvfs.meta.namespace.step import Step
@@ -331,7 +331,7 @@ class Namespace(RuleBasedStateMachine):
                 return
             for key, value in rows:
                 number = keys.garbage_parts(key)[1]
-                work = _erase_file if value[1] == 1 else _remove_children
+                work = _erase_removed if value[1] == 1 else _remove_children
                 self.tree.put(
                     lambda txn, work=work, key=key, number=number: work(  # type: ignore[misc]
                         Step(txn, pb.User(), b"", self.tree.now_ns, self.tree.around), key, number

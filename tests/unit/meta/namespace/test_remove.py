@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 from tests.unit.meta.namespace.tree import OTHER, OWNER, ROOT, STRANGER, Tree, fails, updates
@@ -181,9 +182,8 @@ def test_an_open_file_that_was_not_written_goes_with_its_last_session(tree: Tree
 
 def test_readers_that_only_the_service_knows_keep_a_file(tree: Tree) -> None:
     readers: dict[int, list[Reader]] = {}
-    tree.around = type(tree.around)(
-        new_inode=tree.around.new_inode,
-        place=tree.around.place,
+    tree.around = replace(
+        tree.around,
         readers=lambda inode: readers.get(inode, ()),
         keep=lambda inode: readers.get(inode, ()),
     )
@@ -200,7 +200,7 @@ def test_readers_that_only_the_service_knows_keep_a_file(tree: Tree) -> None:
 
 
 def test_a_session_that_is_closing_does_not_keep_a_file(tree: Tree) -> None:
-    tree.around = type(tree.around)(new_inode=tree.around.new_inode, place=tree.around.place, closing=lambda inode: {S1})
+    tree.around = replace(tree.around, closing=lambda inode: {S1})
     number = tree.create("/f", write=True, session=S1).inode
     tree.unlink("/f")
     assert tree.getattr(number).type == pb.TYPE_INVALID

@@ -34,7 +34,9 @@ class Tree:
         self.engine = MemoryEngine(now=time.monotonic)
         self.now_ns = 1_000 * SECOND
         self._numbers = 10
-        self.around = Surroundings(new_inode=self._number, place=self._place, **around)
+        self.around = Surroundings(
+            new_inode=self._number, place=self._place, table=lambda number, replicas: (number or 1, replicas or 2, [1, 2, 3, 4]), **around
+        )
         self.last: Step | None = None
         trio.run(self.engine.transact, lambda txn: store.prepare(txn, self.now_ns))
         # Everyone may make things at the top, as in the directory that a conformance suite is run in.
