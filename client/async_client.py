@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
@@ -127,6 +128,10 @@ class AsyncClient(PathOperations):
     def register(self, size_bytes: int) -> RegisteredBuffer:
         """Memory that storage services on this host read and write directly, for OpenFile.pread_into and pwrite."""
         return RegisteredBuffer(size_bytes)
+
+    def in_background(self, function: Callable[..., Awaitable[object]], *arguments: Any) -> None:
+        """Run it beside everything else, for as long as the client lives. It must not raise."""
+        self._nursery.start_soon(function, *arguments)
 
     async def _revoked(self, inode: int, name: bytes) -> None:
         if not name:

@@ -62,6 +62,13 @@ class StorageClient:
         """The outcome of each; never raises for a failed read. A hole has found=False."""
         return await self._reads.read_each(reads, deadline_s=deadline_s)
 
+    def nearby(self, chain_id: int) -> bool:
+        """Whether the head of a chain is on this machine, so that the bytes of a write are fetched only if they are wanted."""
+        try:
+            return self._peers.where(self._peers.routing.head(chain_id)).here
+        except KvfsError:
+            return False
+
     async def probe(self, probes: Sequence[Probe], *, deadline_s: float | None = None) -> list[bytes | KvfsError]:
         """Which KV-cache blocks are there: a bitmap for each probe, or why it could not be asked. Never raises for one. See storage_blocks.py."""
         return await self._blocks.probe(probes, deadline_s=deadline_s)

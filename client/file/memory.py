@@ -13,16 +13,25 @@ Counting belongs to the trio thread. Lent views may die in any thread: they only
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import threading
 import weakref
+from bisect import bisect_right
 from collections import deque
 from typing import Any
 
 from kvfs.client.peers import Buffer, Counters
-from kvfs.common.errors import InvalidArgument, Overloaded
+from kvfs.common.errors import InvalidArgument, Overloaded, from_os
 from kvfs.common.transport.region import BufferPool, Region, Span
 
 ZEROS = memoryview(bytes(1 << 20))
 _EMPTY = memoryview(b"")
+PAGE_BYTES = mmap.PAGESIZE
+_MAP_FIXED = 0x10
+_mmap = ctypes.CDLL(None, use_errno=True).mmap
+_mmap.restype = ctypes.c_size_t
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 
 
 class Block:
@@ -121,11 +130,17 @@ class RegisteredBuffer:
     """Memory that services on this host read from and write into directly. `view` is all of it; `span(offset, length)` names a part in
     pread_into and pwrite."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, *, exclusive_pages: bool = False) -> None:
+        """`exclusive_pages`: nothing else lies on the pages of a span that is handed out, even where it ends within one."""
         if size_bytes <= 0:
             raise InvalidArgument("a registered buffer has at least one byte")
         self.region = Region.create(size_bytes, "kvfs-registered")
         self.view = self.region.view
+        self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self.view))
+        """Where the memory lies in this process: what numpy and torch say of their views of it."""
+        self._exclusive = exclusive_pages
+        self._forsaken: list[tuple[int, int]] = []
+        _registered.note(self)
 
     def __len__(self) -> int:
         return self.region.size
@@ -133,8 +148,30 @@ class RegisteredBuffer:
     def span(self, offset: int = 0, length: int | None = None) -> Span:
         return self.region.span(offset, length)
 
+    def direct(self, offset: int, length: int) -> Span | None:
+        """The span of a range that services may touch and that could be forsaken: whole pages, none of them forsaken."""
+        end = offset + length
+        if offset % PAGE_BYTES or (end % PAGE_BYTES and end != len(self) and not self._exclusive) or self.forsaken(offset, length):
+            return None
+        return self.region.span(offset, length)
+
+    def forsaken(self, offset: int, length: int) -> bool:
+        """Whether some of the range is private memory now."""
+        return any(start < offset + length and offset < stop for start, stop in self._forsaken)
+
+    def forsake(self, span: Span) -> None:
+        """Take the range (a `direct` one) out of every service's reach: one that hangs may still write into it. From now on it is private memory of
+        this process, of unspecified content; views of it stay valid, and what the service writes is seen by nobody."""
+        start, stop = span.offset, -(-(span.offset + span.length) // PAGE_BYTES) * PAGE_BYTES
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        where = _mmap(self.address + start, stop - start, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        if where != self.address + start:
+            raise from_os(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())), "replace memory that a service may still write into")
+        self._forsaken.append((start, stop))
+
     def close(self) -> None:
         """Unregister. Views still held stay readable."""
+        _registered.forget(self)
         self.region.close()
 
     def __enter__(self) -> RegisteredBuffer:
@@ -142,6 +179,44 @@ class RegisteredBuffer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Registered:
+    """All registered buffers of this process, by address: a view of one is recognised whoever made it. Any thread; readers see one picture."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.picture: tuple[tuple[int, ...], tuple[weakref.ref[RegisteredBuffer], ...]] = ((), ())
+
+    def note(self, buffer: RegisteredBuffer) -> None:
+        with self._lock:
+            self._paint([*self._living(), buffer])
+
+    def forget(self, buffer: RegisteredBuffer) -> None:
+        with self._lock:
+            self._paint([each for each in self._living() if each is not buffer])
+
+    def _living(self) -> list[RegisteredBuffer]:
+        return [buffer for ref in self.picture[1] if (buffer := ref()) is not None]
+
+    def _paint(self, buffers: list[RegisteredBuffer]) -> None:
+        buffers.sort(key=lambda buffer: buffer.address)
+        self.picture = (tuple(buffer.address for buffer in buffers), tuple(weakref.ref(buffer) for buffer in buffers))
+
+
+_registered = _Registered()
+
+
+def registered_at(address: int, length: int) -> tuple[RegisteredBuffer, int] | None:
+    """The registered buffer that holds these bytes of this process's memory, and where in it they begin."""
+    starts, buffers = _registered.picture
+    place = bisect_right(starts, address) - 1
+    if place < 0:
+        return None
+    buffer = buffers[place]()
+    if buffer is None or address + length > buffer.address + len(buffer):
+        return None
+    return buffer, address - buffer.address
 
 
 def size_of(buffer: Buffer) -> int:

@@ -1,0 +1,382 @@
+"""A space on trio: match, get, put and the rest, straight between this client and the storage services.
+
+Owns the handle of one space. Invariants:
+  - every operation is a batch with a deadline; results stand at the positions of their keys, whatever came back in which order;
+  - a wrong argument is an exception before anything is sent; trouble with storage is a miss or a refusal, and counted, never an exception;
+  - a reader gets exactly the bytes that were put under that key, verified, or a miss; after a miss no service writes into the buffer any more;
+  - blocks used together are touched deepest first, and a put touches its prefix and its blocks after they are stored: a prefix is never older than
+    what hangs on it;
+  - no put outlives its space: the handle is checked with the metadata service every few seconds, in the background. Nothing else asks it anything.
+Belongs to its client's trio thread; threads use `space.Space`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import trio
+
+from kvfs.client.async_client import AsyncClient
+from kvfs.client.storage_blocks import Probe, Touch
+from kvfs.client.storage_reads import ChunkRead, ReadDone
+from kvfs.client.storage_writes import ChunkWrite, WriteDone
+from kvfs.common.errors import AlreadyExists, ArgumentTooBig, ChunkNotFound, DataError, DeadlineExceeded, InvalidArgument, KvfsError, NoSpace
+from kvfs.common.ids import block_id
+from kvfs.common.wire import meta_pb2, storage_pb2
+from kvfs.kvcache import keys as hashing
+from kvfs.kvcache.buffers import BlockBuffers, Memory, to_fill, to_send
+from kvfs.kvcache.config import CacheConfig
+from kvfs.kvcache.keys import Tokens
+from kvfs.kvcache.life import Life
+from kvfs.kvcache.outcomes import Put, SpaceCounters, SpaceStats
+from kvfs.kvcache.params import SpaceParams
+from kvfs.kvcache.placement import BlockPlacement
+from kvfs.kvcache.rests import Rests
+
+SLAB_UNIT_BYTES = 4096
+ASK_FIRST_BYTES = 64 << 10
+"""Blocks of this size are looked for first when they would travel."""
+Key = bytes
+
+
+class AsyncSpace:
+    """Made by AsyncKVCache.create and open."""
+
+    def __init__(self, client: AsyncClient, name: str, inode: meta_pb2.Inode, config: CacheConfig) -> None:
+        self._client = client
+        self._storage = client.storage
+        self._config = config
+        self._clock = client.clock
+        record = inode.space
+        self.name = name
+        self.inode: int = inode.inode
+        self.params = SpaceParams.from_wire(record)
+        self.block_bytes: int = record.block_bytes
+        self.block_tokens: int = record.block_tokens
+        self.counters = SpaceCounters()
+        self._placement = BlockPlacement(record.chain_ids)
+        self._slab_bytes = -(-self.block_bytes // SLAB_UNIT_BYTES) * SLAB_UNIT_BYTES
+        share = record.quota_bytes // len(record.chain_ids)
+        self._wire = storage_pb2.KvSpace(
+            inode=self.inode, block_bytes=self.block_bytes, quota_bytes=share, ttl_ms=record.ttl_ms, version=max(1, record.version)
+        )
+        self._rests = Rests(config.rest_s, config.rest_max_s)
+        self.life = Life(client, name, self.inode, config)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the space is known to be gone."""
+        return self.life.over
+
+    @property
+    def chain_ids(self) -> tuple[int, ...]:
+        return self._placement.chain_ids
+
+    def keys(self, tokens: Tokens, salt: bytes = b"") -> list[Key]:
+        """The keys of all full blocks of a prompt, in order (keys.py: our own chain)."""
+        return hashing.chain(tokens, self.block_tokens, salt=salt)
+
+    def buffers(self, count: int) -> BlockBuffers:
+        """Registered memory for so many blocks."""
+        return BlockBuffers(count, self.block_bytes)
+
+    # --- questions -----------------------------------------------------------------------------------------------------------------------
+
+    async def match(self, tokens: Tokens, salt: bytes = b"", *, deadline_s: float | None = None) -> int:
+        """How many tokens from the start on are in the cache, in whole blocks. What was found counts as used."""
+        return await self.match_keys(self.keys(tokens, salt), deadline_s=deadline_s) * self.block_tokens
+
+    async def match_keys(self, keys: Sequence[Key], *, deadline_s: float | None = None) -> int:
+        """How many of these keys, from the first on, are there without a gap. What was found counts as used."""
+        found = await self._probe(hashing.digests(keys), touch=True, deadline_s=deadline_s)
+        return found.index(False) if False in found else len(found)
+
+    async def exists(self, keys: Sequence[Key], *, deadline_s: float | None = None) -> list[bool]:
+        """Whether each block is there. Nothing counts as used."""
+        return await self._probe(hashing.digests(keys), touch=False, deadline_s=deadline_s)
+
+    async def _probe(self, digests: Sequence[bytes], *, touch: bool, deadline_s: float | None) -> list[bool]:
+        found = [False] * len(digests)
+        self.counters.lookups += len(digests)
+        if not digests or not await self._readable(len(digests)):
+            return found
+        groups = self._placement.group(digests)
+
+        async def ask(chains: Sequence[int], limit_s: float) -> None:
+            probes = [Probe(chain, self.inode, b"".join([digests[place] for place in groups[chain]]), touch) for chain in chains]
+            for chain, outcome in zip(chains, await self._storage.probe(probes, deadline_s=limit_s), strict=True):
+                places = groups[chain]
+                if isinstance(outcome, KvfsError):
+                    self._trouble(chain, outcome, len(places))
+                    continue
+                self._well(chain)
+                for bit, place in enumerate(places):
+                    found[place] = bool(outcome[bit >> 3] >> (bit & 7) & 1)
+
+        await self._on_chains(groups, ask, self._config.get_deadline_s if deadline_s is None else deadline_s)
+        self.counters.found += sum(found)
+        return found
+
+    # --- get -------------------------------------------------------------------------------------------------------------------------------
+
+    async def get(self, keys: Sequence[Key], into: Sequence[Any], *, shorter: bool = False, deadline_s: float | None = None) -> list[int | None]:
+        """Read blocks, each into its buffer: how many bytes it has, or None for a miss (then the buffer's content is unspecified).
+
+        Each buffer must hold the largest block of the space; with `shorter` it may be smaller, and a block that is longer is a miss."""
+        return await self._get(keys, into, 0, self.block_bytes, 1 if shorter else self.block_bytes, True, deadline_s)
+
+    async def get_range(
+        self, keys: Sequence[Key], offset: int, length: int, into: Sequence[Any], *, deadline_s: float | None = None
+    ) -> list[int | None]:
+        """The same bytes of each block (some layers of it), verified without reading the rest. A block that ends before is read as far as it goes."""
+        if offset < 0 or length < 1 or offset + length > self.block_bytes:
+            raise InvalidArgument(f"bytes {offset} to {offset + length} of a block: blocks of space {self.name} have at most {self.block_bytes}")
+        return await self._get(keys, into, offset, length, length, False, deadline_s)
+
+    async def _get(
+        self, keys: Sequence[Key], into: Sequence[Any], offset: int, length: int, need: int, whole: bool, deadline_s: float | None
+    ) -> list[int | None]:
+        """`need`: what a buffer must hold. `whole`: a block that is longer than what was asked for is a miss."""
+        digests = hashing.digests(keys)
+        if len(into) != len(keys):
+            raise InvalidArgument(f"{len(keys)} keys and {len(into)} buffers: one for each")
+        memories = [to_fill(buffer, place, need) for place, buffer in enumerate(into)]
+        found: list[int | None] = [None] * len(keys)
+        counters = self.counters
+        counters.gets += len(keys)
+        if keys and await self._readable(len(keys)):
+            groups = self._placement.group(digests)
+
+            async def ask(chains: Sequence[int], limit_s: float) -> None:
+                # In the order of the keys: the service touches what one request read from its end on, so the deepest block comes first.
+                places = sorted((place, chain) for chain in chains for place in groups[chain])
+                reads = []
+                for place, chain in places:
+                    size = min(length, len(memories[place].view))
+                    reads.append(ChunkRead(chain, block_id(self.inode, digests[place]), offset, size, memories[place].part(size)))
+                try:
+                    outcomes = await self._storage.read_each(reads, deadline_s=limit_s)
+                except BaseException:  # cancelled
+                    for place, _ in places:
+                        memories[place].settle()
+                    raise
+                for (place, chain), read, outcome in zip(places, reads, outcomes, strict=True):
+                    found[place] = self._arrived(chain, memories[place], outcome, read.length if whole else None)
+
+            await self._on_chains(groups, ask, self._config.get_deadline_s if deadline_s is None else deadline_s)
+        hits = [count for count in found if count is not None]
+        counters.hits += len(hits)
+        counters.hit_bytes += sum(hits)
+        counters.misses += len(keys) - len(hits)
+        return found
+
+    def _arrived(self, chain: int, memory: Memory, outcome: ReadDone | KvfsError, longest: int | None) -> int | None:
+        memory.settle()
+        if isinstance(outcome, KvfsError):
+            self._trouble(chain, outcome, 1)
+            return None
+        self._well(chain)
+        if not outcome.found or (longest is not None and outcome.chunk_length > longest):
+            return None
+        if outcome.moved:
+            self.counters.moved += 1
+            memory.view[: outcome.length] = outcome.view[: outcome.length]
+        return outcome.length
+
+    # --- put -------------------------------------------------------------------------------------------------------------------------------
+
+    async def put(self, keys: Sequence[Key], blocks: Sequence[Any], prefix: Sequence[Key] = (), *, deadline_s: float | None = None) -> list[Put]:
+        """Store blocks that are not there yet, in the order of the prompt. `prefix`: the keys before them, which count as used too.
+
+        Blocks are immutable: what is there stays as the first writer put it. Their memory must not change until the call returns."""
+        digests, above = hashing.digests(keys), hashing.digests(prefix)
+        if len(blocks) != len(keys):
+            raise InvalidArgument(f"{len(keys)} keys and {len(blocks)} blocks: one for each")
+        memories = [self._checked(to_send(block, place), place) for place, block in enumerate(blocks)]
+        results = [Put.REFUSED] * len(keys)
+        counters = self.counters
+        counters.puts += len(keys)
+        left_s = await self._writable(len(keys)) if keys else 0.0
+        if left_s > 0:
+            first = {digest: place for place, digest in reversed(list(enumerate(digests)))}
+            groups = self._placement.group(digests)
+
+            async def ask(chains: Sequence[int], limit_s: float) -> None:
+                places = sorted((place, chain) for chain in chains for place in groups[chain] if first[digests[place]] == place)
+                places = await self._absent(places, digests, memories, results, limit_s)
+                writes = [self._write(chain, digests[place], memories[place]) for place, chain in places]
+                for (place, chain), outcome in zip(places, await self._storage.write_each(writes, deadline_s=limit_s), strict=True):
+                    results[place] = self._taken(chain, outcome, len(memories[place].view))
+
+            limit_s = self._config.put_deadline_s if deadline_s is None else deadline_s
+            await self._on_chains(groups, ask, min(limit_s, left_s))
+            for place, digest in enumerate(digests):
+                if first[digest] != place:
+                    results[place] = Put.PRESENT if results[first[digest]] else Put.REFUSED
+            self._touch([*above, *(digest for digest, result in zip(digests, results, strict=True) if result)])
+        counters.stored += results.count(Put.STORED)
+        counters.present += results.count(Put.PRESENT)
+        counters.refused += results.count(Put.REFUSED)
+        return results
+
+    def _checked(self, memory: Memory, place: int) -> Memory:
+        length = len(memory.view)
+        if length > self.block_bytes:
+            raise ArgumentTooBig(f"block {place} has {length} bytes: blocks of space {self.name} have at most {self.block_bytes}")
+        if not length:
+            raise InvalidArgument(f"block {place} is empty")
+        return memory
+
+    async def _absent(
+        self, places: list[tuple[int, int]], digests: Sequence[bytes], memories: Sequence[Memory], results: list[Put], limit_s: float
+    ) -> list[tuple[int, int]]:
+        """Without those that are there already, where the bytes would travel to be refused: on this machine they would not even be looked at."""
+        far = [(place, chain) for place, chain in places if len(memories[place].view) >= ASK_FIRST_BYTES and not self._storage.nearby(chain)]
+        if not far:
+            return places
+        groups: dict[int, list[int]] = {}
+        for place, chain in far:
+            groups.setdefault(chain, []).append(place)
+        probes = [Probe(chain, self.inode, b"".join(digests[place] for place in members)) for chain, members in groups.items()]
+        present: set[int] = set()
+        for members, outcome in zip(groups.values(), await self._storage.probe(probes, deadline_s=limit_s), strict=True):
+            if not isinstance(outcome, KvfsError):
+                present.update(place for bit, place in enumerate(members) if outcome[bit >> 3] >> (bit & 7) & 1)
+        for place in present:
+            results[place] = Put.PRESENT
+        return [(place, chain) for place, chain in places if place not in present]
+
+    def _write(self, chain: int, digest: bytes, memory: Memory) -> ChunkWrite:
+        length = len(memory.view)
+        return ChunkWrite(
+            chain,
+            block_id(self.inode, digest),
+            0,
+            length,
+            self.block_bytes,
+            memory.part(length),
+            storage_pb2.CREATE,
+            self._slab_bytes,
+            self._wire,
+        )
+
+    def _taken(self, chain: int, outcome: WriteDone | KvfsError, length: int) -> Put:
+        if isinstance(outcome, AlreadyExists):
+            self._well(chain)
+            return Put.PRESENT
+        if isinstance(outcome, KvfsError):
+            self._trouble(chain, outcome, 1)
+            return Put.REFUSED
+        self._well(chain)
+        self.counters.stored_bytes += length
+        return Put.STORED
+
+    # --- touch, remove, evict ----------------------------------------------------------------------------------------------------------------
+
+    async def touch(self, keys: Sequence[Key]) -> None:
+        """These blocks, in the order of their prompt, count as used. Told in the background."""
+        self._touch(hashing.digests(keys))
+        await trio.lowlevel.checkpoint()
+
+    def _touch(self, digests: Sequence[bytes]) -> None:
+        deepest_first = digests[::-1]
+        groups = self._placement.group(deepest_first)
+        self._storage.touch([Touch(chain, self.inode, b"".join([deepest_first[place] for place in places])) for chain, places in groups.items()])
+
+    async def remove(self, keys: Sequence[Key], *, deadline_s: float | None = None) -> list[bool]:
+        """Whether each block is known to be gone now (also one that never was there)."""
+        digests = hashing.digests(keys)
+        gone = [False] * len(keys)
+        if not digests or not await self._readable(len(digests)):
+            return gone
+        groups = self._placement.group(digests)
+
+        async def ask(chains: Sequence[int], limit_s: float) -> None:
+            places = [(place, chain) for chain in chains for place in groups[chain]]
+            writes = [
+                ChunkWrite(chain, block_id(self.inode, digests[place]), 0, 0, self.block_bytes, kind=storage_pb2.REMOVE) for place, chain in places
+            ]
+            for (place, chain), outcome in zip(places, await self._storage.write_each(writes, deadline_s=limit_s), strict=True):
+                if isinstance(outcome, KvfsError) and not isinstance(outcome, ChunkNotFound):
+                    self._trouble(chain, outcome, 1)
+                else:
+                    self._well(chain)
+                    gone[place] = True
+
+        await self._on_chains(groups, ask, self._config.put_deadline_s if deadline_s is None else deadline_s)
+        return gone
+
+    async def evict(self, blocks: int) -> int:
+        """Remove about so many blocks, least recently touched first on each chain; how many went. For administration: errors of storage come out."""
+        if blocks < 0:
+            raise InvalidArgument(f"{blocks} blocks to evict")
+        chains = self.chain_ids
+        gone = 0
+        for number, chain in enumerate(chains):
+            share = blocks // len(chains) + (number < blocks % len(chains))
+            gone += await self._storage.evict(chain, self.inode, share) if share else 0
+        return gone
+
+    async def stats(self) -> SpaceStats:
+        """What the storage services say of the space now; those that cannot be asked are left out."""
+        return SpaceStats.of(self.name, self.inode, self.params, len(self.chain_ids), await self._storage.space_stats(self.inode))
+
+    async def _readable(self, count: int) -> bool:
+        """False: the space is known to be gone."""
+        there = await self.life.readable()
+        if not there:
+            self.counters.dropped += count
+        return there
+
+    async def _writable(self, count: int) -> float:
+        """For how many seconds from now on a put may go on; 0: not at all."""
+        if not await self._readable(count):
+            return 0.0
+        left_s = self.life.left_s()
+        if not left_s:
+            self.counters.unchecked += count
+        return left_s
+
+    # --- chains that do not answer -------------------------------------------------------------------------------------------------------------
+
+    async def _on_chains(self, groups: dict[int, list[int]], ask: Callable[[Sequence[int], float], Awaitable[None]], limit_s: float) -> None:
+        """Ask for what lies on each chain; one that rests is left out, one that is tried again gets a short deadline of its own."""
+        if not self._rests:
+            await ask(list(groups), limit_s)
+            return
+        well: list[int] = []
+        trial: list[int] = []
+        for chain, places in groups.items():
+            state = self._rests.state(chain, self._version(chain), self._clock.monotonic())
+            if state == "resting":
+                self.counters.resting += len(places)
+            else:
+                (well if state == "well" else trial).append(chain)
+        async with trio.open_nursery() as nursery:
+            for chains, seconds in ((well, limit_s), (trial, min(limit_s, self._config.trial_s))):
+                if chains:
+                    nursery.start_soon(ask, chains, seconds)
+
+    def _version(self, chain: int) -> int:
+        try:
+            return self._storage.routing.chain(chain).version
+        except KvfsError:
+            return 0
+
+    def _well(self, chain: int) -> None:
+        if self._rests:
+            self._rests.note(chain, 0, None, 0.0)
+
+    def _trouble(self, chain: int, error: KvfsError, count: int) -> None:
+        """Storage could not do it for so many blocks: counted, and the chain may rest."""
+        counters = self.counters
+        if isinstance(error, DeadlineExceeded):
+            counters.late += count
+        elif isinstance(error, DataError):
+            counters.corrupt += count
+        elif isinstance(error, NoSpace):
+            counters.full += count
+        else:
+            counters.failed += count
+        self._rests.note(chain, self._version(chain), error, self._clock.monotonic())
