@@ -38,6 +38,10 @@ class StorageConfig:
     resync_batch_bytes: int = 4 * _MIB
     target_capacity_bytes: int = 0
     """What one target may take of its disk; 0: what there is."""
+    kv_high_watermark: float = 0.90
+    """KV-cache blocks are evicted when a target of their chain is fuller than this share of its capacity ..."""
+    kv_low_watermark: float = 0.85
+    """... until it is no fuller than this."""
     exit_when_lease_lost: bool = False
     """End the process half a lease after the last answer of a manager. Otherwise it stops serving then, and goes on if the manager still knows it."""
 
@@ -48,6 +52,11 @@ class StorageConfig:
             raise ConfigError("storage.listen is empty: give at least one address, e.g. tcp://0.0.0.0:7003")
         if not self.managers:
             raise ConfigError("storage.managers is empty: give the managers' addresses")
+        if not 0 < self.kv_low_watermark < self.kv_high_watermark <= 1:
+            raise ConfigError(
+                f"storage.kv_low_watermark = {self.kv_low_watermark:g} and kv_high_watermark = {self.kv_high_watermark:g}: "
+                "shares of the capacity, the low one under the high one"
+            )
         limits = (
             ("threads", 1, 256),
             ("inline_read_bytes", 0, 64 * _MIB),

@@ -34,6 +34,7 @@ from kvfs.storage.disks import DataDirectory, Disks, OpenDisk, infos, openable
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.host import Host
 from kvfs.storage.resync import Resync
+from kvfs.storage.retention.keeper import Keeper
 from kvfs.storage.retention.retention import Retention
 from kvfs.storage.service import StorageService
 from kvfs.storage.target import Target
@@ -135,6 +136,8 @@ class _Process:
             async with ChannelPool(self._net, self._clock, identity) as pool, trio.open_nursery() as nursery:
                 link = ManagerLink(pool, self._clock, self._random, config.managers, identity, exit_when_lost=config.exit_when_lease_lost)
                 self._host = host = Host(config, self._clock, pool, link, self._workers, buffers, nursery)
+                self._keeper = Keeper(host)
+                nursery.start_soon(self._keeper.run)
                 nursery.start_soon(self._leave)
                 for directory in self._disks.directories:
                     for target_id in directory.target_ids:
@@ -210,19 +213,23 @@ class _Process:
     async def _open(self, directory: DataDirectory, target_id: int, chain_id: int, *, fresh: bool) -> Target:
         replica = Replica(target_id, fresh=fresh)
         engine: ChunkEngine | None = None
+        retention = Retention(self._clock, None)
         try:
-            engine = await self._workers.run(lambda: self._disks.open_target(directory, target_id, self._cluster_id))
-            self._engines.append(engine)
+            opened = await self._workers.run(lambda: self._disks.open_target(directory, target_id, self._cluster_id))
+            self._engines.append(opened)
+            retention = Retention(self._clock, opened)
+            await self._workers.run(retention.load)
+            engine = opened
         except KvfsError as error:
             if not openable(error):
                 raise
             log.error("target %d cannot be opened and stays out of service: %s", target_id, error.message)
             replica.fail(error.message)
-        retention = Retention(self._clock, engine)
-        await self._workers.run(retention.load)
         target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica, retention)
         target.refresh_space()
         self.host.targets[target_id] = target
+        if engine is not None:
+            self.host.nursery.start_soon(self._keeper.evict, target)
         return target
 
     async def _make(self, wanted: cluster.Target) -> None:

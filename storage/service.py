@@ -93,7 +93,7 @@ class StorageService:
         self._reader = Reader(host, self._versions)
         self._budget = Budget(host.config.in_flight_bytes)
         calls = RetentionCalls(host)
-        self.kv_probe, self.kv_touch, self.kv_stats = calls.probe, calls.touch, calls.stats
+        self.kv_probe, self.kv_touch, self.kv_stats, self.kv_evict = calls.probe, calls.touch, calls.stats, calls.evict
 
     # --- reads -----------------------------------------------------------------------------------------------------------------------
 

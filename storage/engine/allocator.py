@@ -24,6 +24,8 @@ from kvfs.storage.engine.files import DataFiles
 
 _MIN_RESERVE_BYTES = 16 << 20
 _MAX_RESERVE_BYTES = 1 << 30
+GROUPS_A_FILE = 16
+"""A KV-cache space's class with fewer groups than this stays in one file."""
 
 
 class _Group:
@@ -59,6 +61,8 @@ class _Class:
         self.ends: list[int] = [0] * files
         self.empty: dict[_Group, None] = {}
         self.turn = 0
+        self.sparing = block_bytes & block_bytes - 1 != 0
+        """A KV-cache space's own class: it takes a further file only where one more half-empty group does not count."""
 
     def ensure_file(self, file: int) -> None:
         """A directory may have been written with more files a class than are configured now."""
@@ -113,6 +117,8 @@ class Allocator:
         """The group to take the next block from, last in its list. Files take turns, so that parallel writes meet different files, but a class
         that fits one group stays in one file: small targets should not hold four half-empty groups of every class."""
         files = self._config.files_per_class
+        if cls.sparing:
+            files = min(files, 1 + len(cls.groups) // GROUPS_A_FILE)
         turn = cls.turn
         cls.turn = (turn + 1) % files
         if cls.spacious[turn]:

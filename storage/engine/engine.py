@@ -63,6 +63,11 @@ class ChunkEngine:
         self.superblock = identity
 
     @property
+    def disk(self) -> Disk:
+        """Of the target's directory, for what else is kept in it."""
+        return self._disk
+
+    @property
     def failed(self) -> KvfsError | None:
         """The error of the disk that took the target out of service: changes raise TargetOffline, reads go on as far as they can."""
         return self._ledger.failed
@@ -146,6 +151,10 @@ class ChunkEngine:
         with self._ledger.lock:
             used, free = self._ledger.allocator.space()
             return Space(used + free, used, free, self._ledger.chunks)
+
+    def waiting_bytes(self) -> int:
+        """In blocks that were freed and cannot be used before a sync."""
+        return self._ledger.allocator.quarantined_bytes
 
     def slab_space(self, block_bytes: int) -> tuple[int, int]:
         """Of one block class: (bytes taken from the disk, blocks that chunks hold)."""

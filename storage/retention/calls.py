@@ -10,15 +10,19 @@ from collections.abc import Awaitable, Sequence
 
 import trio
 
-from kvfs.common.errors import ChunkNotFound, InvalidArgument, KvfsError, TargetNotServing
+from kvfs.common.errors import ChunkNotFound, InvalidArgument, KvfsError, NotChainHead, TargetNotServing
 from kvfs.common.ids import DIGEST_BYTES, is_block, is_space
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.server import Call
 from kvfs.storage.host import Host
+from kvfs.storage.retention import policy
+from kvfs.storage.retention.evict import BATCH, may_evict, remove
 from kvfs.storage.retention.table import pack_bits
 from kvfs.storage.target import Target
 
+EVICT_MARGIN_S = 0.2
+"""An eviction ends this much before its caller's deadline, with what it has done."""
 SLICE_BYTES = 8192 * DIGEST_BYTES
 """Digests looked at in one go: about a millisecond."""
 
@@ -71,7 +75,7 @@ class RetentionCalls:
             if target is None or not target.opened:
                 continue
             for start in range(0, len(touch.digests), SLICE_BYTES):
-                target.retention.touch(touch.inode, touch.digests[start : start + SLICE_BYTES], told=touch.from_target != 0)
+                target.retention.touch(touch.inode, touch.digests[start : start + SLICE_BYTES], told=touch.from_target != 0, idle_ms=touch.idle_ms)
                 await trio.lowlevel.checkpoint()
         return base.Empty()
 
@@ -85,6 +89,21 @@ class RetentionCalls:
                 if inode in tables:
                     reply.spaces.append(_stats(target_id, target, inode))
         return reply
+
+    async def evict(self, request: pb.KvEvictRequest, call: Call) -> pb.KvEvictReply:
+        """At the head: the least recently touched blocks of a space, as many as are asked and there."""
+        target = self._host.usable(request.target_id)
+        if not may_evict(self._host, target):
+            raise NotChainHead(f"target {request.target_id} is not the head of its chain: refresh the routing")
+        evicted = 0
+        table = target.retention.tables.get(request.inode)
+        while table is not None and evicted < request.blocks and call.remaining_s() > EVICT_MARGIN_S:
+            victims = policy.oldest(table, min(BATCH, request.blocks - evicted))
+            gone = await remove(self._host, target, victims)
+            evicted += gone
+            if not victims or gone < len(victims):
+                break
+        return pb.KvEvictReply(evicted=evicted)
 
 
 def note_blocks(host: Host, reads: Sequence[pb.ReadIO], results: Sequence[pb.ReadResult | None]) -> None:

@@ -7,7 +7,9 @@ by the number of blocks, since each block stands in a queue once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import trio
 
@@ -16,13 +18,31 @@ from kvfs.common.errors import AlreadyExists, NoSpace
 from kvfs.common.ids import DIGEST_BYTES, SPACE_BIT, chunk_inode
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.retention import records
+from kvfs.storage.retention.log import RetentionLog
 from kvfs.storage.retention.policy import Reason, Victim
 from kvfs.storage.retention.table import Policy, SpaceTable
+
+log = logging.getLogger("kvfs.storage")
 
 _PAGE = 4096
 _BEHIND_FILES = (SPACE_BIT - 1).to_bytes(8, "big") + b"\xff" * DIGEST_BYTES
 """Blocks come behind all chunks of files."""
 _INODE_BYTES = 8
+SPACES_MAX = 4096
+"""Tables kept of spaces that may be empty."""
+
+
+@dataclass(slots=True)
+class News:
+    """What happened in a second: each block stands here once, at its last touch."""
+
+    touched: dict[int, dict[bytes, int]] = field(default_factory=dict)
+    """inode -> digest -> touched_ms, in the order of the last touches: for the log, and of a head for its followers."""
+    own: dict[int, dict[bytes, int]] = field(default_factory=dict)
+    """Those that no other replica told of: for the head."""
+    spaces: set[int] = field(default_factory=set)
+    """Spaces whose policy or counters changed, or which were forgotten."""
 
 
 class Retention:
@@ -31,12 +51,8 @@ class Retention:
         self._engine = engine
         self._now_ms = 0
         self.tables: dict[int, SpaceTable] = {}
-        self.touched: dict[int, dict[bytes, None]] = {}
-        """For the log, and for the followers of a head: the order of the last touches."""
-        self.local: dict[int, dict[bytes, None]] = {}
-        """Those that no other replica told of: for the head."""
-        self.changed: set[int] = set()
-        """Spaces with a policy or counters that the log does not know."""
+        self._log = RetentionLog(engine.disk) if engine is not None else None
+        self._news = News()
         self.pressed = False
         """A put was refused for lack of space."""
         self.grown_bytes = 0
@@ -47,9 +63,14 @@ class Retention:
         self._doomed: dict[tuple[int, bytes], Reason] = {}
 
     def load(self) -> None:
-        """Blocking, before anything else: the tables from the chunk index. Every block counts as touched when it was written."""
-        if self._engine is None:
+        """Blocking, before anything else: the tables from the chunk index, in the order that the log tells. A block that it does not know counts as
+        touched when it was written. Raises FormatTooNew."""
+        if self._engine is None or self._log is None:
             return
+        told = self._log.load()
+        if told.problem is not None:
+            log.warning("%s", told.problem.message)
+        now_ms = self.now_ms()  # nothing was touched later, whatever a clock that was set back says
         found: dict[int, list[tuple[int, bytes, int]]] = {}
         slabs: dict[int, int] = {}
         after, more = _BEHIND_FILES, True
@@ -66,7 +87,14 @@ class Retention:
             table = self.table(inode)
             table.slab_bytes = slabs.get(inode, 0)
             for touched_ms, digest, length in sorted(blocks):
-                table.put(digest, length, touched_ms)
+                table.put(digest, length, min(touched_ms, now_ms))
+        for inode, space in told.spaces.items():
+            table = self.table(inode)
+            table.learn(space.policy)
+            table.counts = space.counts
+            table.arrange({digest: min(touched_ms, now_ms) for digest, touched_ms in space.touched.items()})
+        if told.problem is not None:
+            self._log.rewrite(records.snapshot(self._snapshot()))
 
     def now_ms(self) -> int:
         """Never falls."""
@@ -76,8 +104,18 @@ class Retention:
     def table(self, inode: int) -> SpaceTable:
         table = self.tables.get(inode)
         if table is None:
+            if len(self.tables) >= SPACES_MAX:
+                self._forget_one()
             table = self.tables[inode] = SpaceTable(inode)
         return table
+
+    def _forget_one(self) -> None:
+        """Spaces that were dropped leave an empty table behind: the oldest of those goes, with its counters."""
+        for inode, table in self.tables.items():
+            if not len(table):
+                del self.tables[inode]
+                self._news.spaces.add(inode)
+                return
 
     # --- what updates tell -------------------------------------------------------------------------------------------------------------
 
@@ -89,7 +127,7 @@ class Retention:
             self._look(inode, digest, chunk_id, at_head, reason)
         elif status == AlreadyExists.code:
             self.table(inode).counts.present += 1
-            self.changed.add(inode)
+            self._news.spaces.add(inode)
         elif status == NoSpace.code:
             self.pressed = True
             self.wake.set()
@@ -106,7 +144,7 @@ class Retention:
                 table.slab_bytes = meta.block.block_bytes
             if at_head:
                 table.counts.stored += 1
-                self.changed.add(inode)
+                self._news.spaces.add(inode)
                 self.grown_bytes += table.slab_bytes
                 if table.over_bytes or self.grown_bytes > self.grown_limit_bytes:
                     self.wake.set()
@@ -115,7 +153,7 @@ class Retention:
         if known is not None and known.drop(digest) and at_head:
             name = reason.value if reason is not None else "removed"
             setattr(known.counts, name, getattr(known.counts, name) + 1)
-            self.changed.add(inode)
+            self._news.spaces.add(inode)
 
     def doom(self, victims: Iterable[Victim]) -> None:
         """They are about to be removed for this reason."""
@@ -134,7 +172,7 @@ class Retention:
         if known is not None and known.policy.version >= space.version:
             return
         if self.table(space.inode).learn(Policy(space.block_bytes, space.quota_bytes, space.ttl_ms, space.version)):
-            self.changed.add(space.inode)
+            self._news.spaces.add(space.inode)
             self.wake.set()
 
     def tell_space(self, chunk_id: bytes, spaces: dict[int, pb.KvSpace]) -> None:
@@ -149,15 +187,16 @@ class Retention:
 
     # --- touches -----------------------------------------------------------------------------------------------------------------------
 
-    def touch(self, inode: int, digests: bytes, *, told: bool = False) -> None:
-        """In the order given. `told`: by another replica of the chain."""
+    def touch(self, inode: int, digests: bytes, *, told: bool = False, idle_ms: int = 0) -> None:
+        """In the order given, so long ago. `told`: by another replica of the chain."""
         table = self.tables.get(inode)
         if table is None:
             return
-        touched = table.touch(digests, self.now_ms())
-        _queue(self.touched, inode, touched)
+        now_ms = self.now_ms() - idle_ms
+        touched = table.touch(digests, now_ms)
+        _queue(self._news.touched, inode, touched, now_ms)
         if not told:
-            _queue(self.local, inode, touched)
+            _queue(self._news.own, inode, touched, now_ms)
 
     def probe(self, inode: int, digests: bytes, *, touch: bool) -> list[bool]:
         table = self.tables.get(inode)
@@ -167,7 +206,7 @@ class Retention:
         hits = sum(found)
         table.counts.hits += hits
         table.counts.misses += len(found) - hits
-        self.changed.add(inode)
+        self._news.spaces.add(inode)
         if touch and hits:
             parts = [digests[at * DIGEST_BYTES : (at + 1) * DIGEST_BYTES] for at in range(len(found) - 1, -1, -1) if found[at]]
             self.touch(inode, b"".join(parts))
@@ -180,19 +219,53 @@ class Retention:
             table = self.tables.get(inode)
             if table is not None:
                 table.counts.hits += 1
-                self.changed.add(inode)
+                self._news.spaces.add(inode)
                 self.touch(inode, chunk_id[_INODE_BYTES:])
         for chunk_id in missed:
             table = self.tables.get(chunk_inode(chunk_id))
             if table is not None:
                 table.counts.misses += 1
-                self.changed.add(table.inode)
+                self._news.spaces.add(table.inode)
+
+    # --- what is told --------------------------------------------------------------------------------------------------------------------
+
+    def take_news(self) -> News:
+        """What happened since the last call."""
+        news, self._news = self._news, News()
+        return news
+
+    def write_log(self, news: News) -> Callable[[], None] | None:
+        """What a worker thread has to do so that the log knows the news; None: nothing."""
+        file = self._log
+        if file is None or not (news.touched or news.spaces):
+            return None
+        if file.too_long(sum(map(len, self.tables.values())), len(self.tables)):
+            whole = self._snapshot()
+            return lambda: file.rewrite(records.snapshot(whole))
+        spaces = {inode: (self.tables[inode].policy, self.tables[inode].counts.values()) for inode in news.spaces if inode in self.tables}
+
+        def append() -> None:
+            parts = [records.space(inode, policy, counts) for inode, (policy, counts) in spaces.items()]
+            for inode, touched in news.touched.items():
+                parts += records.touches(inode, touched.items())
+            parts += [records.forgotten(inode) for inode in news.spaces if inode not in spaces]
+            file.append(b"".join(parts))
+
+        return append
+
+    def close(self) -> None:
+        """Blocking."""
+        if self._log is not None:
+            self._log.close()
+
+    def _snapshot(self) -> dict[int, tuple[Policy, tuple[int, ...], list[tuple[bytes, int]]]]:
+        return {inode: (table.policy, table.counts.values(), table.order()) for inode, table in self.tables.items()}
 
 
-def _queue(queues: dict[int, dict[bytes, None]], inode: int, digests: Sequence[bytes]) -> None:
+def _queue(queues: dict[int, dict[bytes, int]], inode: int, digests: Sequence[bytes], now_ms: int) -> None:
     if not digests:
         return
     queue = queues.setdefault(inode, {})
     for digest in digests:
         queue.pop(digest, None)
-        queue[digest] = None
+        queue[digest] = now_ms

@@ -40,6 +40,7 @@ class FakeStorage:
         self.reads: list[storage_pb2.ReadRequest] = []
         self.writes: list[storage_pb2.WriteRequest] = []
         self.synced: list[int] = []
+        self.touches: list[storage_pb2.KvTouchRequest] = []
         self.applied = 0
         self.fail_reads: KvfsError | None = None
         self.fail_writes: list[KvfsError] = []
@@ -116,6 +117,10 @@ class FakeStorage:
             chunk[io.offset : io.offset + len(data)] = data
             return storage_pb2.WriteResult(version=1, chunk_length=len(chunk))
         return storage_pb2.WriteResult(version=1)
+
+    def kv_touch(self, request: storage_pb2.KvTouchRequest, call: Call) -> base_pb2.Empty:
+        self.touches.append(request)
+        return base_pb2.Empty()
 
     def sync(self, request: storage_pb2.SyncRequest, call: Call) -> storage_pb2.SyncReply:
         self.synced += request.target_ids

@@ -41,7 +41,14 @@ class Blocks:
     def __init__(self, world: MiniCluster, client: StorageClient) -> None:
         self.world = world
         self.client = client
-        self.space = pb.KvSpace(inode=INODE, block_bytes=BLOCK_BYTES, version=1)
+        self.space = pb.KvSpace(inode=INODE, version=1)
+        self.slab_bytes = 0
+        self.sizes(BLOCK_BYTES)
+
+    def sizes(self, block_bytes: int) -> None:
+        """Of the blocks to come: before the first one."""
+        self.space.block_bytes = block_bytes
+        self.slab_bytes = -(-block_bytes // 4096) * 4096
 
     @property
     def chain(self) -> int:
@@ -50,7 +57,7 @@ class Blocks:
     async def put(self, keys: Sequence[int], contents: Sequence[bytes] = ()) -> list[WriteDone | KvfsError]:
         datas = contents or [content(key) for key in keys]
         writes = [
-            ChunkWrite(self.chain, block_id(INODE, digest(key)), 0, len(data), BLOCK_BYTES, data, pb.CREATE, SLAB_BYTES, self.space)
+            ChunkWrite(self.chain, block_id(INODE, digest(key)), 0, len(data), self.space.block_bytes, data, pb.CREATE, self.slab_bytes, self.space)
             for key, data in zip(keys, datas, strict=True)
         ]
         return await self.client.write_each(writes)
@@ -71,6 +78,11 @@ class Blocks:
         if isinstance(bits, KvfsError):
             raise bits
         return [bool(bits[place // 8] >> place % 8 & 1) for place in range(len(keys))]
+
+    def service_of(self, target: int) -> int:
+        """The number of the service that has a target."""
+        node = self.world.routing.target(target).node_id
+        return next(number for number, started in self.world.started.items() if started["node_id"] == node)
 
     async def stats(self) -> dict[int, pb.KvSpaceStats]:
         return {stats.target_id: stats for stats in await self.client.space_stats(INODE)}

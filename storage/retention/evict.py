@@ -1,0 +1,42 @@
+"""Removing blocks: ordinary REMOVE updates at the head, so that all replicas agree, in bounded batches between which others get their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvfs.common.errors import KvfsError
+from kvfs.common.ids import block_id
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.storage.chain.messages import Incoming
+from kvfs.storage.engine.requests import UpdateKind
+from kvfs.storage.host import Host
+from kvfs.storage.retention.policy import Victim
+from kvfs.storage.target import Target
+from kvfs.storage.updates import Item, Round
+
+BATCH = 128
+ROUND_S = 5.0
+
+
+def may_evict(host: Host, target: Target) -> bool:
+    """Only the head of a chain does."""
+    replica = target.replica
+    return target.opened and replica.serving and replica.predecessor == 0 and host.link.lease_valid()
+
+
+async def remove(host: Host, target: Target, victims: Sequence[Victim]) -> int:
+    """One round of at most BATCH removals; how many blocks are gone. What could not be removed is still in its table."""
+    version = target.replica.version
+    items = []
+    for victim in victims:
+        chunk_id = block_id(victim.inode, victim.digest)
+        io = pb.WriteIO(chain_id=target.chain_id, chunk_id=chunk_id, kind=pb.REMOVE, chain_version=version, chunk_size=1)
+        items.append(Item(target, chunk_id, Incoming(chunk_id, UpdateKind.REMOVE, version), io))
+    target.retention.doom(victims)
+    try:
+        await Round(host, items, host.clock.monotonic() + ROUND_S).run()
+    except KvfsError as error:
+        host.note_error(target, error)
+    finally:
+        target.retention.spare(victims)
+    return sum(item.result is not None and item.result.status == 0 for item in items)
