@@ -422,6 +422,20 @@ def test_statistics() -> None:
     run(test)
 
 
+def test_evicting_by_hand() -> None:
+    async def test() -> None:
+        async with space() as (made, _, _):
+            keys = [key(number) for number in range(12)]
+            await made.put(keys, [block(number) for number in range(12)])
+            await trio.sleep(0.05)  # the touches of the put
+            assert await made.evict(5) == 5
+            assert await made.exists(keys) == [True] * 7 + [False] * 5  # touched together: the deepest go first
+            with pytest.raises(InvalidArgument):
+                await made.evict(-1)
+
+    run(test)
+
+
 def test_a_client_of_another_protocol_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with whole(storage=1, replicas=1) as cluster:
