@@ -21,7 +21,7 @@ from kvfs.common.errors import (
     KvfsError,
     TargetNotServing,
 )
-from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_block, is_space
+from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_space
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
@@ -31,7 +31,8 @@ from kvfs.storage.engine.requests import Tag, UpdateKind
 from kvfs.storage.forwards import MAX_CHUNK_BYTES
 from kvfs.storage.host import Host
 from kvfs.storage.reads import Reader
-from kvfs.storage.retention.calls import RetentionCalls, note_blocks
+from kvfs.storage.retention.calls import RetentionCalls, check_block, note_blocks
+from kvfs.storage.retention.evict import BATCH
 from kvfs.storage.target import Target
 from kvfs.storage.updates import Item, Round
 from kvfs.storage.versions import Versions
@@ -99,14 +100,16 @@ class StorageService:
 
     def read(self, request: pb.ReadRequest, call: Call) -> pb.ReadReply | Awaitable[pb.ReadReply]:
         """Inline when everything is small and cached; else the rest in the background."""
+        return note_blocks(self._host, request, self._read(request, call))
+
+    def _read(self, request: pb.ReadRequest, call: Call) -> pb.ReadReply | Awaitable[pb.ReadReply]:
         results, wanted = self._reader.begin(request, call)
         if not wanted:
-            note_blocks(self._host, request.reads, results)
             call.bulk.placed([result.length for result in results if result is not None])
             return pb.ReadReply(results=results)  # type: ignore[arg-type]
-        return self._read_rest(request, results, wanted, call)
+        return self._read_rest(results, wanted, call)
 
-    async def _read_rest(self, request: pb.ReadRequest, results: list[pb.ReadResult | None], wanted: list, call: Call) -> pb.ReadReply:  # type: ignore[type-arg]
+    async def _read_rest(self, results: list[pb.ReadResult | None], wanted: list, call: Call) -> pb.ReadReply:  # type: ignore[type-arg]
         count = sum(want.io.length for want in wanted)
         await self._budget.take(count, call.remaining_s())
         try:
@@ -118,7 +121,6 @@ class StorageService:
         done = [result for result in results if result is not None]
         if len(done) != len(results):
             raise InternalError("a read was left without a result")
-        note_blocks(self._host, request.reads, done)
         call.bulk.placed([result.length for result in done])
         return pb.ReadReply(results=done)
 
@@ -203,7 +205,7 @@ class StorageService:
             raise InvalidArgument(f"a chunk size of {io.chunk_size}: 1 to {MAX_CHUNK_BYTES}")
         if io.tag.client_id and len(io.tag.client_id) != CLIENT_ID_BYTES:
             raise InvalidArgument(f"a tag's client id has {CLIENT_ID_BYTES} bytes, not {len(io.tag.client_id)}")
-        _check_block(io, from_client)
+        check_block(io, from_client)
         tag = TagKey(io.tag.client_id, io.tag.channel, io.tag.sequence) if io.tag.client_id else None
         incoming = Incoming(
             chunk_id=io.chunk_id,
@@ -230,7 +232,8 @@ class StorageService:
         """Ordinary REMOVE updates of every chunk in the range, a batch at a time: they pass down the chain as such."""
         self._host.link.check_lease()
         target = self._host.usable(request.target_id)
-        limit = min(request.limit or REMOVE_LIMIT, REMOVE_LIMIT)
+        most = BATCH if is_space(request.inode) else REMOVE_LIMIT  # a space that is dropped may have millions of blocks, and others read meanwhile
+        limit = min(request.limit or most, most)
         first = chunk_id(request.inode, request.first_index)
         end = chunk_id(request.inode, request.end_index) if request.end_index else chunk_id(request.inode, (1 << 128) - 1) + b"\0"
         before = (int.from_bytes(first, "big") - 1).to_bytes(CHUNK_ID_BYTES, "big") if any(first) else b""
@@ -363,17 +366,6 @@ async def drop_leftovers(host: Host, target: Target, deadline: float) -> None:
             target.engine.drop_pending([chunk])
         finally:
             host.unlock(ticket)
-
-
-def _check_block(io: pb.WriteIO, from_client: bool) -> None:
-    """A KV-cache block is made whole, and never changed."""
-    if io.kind == pb.CREATE:
-        if not is_block(io.chunk_id):
-            raise InvalidArgument("CREATE is for the blocks of KV-cache spaces")
-        if io.offset or not io.length:
-            raise InvalidArgument(f"a block is made whole and is not empty: offset {io.offset}, length {io.length}")
-    elif from_client and io.kind != pb.REMOVE and is_block(io.chunk_id):
-        raise InvalidArgument(f"a block of a KV-cache space is never changed: {pb.UpdateKind.Name(io.kind)} refused")
 
 
 def _to_wire(result: Result) -> pb.WriteResult:

@@ -6,7 +6,7 @@ answered as its status. Anything large is done in slices, so that other requests
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 
 import trio
 
@@ -75,7 +75,11 @@ class RetentionCalls:
             if target is None or not target.opened:
                 continue
             for start in range(0, len(touch.digests), SLICE_BYTES):
-                target.retention.touch(touch.inode, touch.digests[start : start + SLICE_BYTES], told=touch.from_target != 0, idle_ms=touch.idle_ms)
+                part = touch.digests[start : start + SLICE_BYTES]
+                if touch.from_target:
+                    target.retention.touch(touch.inode, part, told=True, idle_ms=touch.idle_ms)
+                else:
+                    target.retention.touch(touch.inode, part)
                 await trio.lowlevel.checkpoint()
         return base.Empty()
 
@@ -106,12 +110,38 @@ class RetentionCalls:
         return pb.KvEvictReply(evicted=evicted)
 
 
-def note_blocks(host: Host, reads: Sequence[pb.ReadIO], results: Sequence[pb.ReadResult | None]) -> None:
-    """The blocks among the reads of a request were touched."""
+def check_block(io: pb.WriteIO, from_client: bool) -> None:
+    """A KV-cache block is made whole, and never changed."""
+    if io.kind == pb.CREATE:
+        if not is_block(io.chunk_id):
+            raise InvalidArgument("CREATE is for the blocks of KV-cache spaces")
+        if io.offset or not io.length:
+            raise InvalidArgument(f"a block is made whole and is not empty: offset {io.offset}, length {io.length}")
+    elif from_client and io.kind != pb.REMOVE and is_block(io.chunk_id):
+        raise InvalidArgument(f"a block of a KV-cache space is never changed: {pb.UpdateKind.Name(io.kind)} refused")
+
+
+def note_blocks(host: Host, request: pb.ReadRequest, reply: pb.ReadReply | Awaitable[pb.ReadReply]) -> pb.ReadReply | Awaitable[pb.ReadReply]:
+    """What is read of blocks counts as touched. A request is one of blocks if its first read is: nobody mixes them with chunks of files."""
+    if not request.reads or not is_block(request.reads[0].chunk_id):
+        return reply
+    if not isinstance(reply, pb.ReadReply):
+        return _note_later(host, request, reply)
+    _note(host, request, reply)
+    return reply
+
+
+async def _note_later(host: Host, request: pb.ReadRequest, answering: Awaitable[pb.ReadReply]) -> pb.ReadReply:
+    reply = await answering
+    _note(host, request, reply)
+    return reply
+
+
+def _note(host: Host, request: pb.ReadRequest, reply: pb.ReadReply) -> None:
     found: dict[int, list[bytes]] = {}
     missed: dict[int, list[bytes]] = {}
-    for io, result in zip(reads, results, strict=True):
-        if result is not None and is_block(io.chunk_id):
+    for io, result in zip(request.reads, reply.results, strict=True):
+        if is_block(io.chunk_id):
             if result.status == 0:
                 found.setdefault(io.target_id, []).append(io.chunk_id)
             elif result.status == ChunkNotFound.code:

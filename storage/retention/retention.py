@@ -192,7 +192,7 @@ class Retention:
         table = self.tables.get(inode)
         if table is None:
             return
-        now_ms = self.now_ms() - idle_ms
+        now_ms = max(0, self.now_ms() - idle_ms)
         touched = table.touch(digests, now_ms)
         _queue(self._news.touched, inode, touched, now_ms)
         if not told:
