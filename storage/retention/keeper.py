@@ -195,7 +195,7 @@ class Keeper:
         followers = self._followers(target)
         removed = 0
         while may_evict(self._host, target):
-            victims = policy.choose(retention.tables.values(), retention.now_ms(), excess_bytes, BATCH)
+            victims = policy.choose(retention.tables.values(), retention.now_ms(), excess_bytes, BATCH, self._over_quota(target))
             if not victims:
                 break
             gone = await remove(self._host, target, victims)
@@ -209,6 +209,21 @@ class Keeper:
             await trio.lowlevel.checkpoint()
         if removed and target.engine.waiting_bytes() > max(WAITING_BYTES, target.engine.space().used_bytes // WAITING_SHARE):
             await target.sync(self._host.workers)
+
+    def _over_quota(self, target: Target) -> dict[int, int]:
+        """What of each space on this target is over the quota that it has at all heads of this process together. Wakes the others that must give."""
+        heads = [each for each in self._targets() if may_evict(self._host, each)]
+        over: dict[int, int] = {}
+        for inode, table in target.retention.tables.items():
+            if not table.policy.quota_bytes:
+                continue
+            sharing = [head for head in heads if inode in head.retention.tables and head.retention.tables[inode].policy.quota_bytes]
+            for head, share in zip(sharing, policy.pooled([head.retention.tables[inode] for head in sharing], BATCH), strict=True):
+                if head is target:
+                    over[inode] = share
+                elif share:
+                    head.retention.wake.set()
+        return over
 
     def _excess(self, target: Target) -> int:
         config, retention = self._host.config, target.retention

@@ -146,7 +146,7 @@ class Retention:
                 table.counts.stored += 1
                 self._news.spaces.add(inode)
                 self.grown_bytes += table.slab_bytes
-                if table.over_bytes or self.grown_bytes > self.grown_limit_bytes:
+                if table.policy.quota_bytes or self.grown_bytes > self.grown_limit_bytes:
                     self.wake.set()
             return
         known = self.tables.get(inode)

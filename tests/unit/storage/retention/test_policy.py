@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 
 from kvfs.storage.retention import policy
-from kvfs.storage.retention.policy import Reason, choose
+from kvfs.storage.retention.policy import Reason, choose, pooled
 from kvfs.storage.retention.table import Policy, SpaceTable, pack_bits
 
 SLAB = 4096
@@ -99,6 +99,17 @@ def test_quota_takes_the_oldest_until_it_is_kept() -> None:
     for victim in victims:
         blocks.drop(victim.digest)
     assert choose([blocks], 0, 0, 99) == []
+
+
+def test_tables_of_one_space_share_their_quota_and_the_oldest_of_all_goes() -> None:
+    old, new = table(1, 6, quota=5_000, start_ms=10), table(1, 3, quota=5_000, start_ms=100)
+    assert pooled([old, new], 99) == [0, 0], "one over its own, both under the sum"
+    assert choose([old], 200, 0, 99, {1: 0}) == []
+    more = table(1, 8, quota=5_000, start_ms=50)  # 17 blocks where 15 are allowed
+    assert pooled([old, new, more], 99) == [2_000, 0, 0]
+    old.touch(digests(*range(6)), 300)
+    assert pooled([old, new, more], 99) == [0, 0, 2_000] and pooled([old, new, more], 1) == [0, 0, 1_000]
+    assert numbers(choose([more], 300, 0, 99, {1: 2_000})) == [0, 1]
 
 
 def test_a_full_target_takes_the_oldest_over_all_spaces() -> None:
