@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import trio
 from tests.unit.client.fakes import run
-from tests.unit.kvcache.test_space import space
+from tests.unit.kvcache.test_space import eventually, space
 
 from kvfs.common.errors import InvalidArgument
 from kvfs.kvcache import SpaceParams
-from kvfs.kvcache.replay import Request, oracle, read_trace, replay
+from kvfs.kvcache.replay import Request, oracle, read_trace, replay, trace_key
 
 TRACE = Path(os.environ.get("KVFS_TRACE", "/work/shared/data/mooncake_synthetic_trace.jsonl"))
 
@@ -83,3 +85,38 @@ def test_a_space_of_unlimited_size_finds_exactly_what_the_oracle_does() -> None:
             assert seen == list(range(1, 121))
 
     run(test, 60)
+
+
+def test_under_a_quota_a_space_keeps_what_an_exact_lru_keeps_and_no_prefix_goes_before_its_suffix() -> None:
+    """On one chain, where there is one order of touches. Blocks evicted meanwhile make the counts differ if a single one were wrong."""
+    capacity = 24
+
+    async def test() -> None:
+        requests = conversations(70, seed=5)
+        params = SpaceParams(block_tokens=512, block_bytes=4096, quota_bytes=capacity * 4096)
+        async with space(params, storage=1, replicas=1) as (made, _, _):
+            assert len(made.chain_ids) == 1
+            model: OrderedDict[int, None] = OrderedDict()
+            for request in requests:
+                await replay(made, [request])
+                for number in reversed(request.blocks):
+                    model[number] = None
+                    model.move_to_end(number)
+                while len(model) > capacity:
+                    model.popitem(last=False)
+                await trio.sleep(0.02)  # the touches of the put are told in the background
+
+                async def settled(left: int = len(model)) -> bool:
+                    return (await made.stats()).blocks == left
+
+                await eventually(settled)
+                known = sorted({number for one in requests for number in one.blocks})
+                there = await made.exists([trace_key(number) for number in known])
+                assert {number for number, found in zip(known, there, strict=True) if found} == set(model)
+                present = set(model)
+                for one in requests:
+                    kept = [number in present for number in one.blocks]
+                    assert kept == sorted(kept, reverse=True), "a block is there without what comes before it"
+            assert (await made.stats()).evicted > 50
+
+    run(test, 90)
