@@ -7,7 +7,7 @@ cannot be delivered is dropped and counted, and nobody waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -55,7 +55,9 @@ class Touch:
 
 
 class BlockPath:
-    def __init__(self, peers: Peers, config: ClientConfig, nursery: trio.Nursery) -> None:
+    def __init__(self, peers: Peers, config: ClientConfig, nursery: trio.Nursery, attempts: Callable[[float | None, float], Attempts]) -> None:
+        """`attempts(deadline_s, attempt_s)` begins an operation's attempts."""
+        self._attempts = attempts
         self._peers = peers
         self._config = config
         self._nursery = nursery
@@ -68,14 +70,7 @@ class BlockPath:
     async def probe(self, probes: Sequence[Probe], *, deadline_s: float | None = None) -> list[bytes | KvfsError]:
         """A bitmap each (bit i % 8 of byte i / 8: digest i is there), in order."""
         config, peers = self._config, self._peers
-        attempts = Attempts(
-            peers.clock,
-            peers.random,
-            deadline=peers.clock.monotonic() + (config.deadline_s if deadline_s is None else deadline_s),
-            attempt_s=config.read_attempt_s,
-            first_s=config.backoff_first_s,
-            max_s=config.backoff_max_s,
-        )
+        attempts = self._attempts(deadline_s, config.read_attempt_s)
         outcomes: list[bytes | KvfsError] = [InputOutput("not asked")] * len(probes)
         pending = []
         for index, probe in enumerate(probes):

@@ -44,7 +44,7 @@ class StorageClient:
         self._channels = Channels(client_id, config.channels)
         self._reads = ReadPath(peers, config, self._refresh_in_background)
         self._writes = WritePath(peers, config, self._channels)
-        self._blocks = BlockPath(peers, config, nursery)
+        self._blocks = BlockPath(peers, config, nursery, self._attempts)
 
     @property
     def routing(self) -> Routing:
