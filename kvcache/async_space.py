@@ -40,6 +40,14 @@ ASK_FIRST_BYTES = 64 << 10
 Key = bytes
 
 
+_FLAGS = [[bool(byte >> bit & 1) for bit in range(8)] for byte in range(256)]
+
+
+def flags(bitmap: bytes) -> list[bool]:
+    """Bit i % 8 of byte i / 8 is flag i."""
+    return [flag for byte in bitmap for flag in _FLAGS[byte]]
+
+
 class AsyncSpace:
     """Made by AsyncKVCache.create and open."""
 
@@ -111,8 +119,8 @@ class AsyncSpace:
                     self._trouble(chain, outcome, len(places))
                     continue
                 self._well(chain)
-                for bit, place in enumerate(places):
-                    found[place] = bool(outcome[bit >> 3] >> (bit & 7) & 1)
+                for place, there in zip(places, flags(outcome), strict=False):  # the last byte's spare bits are nobody's
+                    found[place] = there
 
         await self._on_chains(groups, ask, self._config.get_deadline_s if deadline_s is None else deadline_s)
         self.counters.found += sum(found)
@@ -242,7 +250,7 @@ class AsyncSpace:
         present: set[int] = set()
         for members, outcome in zip(groups.values(), await self._storage.probe(probes, deadline_s=limit_s), strict=True):
             if not isinstance(outcome, KvfsError):
-                present.update(place for bit, place in enumerate(members) if outcome[bit >> 3] >> (bit & 7) & 1)
+                present.update(place for place, there in zip(members, flags(outcome), strict=False) if there)
         for place in present:
             results[place] = Put.PRESENT
         return [(place, chain) for place, chain in places if place not in present]

@@ -42,6 +42,8 @@ def digest(key: bytes) -> bytes:
 
 def digests(keys: Sequence[bytes]) -> list[bytes]:
     """The digest of each key; the error says which key is wrong."""
+    if set(map(type, keys)) == {bytes} and set(map(len, keys)) == {DIGEST_BYTES}:
+        return list(keys)  # what is asked for hundreds of thousands of times a second
     found = []
     for place, key in enumerate(keys):
         if not isinstance(key, bytes | bytearray | memoryview):

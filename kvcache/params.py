@@ -40,7 +40,7 @@ class SpaceParams:
     table: int = 0
     """Chain table; 0: the first of that replication."""
     quota_bytes: int | None = None
-    """Of block space, all chains together, replicas not counted. None: up to the watermarks of the targets."""
+    """Of block contents, all chains together, replicas not counted. None: up to the watermarks of the targets."""
     ttl_s: float | None = None
     """A block that was not touched for so long goes. None: it stays."""
 

@@ -7,13 +7,14 @@ never change, so a block's place never does. This module must never do I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from xxhash import xxh3_64_intdigest
 
 from kvfs.common.errors import InputOutput
 
 BUCKETS = 1 << 16
+_MASK = BUCKETS - 1
 
 
 class BlockPlacement:
@@ -28,15 +29,27 @@ class BlockPlacement:
         """Bucket -> chain, filled as they are asked for."""
 
     def chain(self, digest: bytes) -> int:
-        bucket = xxh3_64_intdigest(digest) & (BUCKETS - 1)
+        bucket = xxh3_64_intdigest(digest) & _MASK
         known = self._known.get(bucket)
         return self._place(bucket) if known is None else known
 
-    def group(self, digests: Iterable[bytes]) -> dict[int, list[int]]:
+    def group(self, digests: Sequence[bytes]) -> dict[int, list[int]]:
         """Chain -> the places of its digests, in order."""
+        if len(self.chain_ids) == 1:
+            places = list(range(len(digests)))
+            return {self.chain_ids[0]: places} if places else {}
         groups: dict[int, list[int]] = {}
+        known = self._known.get
         for place, digest in enumerate(digests):
-            groups.setdefault(self.chain(digest), []).append(place)
+            bucket = xxh3_64_intdigest(digest) & _MASK
+            chain = known(bucket)
+            if chain is None:
+                chain = self._place(bucket)
+            members = groups.get(chain)
+            if members is None:
+                groups[chain] = [place]
+            else:
+                members.append(place)
         return groups
 
     def _place(self, bucket: int) -> int:

@@ -13,8 +13,6 @@ from kvfs.meta.namespace import records
 from kvfs.meta.namespace.step import Step
 
 BLOCK_BYTES_MAX = 64 << 20
-SLAB_UNIT_BYTES = 4096
-"""What a block takes on disk is rounded up to this."""
 DIGEST_BYTES = 16
 FORMAT_FIELDS_MAX = 64
 FORMAT_BYTES_MAX = 4096
@@ -36,10 +34,9 @@ def new_space(step: Step, wanted: pb.Space) -> pb.Space:
     space = pb.Space()
     space.CopyFrom(wanted)
     space.table_id, space.replication, chains = step.around.table(wanted.table_id, wanted.replication)
-    slab_bytes = -(-wanted.block_bytes // SLAB_UNIT_BYTES) * SLAB_UNIT_BYTES
-    if wanted.quota_bytes and wanted.quota_bytes < slab_bytes * len(chains):
+    if wanted.quota_bytes and wanted.quota_bytes < wanted.block_bytes * len(chains):
         raise InvalidArgument(
-            f"a quota of {wanted.quota_bytes} bytes: the space lies on {len(chains)} chains, each needs room for a block of {slab_bytes} bytes"
+            f"a quota of {wanted.quota_bytes} bytes: the space lies on {len(chains)} chains, and each needs room for a block of {wanted.block_bytes}"
         )
     del space.chain_ids[:]
     space.chain_ids.extend(chains)

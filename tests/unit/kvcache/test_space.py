@@ -341,17 +341,19 @@ def test_a_service_that_is_down_is_a_miss_and_the_others_are_served() -> None:
         config = CacheConfig(get_deadline_s=0.7, put_deadline_s=0.7, rest_s=0.5, trial_s=0.4)
         async with space(storage=2, replicas=1, config=config) as (made, _, cluster):
             keys, blocks = [key(number) for number in range(40)], [block(number) for number in range(40)]
-            await made.put(keys, blocks)
+            assert await made.put(keys, blocks, deadline_s=10) == [STORED] * 40
             cluster.stop_storage(0)
             into = buffers(40)
-            with trio.fail_after(3):
-                found = await made.get(keys, into)
+            found = await made.get(keys, into)
+            while None not in found:  # it answers what it has begun
+                with trio.fail_after(3):
+                    found = await made.get(keys, into)
             hits = [place for place, count in enumerate(found) if count is not None]
             assert 5 < len(hits) < 35
             for place in hits:
                 assert bytes(into[place]) == blocks[place]
             assert made.counters.late + made.counters.failed == 40 - len(hits) == made.counters.misses
-            with trio.fail_after(0.3):  # its chain rests: nobody waits for it again
+            with trio.fail_after(0.4):  # its chain rests: nobody waits for it again
                 assert [place for place, there in enumerate(await made.exists(keys)) if there] == hits
             assert made.counters.resting == 40 - len(hits)
             new, fresh = [key(number) for number in range(100, 120)], [block(number) for number in range(20)]
@@ -403,6 +405,32 @@ def test_reads_go_on_and_puts_do_not_while_nobody_can_say_whether_the_space_is_t
                 assert await made.get([key(1)], buffers(1)) == [BLOCK]
             assert trio.current_time() - started < 0.5  # not every operation waits for the answer
             client.meta.get_attr = asked  # type: ignore[method-assign]
+
+    run(test)
+
+
+def test_a_handle_in_use_is_renewed_beside_its_operations() -> None:
+    async def test() -> None:
+        config = CacheConfig(trust_s=10, refresh_s=0.2)
+        async with whole(storage=1, replicas=1) as cluster, cluster.client() as client:
+            made = await AsyncKVCache(client, config).create("s", PARAMS)
+            asked = []
+            get_attr = client.meta.get_attr
+
+            async def slow(inodes: Any, **options: Any) -> Any:
+                asked.append(inodes)
+                await trio.sleep(1.0)
+                return await get_attr(inodes, **options)
+
+            client.meta.get_attr = slow  # type: ignore[method-assign]
+            await made.put([key(1)], [block(1)])
+            end = trio.current_time() + 2.5
+            while trio.current_time() < end:
+                started = trio.current_time()
+                assert await made.exists([key(1)]) == [True]
+                assert trio.current_time() - started < 0.8
+                await trio.sleep(0.02)
+            assert 1 <= len(asked) <= 3 and made.life.left_s() > 20
 
     run(test)
 
