@@ -36,13 +36,15 @@ def content(key: int, length: int = BLOCK_BYTES) -> bytes:
 
 
 class Blocks:
-    """One client and one space on one chain."""
+    """One client and one space on one chain at a time."""
 
     def __init__(self, world: MiniCluster, client: StorageClient) -> None:
         self.world = world
         self.client = client
         self.space = pb.KvSpace(inode=INODE, version=1)
         self.slab_bytes = 0
+        self.place = 0
+        """Which of the chains."""
         self.sizes(BLOCK_BYTES)
 
     def sizes(self, block_bytes: int) -> None:
@@ -52,7 +54,7 @@ class Blocks:
 
     @property
     def chain(self) -> int:
-        return next(iter(self.world.routing.chains)).chain_id
+        return list(self.world.routing.chains)[self.place].chain_id
 
     async def put(self, keys: Sequence[int], contents: Sequence[bytes] = ()) -> list[WriteDone | KvfsError]:
         datas = contents or [content(key) for key in keys]
@@ -89,12 +91,13 @@ class Blocks:
 
 
 @asynccontextmanager
-async def block_world(path: Path, *, replicas: int = 1, settings: dict[str, object] | None = None) -> AsyncIterator[Blocks]:
+async def block_world(path: Path, *, replicas: int = 1, settings: dict[str, object] | None = None, targets: int = 1) -> AsyncIterator[Blocks]:
+    """`targets`: on each disk."""
     async with mini_cluster(path) as world:
         world.settings.update(settings or {})
         for number in range(1, replicas + 1):
             await world.start(number)
-        await world.create(replicas, replicas)
+        await world.create(replicas, replicas, targets)
         async with trio.open_nursery() as nursery:
             yield Blocks(world, client_of(world, nursery))
             nursery.cancel_scope.cancel()

@@ -56,6 +56,40 @@ def test_quota_keeps_what_was_touched_last_on_all_replicas(tmp_path: Path) -> No
     trio.run(main)
 
 
+def test_the_heads_of_a_process_keep_to_a_quota_together(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with block_world(tmp_path, targets=3) as blocks:
+            assert len(list(blocks.world.routing.chains)) == 3
+            blocks.space.quota_bytes = 10 * BLOCK_BYTES  # each
+
+            async def put(place: int, keys: range) -> None:
+                blocks.place = place
+                assert all(isinstance(done, WriteDone) for done in await blocks.put(keys))
+                await trio.sleep(0.01)  # the order of touches is told by the millisecond
+
+            async def there(place: int) -> list[int]:
+                blocks.place = place
+                return [key for key, found in enumerate(await blocks.present(range(40))) if found]
+
+            async def become(*expected: list[int]) -> None:
+                with trio.move_on_after(10):
+                    while [await there(place) for place in range(3)] != list(expected):
+                        await trio.sleep(0.05)
+                assert [await there(place) for place in range(3)] == list(expected)
+
+            await put(0, range(4))
+            await put(2, range(6))
+            await put(1, range(20))  # over its own share, and nothing has to go
+            await trio.sleep(1.5)
+            await become(list(range(4)), list(range(20)), list(range(6)))
+            await put(2, range(6, 9))  # the three oldest go, and they lie on another chain
+            await become([3], list(range(20)), list(range(9)))
+            await put(0, range(4, 9))
+            await become([4, 5, 6, 7, 8], list(range(20)), [4, 5, 6, 7, 8])
+
+    trio.run(main)
+
+
 def test_a_quota_that_shrinks_counts_at_once(tmp_path: Path) -> None:
     async def main() -> None:
         async with block_world(tmp_path) as blocks:
