@@ -65,9 +65,9 @@ class WritePath:
         """The outcome of each, in order. Never raises for a failed write."""
         outcomes: list[WriteDone | KvfsError] = []
         step = self._config.batch_max_ios
-        limit_s = self._config.deadline_s if deadline_s is None else deadline_s
+        end_s = self._peers.clock.monotonic() + (self._config.deadline_s if deadline_s is None else deadline_s)
         for start in range(0, len(writes), step):
-            outcomes += await self._write_some(writes[start : start + step], limit_s)
+            outcomes += await self._write_some(writes[start : start + step], max(0.0, end_s - self._peers.clock.monotonic()))
         return outcomes
 
     async def _write_some(self, writes: Sequence[ChunkWrite], limit_s: float) -> list[WriteDone | KvfsError]:

@@ -107,7 +107,8 @@ class AsyncSpace:
     async def _probe(self, digests: Sequence[bytes], *, touch: bool, deadline_s: float | None) -> list[bool]:
         found = [False] * len(digests)
         self.counters.lookups += len(digests)
-        if not digests or not await self._readable(len(digests)):
+        end_s = self._end(deadline_s, self._config.get_deadline_s)
+        if not digests or not await self._readable(len(digests), end_s):
             return found
         groups = self._placement.group(digests)
 
@@ -122,7 +123,7 @@ class AsyncSpace:
                 for place, there in zip(places, flags(outcome), strict=False):  # the last byte's spare bits are nobody's
                     found[place] = there
 
-        await self._on_chains(groups, ask, self._config.get_deadline_s if deadline_s is None else deadline_s)
+        await self._on_chains(groups, ask, end_s)
         self.counters.found += sum(found)
         return found
 
@@ -153,7 +154,8 @@ class AsyncSpace:
         found: list[int | None] = [None] * len(keys)
         counters = self.counters
         counters.gets += len(keys)
-        if keys and await self._readable(len(keys)):
+        end_s = self._end(deadline_s, self._config.get_deadline_s)
+        if keys and await self._readable(len(keys), end_s):
             groups = self._placement.group(digests)
 
             async def ask(chains: Sequence[int], limit_s: float) -> None:
@@ -172,7 +174,7 @@ class AsyncSpace:
                 for (place, chain), read, outcome in zip(places, reads, outcomes, strict=True):
                     found[place] = self._arrived(chain, memories[place], outcome, read.length if whole else None)
 
-            await self._on_chains(groups, ask, self._config.get_deadline_s if deadline_s is None else deadline_s)
+            await self._on_chains(groups, ask, end_s)
         hits = [count for count in found if count is not None]
         counters.hits += len(hits)
         counters.hit_bytes += sum(hits)
@@ -205,20 +207,22 @@ class AsyncSpace:
         results = [Put.REFUSED] * len(keys)
         counters = self.counters
         counters.puts += len(keys)
-        left_s = await self._writable(len(keys)) if keys else 0.0
+        end_s = self._end(deadline_s, self._config.put_deadline_s)
+        left_s = await self._writable(len(keys), end_s) if keys else 0.0
         if left_s > 0:
             first = {digest: place for place, digest in reversed(list(enumerate(digests)))}
             groups = self._placement.group(digests)
 
             async def ask(chains: Sequence[int], limit_s: float) -> None:
                 places = sorted((place, chain) for chain in chains for place in groups[chain] if first[digests[place]] == place)
+                asked_s = self._clock.monotonic()
                 places = await self._absent(places, digests, memories, results, limit_s)
+                limit_s = max(0.0, limit_s - (self._clock.monotonic() - asked_s))
                 writes = [self._write(chain, digests[place], memories[place]) for place, chain in places]
                 for (place, chain), outcome in zip(places, await self._storage.write_each(writes, deadline_s=limit_s), strict=True):
                     results[place] = self._taken(chain, outcome, len(memories[place].view))
 
-            limit_s = self._config.put_deadline_s if deadline_s is None else deadline_s
-            await self._on_chains(groups, ask, min(limit_s, left_s))
+            await self._on_chains(groups, ask, min(end_s, self._clock.monotonic() + left_s))
             for place, digest in enumerate(digests):
                 if first[digest] != place:
                     results[place] = Put.PRESENT if results[first[digest]] else Put.REFUSED
@@ -296,7 +300,8 @@ class AsyncSpace:
         """Whether each block is known to be gone now (also one that never was there)."""
         digests = hashing.digests(keys)
         gone = [False] * len(keys)
-        if not digests or not await self._readable(len(digests)):
+        end_s = self._end(deadline_s, self._config.put_deadline_s)
+        if not digests or not await self._readable(len(digests), end_s):
             return gone
         groups = self._placement.group(digests)
 
@@ -312,7 +317,7 @@ class AsyncSpace:
                     self._well(chain)
                     gone[place] = True
 
-        await self._on_chains(groups, ask, self._config.put_deadline_s if deadline_s is None else deadline_s)
+        await self._on_chains(groups, ask, end_s)
         return gone
 
     async def evict(self, blocks: int) -> int:
@@ -330,16 +335,20 @@ class AsyncSpace:
         """What the storage services say of the space now; those that cannot be asked are left out."""
         return SpaceStats.of(self.name, self.inode, self.params, len(self.chain_ids), await self._storage.space_stats(self.inode))
 
-    async def _readable(self, count: int) -> bool:
+    def _end(self, deadline_s: float | None, usual_s: float) -> float:
+        """When an operation that begins now is over."""
+        return self._clock.monotonic() + (usual_s if deadline_s is None else deadline_s)
+
+    async def _readable(self, count: int, end_s: float) -> bool:
         """False: the space is known to be gone."""
-        there = await self.life.readable()
+        there = await self.life.readable(end_s)
         if not there:
             self.counters.dropped += count
         return there
 
-    async def _writable(self, count: int) -> float:
+    async def _writable(self, count: int, end_s: float) -> float:
         """For how many seconds from now on a put may go on; 0: not at all."""
-        if not await self._readable(count):
+        if not await self._readable(count, end_s):
             return 0.0
         left_s = self.life.left_s()
         if not left_s:
@@ -348,8 +357,9 @@ class AsyncSpace:
 
     # --- chains that do not answer -------------------------------------------------------------------------------------------------------------
 
-    async def _on_chains(self, groups: dict[int, list[int]], ask: Callable[[Sequence[int], float], Awaitable[None]], limit_s: float) -> None:
+    async def _on_chains(self, groups: dict[int, list[int]], ask: Callable[[Sequence[int], float], Awaitable[None]], end_s: float) -> None:
         """Ask for what lies on each chain; one that rests is left out, one that is tried again gets a short deadline of its own."""
+        limit_s = max(0.0, end_s - self._clock.monotonic())
         if not self._rests:
             await ask(list(groups), limit_s)
             return

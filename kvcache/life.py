@@ -49,14 +49,14 @@ class Life:
         self._changes += 1
         self._asked_s = -math.inf
 
-    async def readable(self) -> bool:
-        """False: the space is known to be gone."""
+    async def readable(self, end_s: float) -> bool:
+        """False: the space is known to be gone. `end_s`: when the operation that asks is over."""
         age_s = self._clock.monotonic() - self._seen_s
         if (age_s > self._config.refresh_s or self._suspect) and not self.over:
             needed = age_s > self._config.trust_s or self._suspect
             self._ask()
             if needed:
-                await self._answer()
+                await self._answer(end_s)
         return not self.over
 
     def left_s(self) -> float:
@@ -71,9 +71,9 @@ class Life:
             self._answered = trio.Event()
             self._client.in_background(self._look, self._answered)
 
-    async def _answer(self) -> None:
+    async def _answer(self, end_s: float) -> None:
         """Wait for it, but only for a moment after it was asked for: while the metadata service is away, not every operation waits."""
-        left_s = self._asked_s + self._config.check_s - self._clock.monotonic()
+        left_s = min(self._asked_s + self._config.check_s, end_s) - self._clock.monotonic()
         if self._answered is not None and left_s > 0:
             with trio.move_on_after(left_s):
                 await self._answered.wait()

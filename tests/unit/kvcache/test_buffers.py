@@ -187,6 +187,24 @@ def test_another_replica_answers_while_the_first_hangs() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("limit_s", [0.0, 0.4])
+def test_a_deadline_holds_for_the_whole_of_a_large_batch(limit_s: float) -> None:
+    """Of hundreds of blocks, which go in several rounds, and with a service that hangs in each."""
+
+    async def test() -> None:
+        async with world(nodes=1, chains=2) as made:
+            held = _Held(made)
+            made.storage[0].silent = True
+            keys = [key(number) for number in range(600)]
+            with trio.fail_after(limit_s + 1.5):
+                assert not any(await held.space.put(keys, [b"x"] * 600, deadline_s=limit_s))
+            with trio.fail_after(limit_s + 1.5):
+                assert await held.space.get(keys, [bytearray(BLOCK)] * 600, deadline_s=limit_s) == [None] * 600
+            assert held.space.counters.late == 1200
+
+    run(test)
+
+
 def test_corrupt_everywhere_is_a_miss() -> None:
     async def test() -> None:
         async with world(nodes=1, chains=2) as made:
