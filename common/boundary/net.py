@@ -15,6 +15,7 @@ import errno
 import os
 import socket
 import stat
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final
@@ -29,6 +30,7 @@ ReadBuffer = bytes | bytearray | memoryview
 MAX_FDS: Final = 16
 _IOV_MAX: Final = 1024
 _BACKLOG: Final = 512
+_CREDENTIALS: Final = struct.Struct("iII")
 _FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
@@ -36,6 +38,8 @@ class ByteStream(ABC):
     peer: str
     carries_fds: bool
     """Whether file descriptors can travel (unix sockets and their simulated kin)."""
+    trusted: bool
+    """Whether the kernel says that the other end is a process of this machine that may do what this one may: of the same user, or of root."""
 
     @abstractmethod
     def send_now(self, buffers: Sequence[ReadBuffer], fds: Sequence[int] = ()) -> int:
@@ -189,6 +193,7 @@ class SocketStream(ByteStream):
         self._sock = sock
         self.peer = peer
         self.carries_fds = sock.family is socket.AF_UNIX
+        self.trusted = self.carries_fds and _peer_uid(sock) in (0, os.geteuid())
         self._fds: list[int] = []
 
     def send_now(self, buffers: Sequence[ReadBuffer], fds: Sequence[int] = ()) -> int:
@@ -296,6 +301,12 @@ class SocketListener(Listener):
                     if os.stat(self._path).st_ino == self._inode:  # not the socket of a successor that took the path
                         os.unlink(self._path)
         await trio.lowlevel.checkpoint()
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    """Of the process that connected, or listened, at the other end."""
+    _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(uid)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -36,6 +36,7 @@ from kvfs.common.wire import base_pb2 as pb
 from kvfs.common.wire.connection import Connection, Entry, Receive
 from kvfs.common.wire.frame import Header, Kind, Limits, decode_table, encode, table_bytes
 from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.lending import BorrowedFiles
 from kvfs.common.wire.outgoing import Buffer, Memory, Named
 from kvfs.common.wire.service import Method
 
@@ -73,6 +74,8 @@ class Channel:
         self.address = stream.peer
         self.peer = Identity(host_id="", pid=0, hostname="", software="")
         """Who answers; true once `open` has returned."""
+        self.files = BorrowedFiles(stream.peer, limits.files)
+        """What the service has lent."""
         self.ended: KvfsError | None = None
         """Why no call can be made any more."""
         self.suspect = False
@@ -274,6 +277,7 @@ class Channel:
             self._fail(ConnectionLost("the channel's pool was closed"))
             self._connection.close()
             self._memory.close()
+            self.files.close()
             if ended_there or not stream.carries_fds:
                 self._let_go()
 
@@ -362,6 +366,8 @@ class Channel:
             del self._pending[header.request_id]
             if self._room:
                 self._room.unpark()
+        elif kind == Kind.FILE and self.peer.lends_files:
+            self.files.arrived(header.request_id, self._connection.stream.taken_fds())
         elif kind == Kind.HELLO and not self._greeted.is_set():
             if header.status:
                 raise _error_of(header, message)

@@ -21,6 +21,7 @@ from kvfs.common.transport.region import BufferPool
 from kvfs.common.wire.caller import DEFAULT_LIMITS, Channel
 from kvfs.common.wire.frame import Limits
 from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.lending import BorrowedFiles
 from kvfs.common.wire.outgoing import Buffer
 from kvfs.common.wire.service import Method
 
@@ -119,6 +120,11 @@ class ChannelPool:
                 del self._opening[key]
                 attempt.ended.set()
         raise Unreachable(f"no connection with {' or '.join(key)} within {timeout_s:g} s")
+
+    def borrowed(self, addresses: tuple[str, ...]) -> BorrowedFiles | None:
+        """What the peer lends on the channel of now; None: nothing, or there is no channel yet."""
+        channel = self._channels.get(addresses)
+        return channel.files if channel is not None and channel.ended is None and channel.peer.lends_files else None
 
     def forget(self, addresses: Sequence[str]) -> None:
         """The next call connects anew; calls under way go on."""

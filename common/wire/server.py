@@ -32,7 +32,9 @@ __all__ = ["Call", "RpcServer"]
 
 
 class RpcServer:
-    def __init__(self, net: Net, clock: Clock, identity: Identity, *, limits: Limits = Limits()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, net: Net, clock: Clock, identity: Identity, *, limits: Limits = Limits(), lends_files: bool = False) -> None:  # noqa: B008
+        """`lends_files`: handlers may lend files to callers whom the kernel vouches for (lending.py)."""
+        self.lends_files = lends_files
         self.net = net
         self.clock = clock
         self.identity = identity
