@@ -23,7 +23,7 @@ class Upkeep:
     def after_change(self) -> None:
         """Not locked. Called after every change."""
         ledger = self._ledger
-        if ledger.wants_checkpoint() or ledger.wants_sync():
+        if ledger.wants_checkpoint() or ledger.wants_sync() or ledger.wants_release():
             if self._thread is None or ledger.backlogged():
                 ledger.maintain()
             else:

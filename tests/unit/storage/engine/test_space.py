@@ -46,6 +46,32 @@ def test_a_sync_releases_only_what_was_freed_before_it_began() -> None:
     assert block not in allocator.waiting()
 
 
+def test_blocks_of_removed_chunks_come_back_when_the_journal_is_synced() -> None:
+    """Without a sync of the data: what took no one's place needs none. An overwritten block goes on waiting."""
+    disk = LogDisk()
+    engine = open_engine(disk, replace(SMALL, removed_bytes=100 << 10))
+    overwritten = engine.apply(write(A, 0, b"1" * 1000), 1).block
+    engine.apply(write(A, 0, b"2" * 1000), 1)
+    removed = {engine.apply(write(chunk, 0, noise(1, 60_000)), 1).block for chunk in (B, C)}
+    disk.start_log()
+    engine.remove([B, C])
+    synced = [name.partition("/")[0] for what, name, _, _ in disk.log if what == "sync"]
+    assert synced == ["journal"]
+    later = {engine.apply(write(cid(index), 0, b"x"), 1).block for index in range(3, 9)}
+    assert removed <= later and overwritten not in later
+
+
+def test_a_target_keeps_some_empty_space_for_its_next_writes_and_gives_the_rest_back() -> None:
+    disk = LogDisk()
+    engine = open_engine(disk, replace(SMALL, keep_empty_bytes=512 << 10))
+    for index in range(32):
+        engine.apply(write(cid(index), 0, noise(index, 60_000)), 1)
+    engine.remove([cid(index) for index in range(32)])
+    engine.sync()
+    assert engine._ledger.allocator.group_bytes_total == 512 << 10
+    assert engine.space().used_bytes == 0
+
+
 def test_a_block_is_not_used_again_while_a_reader_is_inside() -> None:
     engine = open_engine(LogDisk())
     block = engine.apply(write(A, 0, b"1" * 1000), 1).block
