@@ -81,7 +81,7 @@ class AsyncClient(PathOperations):
         self.pool = self.memory.pool
         back = WriteBack(self.storage, self.memory, config, clock, nursery)
         ahead = ReadAhead(self.storage, self.memory, config, peers.counters, nursery)
-        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, back, clock, config), nursery)
+        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, back, clock, config))
         self.watcher = Watcher(self.meta, config, clock)
         self.watcher.on_revoked(self._revoked)
         self.watcher.on_lost(self._lost)
@@ -138,6 +138,7 @@ class AsyncClient(PathOperations):
     def start(self) -> None:
         """The tasks of a living client."""
         self._nursery.start_soon(self._back.flush_old)
+        self._nursery.start_soon(self.meta.keep_telling_ends, self.config.session_end_s)
         if self.config.length_hint_s:
             self._nursery.start_soon(self.files.hint_lengths)
         if self.config.watch:
@@ -149,6 +150,10 @@ class AsyncClient(PathOperations):
             await self.files.close_all()
         finally:
             self.memory.reclaim()
+            try:
+                await self.meta.tell_ends(deadline_s=LEAVE_S)
+            except KvfsError as error:
+                log.debug("sessions of closed files end with this client: %s", error.message)
 
 
 @asynccontextmanager

@@ -42,6 +42,8 @@ class ClientConfig:
     """Whole chunks gathered into one request."""
     writes_in_flight: int = 4
     """Write requests under way at once, all files together; each carries a batch."""
+    session_end_s: float = 0.02
+    """The end of a file that was closed with nothing to report waits so long for another request to travel with."""
     channels: int = 512
     """Idempotency channels: writes under way at once."""
 
@@ -63,7 +65,8 @@ class ClientConfig:
     """Tell the manager that this client lives: without it write sessions are taken for dead ones."""
 
     def __post_init__(self) -> None:
-        for name in ("deadline_s", "meta_attempt_s", "read_attempt_s", "write_attempt_s", "backoff_first_s", "backoff_max_s", "dirty_age_s"):
+        waits = ("backoff_first_s", "backoff_max_s", "dirty_age_s", "session_end_s")
+        for name in ("deadline_s", "meta_attempt_s", "read_attempt_s", "write_attempt_s", *waits):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"client.{name} must be above 0")
         for name in ("buffer_pool_bytes", "dirty_max_bytes", "write_batch_bytes", "read_window_bytes", "batch_max_bytes"):

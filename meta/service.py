@@ -105,6 +105,8 @@ class MetaService:
         self, request: Any, call: Call, operation: Callable[[Step, Any], Q], granted: Callable[[Q], Iterable[pb.Inode]] | None = None
     ) -> Q | Awaitable[Q]:
         """One snapshot. Inline, unless what it saw must become durable first."""
+        if request.context.ended:
+            self._end(request.context)
         txn = Transaction(self.engine)
         try:
             step = Step(txn, request.context.user, call.peer.client_id, self.clock.wall_ns(), self.around, True)
@@ -136,6 +138,8 @@ class MetaService:
         granted: Callable[[Any], pb.Inode] | None = None,
     ) -> tuple[Q, Step]:
         """One transaction, its consequences, and the leases of others."""
+        if request.context.ended:
+            self._end(request.context)
         if self._open_from_s:
             await self._wait_open()
         client_id = call.peer.client_id
@@ -236,11 +240,13 @@ class MetaService:
     def open(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
         if request.write or request.truncate:
             return self._open_to_change(request, call)
-        reply = self._read(request, call, files.open_file, lambda reply: (reply.inode,))
-        # Open from here on, also when the answer has to wait: should the wait fail, the client closes or is pruned.
-        if request.read and request.session:
-            self.open_files.open_reader(request.inode, request.session, call.peer.client_id, self.clock.wall_ns())
-        return reply
+
+        def opened(reply: pb.InodeReply) -> Iterable[pb.Inode]:
+            # Open from here on, also when the answer has to wait: should the wait fail, the client closes or is pruned.
+            self._opened(reply.inode, request.read, False, request.session, call)
+            return (reply.inode,)
+
+        return self._read(request, call, files.open_file, opened)
 
     async def _open_to_change(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply:
         if request.truncate:
@@ -254,22 +260,23 @@ class MetaService:
 
     def _opened(self, inode: pb.Inode, read: bool, write: bool, session: bytes, call: Call) -> None:
         if read and not write and session and inode.type == pb.FILE:
-            self.open_files.open_reader(inode.inode, session, call.peer.client_id, self.clock.wall_ns())
+            self.open_files.open_reader(inode.inode, session, call.peer.client_id, self.clock.wall_ns(), nameless=inode.nlink == 0)
 
     def close(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
         if request.wrote or request.uncertain:
             return self._report(request, call)
         if request.session and not request.still_open:
             self.open_files.close(request.inode, request.session)
-        return self._read(request, call, self._attributes_after_close, lambda reply: (reply.inode,))
+        return self._read(request, call, lookup.get_one, _granted_one)
 
-    def _attributes_after_close(self, step: Step, request: pb.CloseRequest) -> pb.InodeReply:
-        inode = step.peek(request.inode)
-        if inode is None:
-            return pb.InodeReply(inode=pb.Inode(inode=request.inode))
-        if inode.nlink == 0 and request.session and not request.still_open:
-            self.open_files.clear_later(inode.inode, request.session)
-        return pb.InodeReply(inode=lookup.with_writers(step, step.full(inode)))
+    def end_sessions(self, request: pb.EndSessionsRequest, call: Call) -> base_pb2.Empty:
+        self._end(request.context)
+        return base_pb2.Empty()
+
+    def _end(self, context: pb.Context) -> None:
+        """Sessions that were closed with nothing to report: from now on they do not count; what is stored of them is cleared in the background."""
+        for ended in context.ended:
+            self.open_files.close(ended.inode, ended.session)
 
     async def _report(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply:
         reply, step = await self._change(request, call, files.close, granted=_inode)
@@ -373,7 +380,7 @@ class MetaService:
         def attempt(txn: Transaction) -> Step:
             step = self.root_step(txn)
             for inode, session in taken:
-                files.close(step, pb.CloseRequest(inode=inode, session=session))
+                files.end_session(step, inode, session)
             return step
 
         step = await self.engine.transact(attempt)
@@ -400,6 +407,10 @@ class MetaService:
 def _inode(reply: Any) -> pb.Inode:
     found: pb.Inode = reply.inode
     return found
+
+
+def _granted_one(reply: pb.InodeReply) -> Iterable[pb.Inode]:
+    return (reply.inode,)
 
 
 def space(routing: Routing) -> tuple[int, int]:

@@ -306,17 +306,25 @@ class OpenFile:
         return await self._state.truncate(length, self.session, self.user)
 
     async def close(self) -> None:
-        """flush, report, end the session. The handle is closed even when this raises; a second close does nothing."""
+        """flush, report, end the session. The handle is closed even when this raises; a second close does nothing.
+
+        Returns when the metadata service knows what was written; where there is nothing to report, nobody waits for the end of the session.
+        """
         if self._closed:
             return
         self._closed = True
+        state = self._state
         try:
+            if self._write and state.dirty:
+                await state.flush()
+            if self._write and state.must_report:
+                await state.report(self.session, self.user, still_open=False)
+            elif self.session:
+                state.shared.meta.end_session(self.inode, self.session)
             if self._write:
-                await self._state.flush()
-                await self._state.report(self.session, self.user, still_open=False)
                 self._raise_pending()
         finally:
-            self._on_close(self, self._state)
+            self._on_close(self, state)
 
     async def _flush_and_report(self) -> None:
         await self.flush()

@@ -130,15 +130,28 @@ def close(step: Step, request: pb.CloseRequest, *, measured: int | None = None) 
         if step.user.uid != 0:
             inode.mode = access.without_privileges(inode)
         changed = True
-    gone = False
-    if request.session and not request.still_open:
-        step.txn.clear(keys.session(inode.inode, request.session))
-        if inode.nlink == 0 and inode.type == pb.FILE and not step.has_sessions(inode.inode) and not step.around.readers(inode.inode):
-            step.release(inode)
-            gone = True
+    gone = bool(request.session) and not request.still_open and _end(step, inode, request.session)
     if changed and not gone:
         step.put(inode)
     return pb.InodeReply(inode=with_writers(step, step.full(inode)))
+
+
+def end_session(step: Step, number: int, session: bytes) -> None:
+    """A file was closed with nothing to report, or its reader is gone."""
+    inode = step.peek(number)
+    if inode is None:  # removed, and freed after its sessions were pruned
+        step.txn.clear(keys.session(number, session))
+    else:
+        _end(step, inode, session)
+
+
+def _end(step: Step, inode: pb.Inode, session: bytes) -> bool:
+    """Clear the session. True: it was the last of a removed file, which goes."""
+    step.txn.clear(keys.session(inode.inode, session))
+    if inode.nlink or inode.type != pb.FILE or step.has_sessions(inode.inode) or step.around.readers(inode.inode):
+        return False
+    step.release(inode)
+    return True
 
 
 def append(step: Step, request: pb.AppendRequest) -> pb.AppendReply:

@@ -89,9 +89,19 @@ def _child(step: Step, directory: pb.Inode, name: bytes) -> pb.Inode | None:
 def get_attr(step: Step, request: pb.GetAttrRequest) -> pb.GetAttrReply:
     reply = pb.GetAttrReply()
     for number in request.inodes[:GET_ATTR_MAX]:
-        found = step.peek(number)
-        reply.inodes.append(pb.Inode(inode=number) if found is None else with_writers(step, step.full(found)))
+        reply.inodes.append(_attributes(step, number))
     return reply
+
+
+def get_one(step: Step, request: pb.CloseRequest) -> pb.InodeReply:
+    """What the close of a file with nothing to report answers."""
+    return pb.InodeReply(inode=_attributes(step, request.inode))
+
+
+def _attributes(step: Step, number: int) -> pb.Inode:
+    """An inode that is gone has no type."""
+    found = step.peek(number)
+    return pb.Inode(inode=number) if found is None else with_writers(step, step.full(found))
 
 
 def with_writers(step: Step, inode: pb.Inode) -> pb.Inode:

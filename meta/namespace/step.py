@@ -28,6 +28,8 @@ class Reader:
     session: bytes
     client_id: bytes
     opened_ns: int
+    nameless: bool = False
+    """The file had no name any more when it was opened."""
 
 
 def _nobody(inode: int) -> Sequence[Reader]:

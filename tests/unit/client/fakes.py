@@ -129,6 +129,10 @@ class FakeMeta:
         self.inodes: dict[int, meta_pb2.Inode] = {}
         self.lease_ms = 1000
         self.closes: list[meta_pb2.CloseRequest] = []
+        self.ended: list[tuple[int, bytes]] = []
+        """Sessions that ended with nothing to report, as requests told."""
+        self.end_requests = 0
+        self.fail_ends: KvfsError | None = None
         self.asked = 0
         self.events: dict[bytes, list[int]] = {}
         self.sequence: dict[bytes, int] = {}
@@ -150,7 +154,18 @@ class FakeMeta:
             inode.attr_lease_ms = self.lease_ms
         return inode
 
+    def end_sessions(self, request: meta_pb2.EndSessionsRequest, call: Call) -> base_pb2.Empty:
+        self.end_requests += 1
+        if self.fail_ends is not None:
+            raise self.fail_ends
+        self.hear(request.context)
+        return base_pb2.Empty()
+
+    def hear(self, context: meta_pb2.Context) -> None:
+        self.ended += [(each.inode, each.session) for each in context.ended]
+
     def get_attr(self, request: meta_pb2.GetAttrRequest, call: Call) -> meta_pb2.GetAttrReply:
+        self.hear(request.context)
         self.asked += 1
         return meta_pb2.GetAttrReply(inodes=[self.copy(number) for number in request.inodes])
 

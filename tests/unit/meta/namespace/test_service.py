@@ -332,6 +332,51 @@ def test_opening_and_closing_to_read_leaves_nothing() -> None:
     run(main)
 
 
+def ended(*pairs: tuple[pb.Inode, bytes]) -> pb.Context:
+    return pb.Context(ended=[pb.Ended(inode=inode.inode, session=session) for inode, session in pairs])
+
+
+def test_requests_carry_the_ends_of_sessions() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        other = await service.create(b"g", write=True, session=S2)
+        await service.write(made, 10)
+        await service.call("open", pb.OpenRequest(inode=other.inode, read=True, session=S1))
+        commits = service.engine.latest_version  # type: ignore[attr-defined]
+        reply = await service.call("get_attr", pb.GetAttrRequest(context=ended((made, S1), (other, S1)), inodes=[made.inode, other.inode]))
+        assert [inode.writers for inode in reply.inodes] == [0, 1]
+        assert service.meta.open_files.count() == 0
+        assert service.engine.latest_version == commits  # type: ignore[attr-defined]
+        await service.call("remove", pb.RemoveRequest(context=ended((other, S2), (made, S1)), parent=1, name=b"g"))  # told twice: no harm
+        assert (await service.stat(other.inode)).type == pb.TYPE_INVALID  # at once: its last session had ended before
+        assert await service.meta.clear_closed() == 2
+        rows = await service.engine.transact(lambda txn: txn.get_range(*keys.span(keys.SESSION)))
+        assert rows[0] == []
+        await service.check()
+
+    run(main)
+
+
+def test_the_last_end_of_a_removed_file_frees_it() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        await service.write(made, 10)
+        await service.remove(b"f", B)
+        await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S2))
+        for session in (S1, S2):
+            await service.call("collect_garbage", base_pb2.Empty())
+            assert service.chunks.of(made.inode) == {0: 10}
+            await service.call("end_sessions", pb.EndSessionsRequest(context=ended((made, session))))
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {}
+        assert (await service.stat(made.inode)).type == pb.TYPE_INVALID
+        await service.check()
+
+    run(main)
+
+
 # --- the whole
 
 
