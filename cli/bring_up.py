@@ -38,6 +38,7 @@ async def bring_up(cluster: ClusterDir) -> None:
 
 
 async def all_chains_serve(manager: ManagerCalls) -> bool:
-    reply = await manager.call("GetRouting", pb.GetRoutingRequest())
-    chains = reply.routing.chains
-    return bool(chains) and all(any(target.state == pb.SERVING for target in chain.targets) for chain in chains)
+    """Each chain has a serving target, and each serving target has said how much space it has: `df` is right from the start."""
+    routing = (await manager.call("GetRouting", pb.GetRoutingRequest())).routing
+    known = all(target.capacity_bytes for target in routing.targets if target.public_state == pb.SERVING)
+    return known and bool(routing.chains) and all(any(target.state == pb.SERVING for target in chain.targets) for chain in routing.chains)

@@ -110,10 +110,15 @@ def load(path: Path) -> ClusterDir:
 
 def create(path: Path, *, storage: int, replicas: int, mount: str | None, chunk_size_bytes: int, lease_ms: int, base_port: int | None) -> ClusterDir:
     """Make a new cluster's directory. `base_port`: manager there, meta one above; None: two free ports of the loopback."""
-    if path.exists() and any(path.iterdir()):
-        raise WrongDataDirectory(f"{path} is not empty and holds no cluster.json: name an empty or a new directory")
-    for name in ("etc", "log", "run", "manager", "meta"):
-        (path / name).mkdir(parents=True, exist_ok=True)
+    try:
+        if path.exists() and any(path.iterdir()):
+            raise WrongDataDirectory(f"{path} is not empty and holds no cluster.json: name an empty or a new directory")
+        for name in ("etc", "log", "run", "manager", "meta"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongDataDirectory(
+            f"no cluster can be made in {path} ({error.filename}: {error.strerror}): name a directory you may write to"
+        ) from None
     manager_port, meta_port = (base_port, base_port + 1) if base_port else free_ports(2)
     made = ClusterDir(
         path=path,

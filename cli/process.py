@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import trio
 
@@ -24,6 +25,8 @@ log = logging.getLogger("kvfs")
 EXIT_FAULT = 1
 EXIT_SETUP = 2
 EXIT_CLUSTER = 3
+MARK = "kvfs: error: "
+"""Begins the one line for people among what goes to a log."""
 
 Ready = Callable[[dict[str, object]], None]
 
@@ -73,6 +76,18 @@ def first_error(error: BaseException) -> BaseException:
     return error
 
 
+def last_words(log_file: Path, since: int = 0) -> str:
+    """The last line that a process wrote for people, after the first `since` bytes; empty when there is none."""
+    try:
+        with open(log_file, "rb") as file:
+            file.seek(max(since, os.fstat(file.fileno()).st_size - 8192))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    marked = [line for line in lines if line.startswith(MARK)]
+    return marked[-1].removeprefix(MARK) if marked else ""
+
+
 def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:
     """Run `main(ready)` until it ends or is asked to stop; returns the exit status, with one line on stderr for a failure."""
 
@@ -88,12 +103,12 @@ def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:
     except BaseException as caught:
         error = first_error(caught)
         if isinstance(error, SetupError | ClusterError):
-            print(f"kvfs: error: {error.message}", file=sys.stderr, flush=True)
+            print(MARK + error.message, file=sys.stderr, flush=True)
             return EXIT_SETUP if isinstance(error, SetupError) else EXIT_CLUSTER
         if isinstance(error, KeyboardInterrupt):
             return 0
         if isinstance(error, KvfsError):
-            print(f"kvfs: error: {error.message}", file=sys.stderr, flush=True)
+            print(MARK + error.message, file=sys.stderr, flush=True)
         log.error("ended by a fault", exc_info=caught)
         return EXIT_FAULT
     return 0

@@ -12,6 +12,7 @@ from rich.text import Text
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
 from kvfs.cli.manager_calls import manager_addresses, manager_calls
+from kvfs.cli.supervisor import children_of
 from kvfs.common.errors import ClusterNotFound, TransportError
 from kvfs.common.wire import base_pb2, cluster_pb2
 
@@ -38,6 +39,7 @@ async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | N
             report["phase"], report["processes"], report["problem"] = state["phase"], state["processes"], state["error"]
         except ClusterNotFound:
             report["phase"] = "stopped"
+            report["processes"] = [child.describe() for child in children_of(directory)]
             return report
     try:
         async with manager_calls(managers) as manager:
@@ -132,9 +134,9 @@ def colored(state: str) -> Text:
 
 def print_status(report: dict[str, Any]) -> None:
     where = f"  {report['directory']}" if report["directory"] else ""
-    console.print(f"[bold]{report['cluster_id'] or 'cluster'}[/bold]  {report['phase']}{where}")
+    console.print(Text(report["cluster_id"] or "cluster", style="bold") + Text(f"  {report['phase']}{where}"))
     if report["problem"]:
-        console.print(f"[red]{report['problem']}[/red]")
+        console.print(report["problem"], style="red")
     processes = table("process", "pid", "state", "address", right=("pid",))
     for entry in report["processes"]:
         processes.add_row(entry["id"], str(entry["pid"] or "-"), colored(entry["state"]), entry["address"])

@@ -183,7 +183,7 @@ def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
     if origin is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: {name!r} must be a list of {_name_of(item)}, not {value!r}")
+            raise ConfigError(f"{where}: {name!r} must be a list of {name_of(item)}, not {value!r}")
         return tuple(_checked(entry, item, where, name) for entry in value)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
@@ -194,7 +194,7 @@ def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
     if hint is Path and type(value) is str:
         return Path(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{where}: {name!r} must be {_name_of(hint)}, not {value!r}")
+        raise ConfigError(f"{where}: {name!r} must be {name_of(hint)}, not {value!r}")
     return value
 
 
@@ -223,7 +223,7 @@ def _check_range(field: Any, value: Any, where: str, name: str) -> None:
             raise ConfigError(f"{where}: {name!r} must be {' and '.join(bounds)}, not {entry!r}")
 
 
-def _name_of(hint: Any) -> str:
+def name_of(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes", Path: "a path in quotes"}.get(hint, str(hint))
 
 

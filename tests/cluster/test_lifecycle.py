@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvfs.cli import cluster_dir
 from kvfs.client import Client
 
 if TYPE_CHECKING:
@@ -134,6 +135,52 @@ def test_a_port_in_use_is_said_and_nothing_is_left_running(new_cluster: Callable
         done = cluster.kvfs("up", str(cluster.path), "--storage", "1", "--port", str(port), check=False)
     assert done.returncode == 2 and str(port) in done.stderr, done.stderr
     assert cluster.status()["phase"] == "stopped"
+
+
+def test_a_cluster_in_the_foreground_that_cannot_start_ends(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", cluster_dir.load(cluster.path).manager_port))
+        holder.listen()
+        done = cluster.kvfs("up", "--foreground", check=False)
+    assert done.returncode == 2 and "is in use" in done.stderr.splitlines()[-1], done.stderr
+    assert cluster.status()["phase"] == "stopped"
+
+
+def test_two_at_once_start_one_cluster(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    reports: list[dict[str, Any]] = []
+    threads = [threading.Thread(target=lambda: reports.append(cluster.up())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    pids = [[process["pid"] for process in report["processes"]] for report in reports]
+    assert len(pids) == 2 and pids[0] == pids[1]
+
+
+def test_status_names_the_processes_of_a_stopped_cluster_too(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    report = cluster.up("--storage", "1", "--replicas", "1")
+    assert report["capacity_bytes"] >= report["free_bytes"] > 0, "space is known as soon as the cluster is up"
+    stopped = cluster.json("stop", "storage-1")
+    assert (stopped["state"], stopped["pid"]) == ("stopped", None)
+    cluster.kvfs("down")
+    after = cluster.json("status")
+    assert after["phase"] == "stopped"
+    assert [(entry["id"], entry["state"], entry["pid"]) for entry in after["processes"]] == [
+        (name, "stopped", None) for name in ("manager", "storage-1", "meta")
+    ]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(("/proc/none",), "/proc/none"), (("/dev/null/below",), "/dev/null"), ((), "address")])
+def test_places_where_no_cluster_can_be_made(new_cluster: Callable[[], RealCluster], arguments: tuple[str, ...], words: str) -> None:
+    done = new_cluster().kvfs("up", *arguments, check=False, environment={"KVFS_CLUSTER": "127.0.0.1:1234"})
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_more_replicas_than_services_are_refused(new_cluster: Callable[[], RealCluster]) -> None:
