@@ -6,6 +6,8 @@ a service reaches by itself (spans over a unix socket) cannot be taken back so: 
 answered or has closed the connection, which it does only when it is done with the memory. So a channel that ends on this side first keeps
 listening for that end while it has pins.
 
+The latest caller reads in the reader task's place until it has its answer: what it takes is handled as the reader would, for all callers.
+
 A channel belongs to one trio thread.
 """
 
@@ -50,7 +52,7 @@ _LINGER_S: Final = 3600.0
 class _Pending:
     """A call under way. `alive` until its caller has an outcome; it stays in the channel's table until the service has answered."""
 
-    __slots__ = ("alive", "began", "deadline", "entry", "method", "named", "task")
+    __slots__ = ("alive", "began", "deadline", "entry", "method", "named", "result", "task")
 
     def __init__(self, method: Method, deadline: float, began: int) -> None:
         self.method = method
@@ -59,6 +61,8 @@ class _Pending:
         self.task: trio.lowlevel.Task | None = None
         self.named: Named | None = None
         self.entry: Entry | None = None
+        self.result: outcome.Outcome[Any] | None = None
+        """Of a caller that stands in the reader's place and is awake."""
         self.alive = True
 
 
@@ -82,6 +86,8 @@ class Channel:
         """A call ran out of time while nothing at all came: the peer or the network may hang."""
         self._pending: dict[int, _Pending] = {}
         self._live = 0
+        self._deputy: _Pending | None = None
+        """The caller that stands in the reader's place."""
         self._next_id = 1
         self._room = trio.lowlevel.ParkingLot()
         self._greeted = trio.Event()
@@ -168,13 +174,28 @@ class Channel:
         self._live += 1
         if pending.deadline < self._alarm_at:
             self._alarm.set()
-        pending.task = trio.lowlevel.current_task()
+        pending.task = task = trio.lowlevel.current_task()
 
         def abandon(_raise: object) -> trio.lowlevel.Abort:
             self._abandon(request_id, pending)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        return await trio.lowlevel.wait_task_rescheduled(abandon)
+        # The latest caller takes the reader's place, and reads for all until it has its answer: alone, that is a turn of the loop less.
+        connection = self._connection
+        if connection.take_over(task):
+            self._deputy = pending
+        reply = await trio.lowlevel.wait_task_rescheduled(abandon)
+        while reply is None:  # woken to read
+            goes_on = pending.result is not None or connection.read_in_place(self)
+            if pending.result is not None:
+                if self._deputy is pending:
+                    self._deputy = None
+                    if goes_on:
+                        connection.stream.give_back()
+                return pending.result.unwrap()
+            self._deputy = pending if goes_on and connection.take_over(task) else None
+            reply = await trio.lowlevel.wait_task_rescheduled(abandon)
+        return reply
 
     @property
     def idle(self) -> bool:
@@ -219,16 +240,27 @@ class Channel:
         if pending.alive:
             pending.alive = False
             self._live -= 1
-            if pending.task is not None:
-                trio.lowlevel.reschedule(pending.task, result)
-                pending.task = None
+            self._wake(pending, result)
             if self._retired and self._live == 0:
                 self.close()
+
+    def _wake(self, pending: _Pending, result: outcome.Outcome[Any]) -> None:
+        task, pending.task = pending.task, None
+        if pending is self._deputy:
+            if task is trio.lowlevel.current_task() or not self._connection.stream.give_back():
+                pending.result = result  # it is awake
+                return
+            self._deputy = None
+        if task is not None:
+            trio.lowlevel.reschedule(task, result)
 
     def _abandon(self, request_id: int, pending: _Pending) -> None:
         """The caller gives up before an answer: frees what it lent, as far as that can be."""
         pending.alive = False
         pending.task = None
+        if pending is self._deputy:
+            self._deputy = None
+            self._connection.stream.give_back()
         self._live -= 1
         if pending.entry is not None and self._connection.withdraw(pending.entry):
             if pending.named is not None:
@@ -337,13 +369,10 @@ class Channel:
                 await self._alarm.wait()
 
     def _expire(self, request_id: int, pending: _Pending) -> None:
-        task = pending.task
         if pending.began == self._connection.received:
             self.suspect = True
+        self._wake(pending, outcome.Error(DeadlineExceeded(f"{pending.method.full_name} at {self.address}: no answer in time")))
         self._abandon(request_id, pending)
-        if task is not None:
-            late = DeadlineExceeded(f"{pending.method.full_name} at {self.address}: no answer in time")
-            trio.lowlevel.reschedule(task, outcome.Error(late))
 
     # --- what arrives ---
 

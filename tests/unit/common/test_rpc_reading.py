@@ -1,0 +1,207 @@
+"""Who reads the answers: the caller that waits reads in the reader's place, and every other caller must fare as if the reader did."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+
+from kvfs.common.boundary.net import ByteStream
+from kvfs.common.errors import ConnectionLost, DeadlineExceeded, Unreachable
+from kvfs.common.wire import storage_pb2
+from kvfs.common.wire.caller import Channel
+from kvfs.common.wire.frame import Kind, encode
+from kvfs.common.wire.identity import Identity
+
+from .rpc_world import LAST, TRANSPORTS, VERSION, Store, World, on_transport, sleep_ms, version
+
+each = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+@each
+def test_callers_that_come_and_go_get_their_own_answers(transport: str) -> None:
+    chance = random.Random(11)
+
+    async def main(world: World) -> None:
+        store = Store(world)
+        async with world.serve(store) as where, world.pool() as pool:
+            outcomes = {"answered": 0, "late": 0, "left": 0}
+
+            async def ask(number: int) -> None:
+                scope = trio.CancelScope()
+                if chance.random() < 0.3:
+                    scope.deadline = trio.current_time() + chance.choice((0, 0.001, 0.01))
+                with scope:
+                    try:
+                        if chance.random() < 0.5:
+                            answer = await pool.call(where, VERSION, version(number), timeout_s=5)
+                            assert answer.versions[0] == number
+                        else:
+                            timeout_s = chance.choice((0.001, 0.01, 5.0, 5.0))
+                            answer = await pool.call(where, LAST, sleep_ms(chance.choice((0, 0, 5)), number), timeout_s=timeout_s)
+                            assert answer.index == number
+                        outcomes["answered"] += 1
+                    except (DeadlineExceeded, Unreachable):
+                        outcomes["late"] += 1
+                if scope.cancelled_caught:
+                    outcomes["left"] += 1
+
+            await pool.call(where, VERSION, version(), timeout_s=5)
+            first = await pool.channel(where, timeout_s=5)
+            number = 0
+            for callers in (1, 2, 1, 5, 1, 30, 1) * 12:
+                async with trio.open_nursery() as nursery:
+                    for _ in range(callers):
+                        number += 1
+                        nursery.start_soon(ask, number)
+            assert sum(outcomes.values()) == number and all(outcomes.values()), outcomes
+            assert (await pool.call(where, VERSION, version(9), timeout_s=5)).versions[0] == 9
+            if not first.suspect:
+                assert await pool.channel(where, timeout_s=5) is first
+
+    on_transport(transport, main)
+
+
+@each
+def test_a_caller_that_waits_long_reads_for_those_that_come_later_and_still_gets_its_answer(transport: str) -> None:
+    async def main(world: World) -> None:
+        async with world.serve(Store(world)) as where, world.pool() as pool:
+            order: list[int] = []
+
+            async def ask(duration_ms: int) -> None:
+                await pool.call(where, LAST, sleep_ms(duration_ms), timeout_s=5)
+                order.append(duration_ms)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, 500)
+                await world.clock.sleep(0.02)
+                nursery.start_soon(ask, 20)
+                await world.clock.sleep(0.005)
+                with trio.move_on_after(0.03):  # the last one to come leaves first
+                    await ask(900)
+                for _ in range(3):
+                    await ask(0)
+            assert order == [20, 0, 0, 0, 500]
+
+    on_transport(transport, main)
+
+
+# --- against a scripted service ---
+
+Script = Callable[[ByteStream, memoryview], Awaitable[None]]
+
+
+async def scripted(world: World, script: Script, body: Callable[[Channel], Awaitable[None]]) -> None:
+    listener = await world.net.listen(world.address())
+
+    async def serve() -> None:
+        stream = await listener.accept()
+        buffer = memoryview(bytearray(1 << 16))
+        await stream.receive_into(buffer)
+        await stream.send([encode(Kind.HELLO, 0, Identity("c1", bytes(16), "storage").hello())])
+        try:
+            await script(stream, buffer)
+        finally:
+            stream.close()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        channel = await Channel.open(nursery, world.net, world.clock, world.identity(), listener.address, timeout_s=5)
+        await body(channel)
+        nursery.cancel_scope.cancel()
+    await listener.aclose()
+
+
+def reply(number: int) -> bytes:
+    return encode(Kind.REPLY, number, storage_pb2.VersionReply(versions=[number]).SerializeToString())
+
+
+async def ask_each(channel: Channel, count: int) -> None:
+    for number in range(1, count + 1):
+        assert (await channel.call(VERSION, version(), timeout_s=5)).versions == [number]
+
+
+@each
+def test_an_answer_that_dribbles_in(transport: str) -> None:
+    async def script(stream: ByteStream, buffer: memoryview) -> None:
+        for number in range(1, 3):
+            await stream.receive_into(buffer)
+            for byte in reply(number):
+                await stream.send([bytes([byte])])
+                await trio.sleep(0.0005)
+
+    async def main(world: World) -> None:
+        await scripted(world, script, lambda channel: ask_each(channel, 2))
+
+    on_transport(transport, main)
+
+
+@each
+def test_an_answer_larger_than_the_read_ahead_among_small_ones(transport: str) -> None:
+    async def main(world: World) -> None:
+        async with world.serve(Big()) as where, world.pool() as pool:
+            for size in (1, 40_000, 1, 65_000, 65_536, 200_000, 1, 3_000_000, 1):
+                assert len((await pool.call(where, VERSION, version(size), timeout_s=5)).versions) == size
+
+    class Big:
+        def version(self, request: Any, call: Any) -> Any:
+            return storage_pb2.VersionReply(versions=[1] * request.chain_id)
+
+    on_transport(transport, main)
+
+
+@each
+@pytest.mark.parametrize("after", ["garbage", "the end", "part of a frame and the end"])
+def test_what_follows_an_answer_ends_the_channel_but_not_the_call(transport: str, after: str) -> None:
+    rest = {"garbage": b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(60), "the end": b"", "part of a frame and the end": reply(2)[:30]}[after]
+
+    async def script(stream: ByteStream, buffer: memoryview) -> None:
+        await stream.receive_into(buffer)
+        await stream.send([reply(1) + rest])
+        if after == "garbage":
+            await trio.sleep(1)
+
+    async def body(channel: Channel) -> None:
+        await ask_each(channel, 1)
+        await trio.sleep(0.05)
+        assert channel.ended is not None
+        with pytest.raises(ConnectionLost):
+            await channel.call(VERSION, version(), timeout_s=5)
+
+    async def main(world: World) -> None:
+        await scripted(world, script, body)
+
+    on_transport(transport, main)
+
+
+@each
+@pytest.mark.parametrize("instead", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(60), reply(77)])
+def test_every_caller_learns_that_the_connection_is_lost(transport: str, instead: bytes) -> None:
+    async def script(stream: ByteStream, buffer: memoryview) -> None:
+        await trio.sleep(0.05)
+        if instead:
+            await stream.send([instead])
+            await trio.sleep(1)
+
+    async def body(channel: Channel) -> None:
+        lost = 0
+
+        async def ask() -> None:
+            nonlocal lost
+            with pytest.raises(ConnectionLost):
+                await channel.call(VERSION, version(), timeout_s=5)
+            lost += 1
+
+        with trio.fail_after(1):
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(ask)
+        assert lost == 5 and channel.ended is not None
+
+    async def main(world: World) -> None:
+        await scripted(world, script, body)
+
+    on_transport(transport, main)
