@@ -104,17 +104,8 @@ def check_mount_point(path: str) -> str:
 
 def set_read_ahead(device_minor: int, kilobytes: int) -> bool:
     """Root only; True when the kernel took it."""
-    return _write_tunable(Path(f"/sys/class/bdi/0:{device_minor}/read_ahead_kb"), kilobytes)
-
-
-def set_max_background(device_minor: int, requests: int) -> bool:
-    directory = Path(f"/sys/fs/fuse/connections/{device_minor}")
-    return _write_tunable(directory / "max_background", requests) and _write_tunable(directory / "congestion_threshold", max(1, requests * 3 // 4))
-
-
-def _write_tunable(path: Path, value: int) -> bool:
     try:
-        path.write_text(f"{value}\n", encoding="ascii")
+        Path(f"/sys/class/bdi/0:{device_minor}/read_ahead_kb").write_text(f"{kilobytes}\n", encoding="ascii")
     except OSError:
         return False
     return True

@@ -95,7 +95,7 @@ class FileOperations(Base):
             self._writing.setdefault(inode.inode, []).append(handle)
         if not handle.direct:
             self._cached_opens[handle.inode] = self._cached_opens.get(handle.inode, 0) + 1
-        return Opened(self._files.add(handle), keep_cache=self._keep_cache(inode), direct_io=handle.direct)
+        return Opened(self._files.add(handle), keep_cache=self._keep_cache(inode), direct_io=handle.direct, flush=handle.writable)
 
     def _keep_cache(self, inode: pb.Inode) -> bool:
         same = self._seen.get(inode.inode) == inode.data_version
@@ -109,7 +109,7 @@ class FileOperations(Base):
         """Exactly `size` bytes, fewer only at the end of the file: the kernel takes a short answer for the end."""
         return await self._file(handle).pread(offset, size)
 
-    async def write(self, handle: int, offset: int, data: bytes) -> int:
+    async def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         opened = self._files.get(handle)
         if opened.strip_privileges and opened.direct:
             await self._strip_privileges(opened)
@@ -161,9 +161,7 @@ class FileOperations(Base):
                     del self._writing[opened.inode]
                 self._cache.changing(opened.inode)
         else:
-            # The client closes its side without a word; the session that keeps a removed file alive for this reader is the mount's own.
             await opened.file.close()
-            await self._meta.close(opened.inode, opened.file.session, user=ROOT)
 
     async def close(self) -> None:
         """The end of the mount: flush and close whatever is still open. Raises the first error, after all were tried."""

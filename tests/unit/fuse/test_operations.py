@@ -116,7 +116,7 @@ async def listing(fs: FileSystem, inode: int = 1, *, room: int = 10) -> list[byt
     while True:
         taken: list[tuple[bytes, int]] = []
 
-        def emit(name: bytes, attributes: Attributes, after: int, taken: list[tuple[bytes, int]] = taken) -> bool:
+        def emit(name: bytes, inode: int, mode: int, shown: Attributes | None, after: int, taken: list[tuple[bytes, int]] = taken) -> bool:
             if len(taken) >= room:
                 return False
             taken.append((name, after))
@@ -347,7 +347,7 @@ async def test_position_survives_changes(ready: Stage) -> None:
     async def read(position: int, room: int) -> list[bytes]:
         taken: list[bytes] = []
 
-        def emit(name: bytes, attributes: Attributes, after: int) -> bool:
+        def emit(name: bytes, inode: int, mode: int, shown: Attributes | None, after: int) -> bool:
             if len(taken) >= room:
                 return False
             taken.append(name)
@@ -393,10 +393,24 @@ async def test_time_now_is_for_whoever_may_write_and_a_given_time_for_the_owner(
     made = await write_file(fs, b"f", b"x")
     await fs.setattr(made.inode, Changes(mode=0o666), None, ROOT)
     now = time.time_ns()
-    found = await fs.setattr(made.inode, Changes(atime_ns=now, mtime_ns=now), None, USER)
+    found = await fs.setattr(made.inode, Changes(atime_ns=now, mtime_ns=now, times_are_now=True), None, USER)
     assert abs(found.mtime_ns - now) < 5 * 10**9
-    with pytest.raises(NotPermitted):
-        await fs.setattr(made.inode, Changes(mtime_ns=12345), None, USER)
+    for given in (Changes(mtime_ns=12345), Changes(atime_ns=now, mtime_ns=now), Changes(mode=0o600, mtime_ns=now, times_are_now=True)):
+        with pytest.raises(NotPermitted):
+            await fs.setattr(made.inode, given, None, USER)
+
+
+@staged
+async def test_closing_a_reader_waits_for_no_call_and_ends_its_session_once(ready: Stage) -> None:
+    fs = ready.one
+    made = await write_file(fs, b"f", b"x")
+    opened = await fs.open(made.inode, os.O_RDONLY, ROOT)
+    before = ready.calls()
+    with trio.move_on_after(0):  # nothing that waits gets through
+        await fs.release(opened.handle)
+    assert ready.calls() == before
+    await trio.sleep(0.2)
+    assert ready.calls() <= before + 1
 
 
 @staged
