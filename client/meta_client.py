@@ -114,8 +114,11 @@ class MetaClient:
         exclusive: bool = False,
         truncate: bool = False,
         layout: pb.Layout | None = None,
+        path: Sequence[bytes] = (),
+        follow_last: bool = False,
     ) -> pb.CreateReply:
-        """Create and open (or only open, unless `exclusive`) a regular file. `session`: 16 random bytes that name the open file."""
+        """Create and open (or only open, unless `exclusive`) a regular file. `session`: 16 random bytes that name the open file.
+        `path`, with an empty name: walked from `parent` in the same step, symbolic links followed, and the file is what it leads to."""
         request = pb.CreateRequest(
             context=self._change(user),
             parent=parent,
@@ -127,15 +130,31 @@ class MetaClient:
             write=write,
             session=session,
             layout=layout,
+            path=path,
+            follow_last=follow_last,
         )
         reply: pb.CreateReply = await self._send("Create", request)
         return reply
 
     async def open(
-        self, inode: int, *, user: User | None = None, session: bytes = b"", read: bool = True, write: bool = False, truncate: bool = False
+        self,
+        inode: int,
+        *,
+        user: User | None = None,
+        session: bytes = b"",
+        read: bool = True,
+        write: bool = False,
+        truncate: bool = False,
+        path: Sequence[bytes] = (),
+        follow_last: bool = False,
     ) -> pb.Inode:
-        """Check permissions, note the session (a reader's too: it keeps the content of a removed file), and give attributes true at this moment."""
-        request = pb.OpenRequest(context=self._change(user), inode=inode, read=read, write=write, truncate=truncate, session=session)
+        """Check permissions, note the session (a reader's too: it keeps the content of a removed file), and give attributes true at this moment.
+        `path`: walked from `inode`, a directory, in the same step."""
+        context = self._change(user) if truncate else self._read(user)
+        request = pb.OpenRequest(context=context, inode=inode, read=read, write=write, truncate=truncate, session=session)
+        if path:
+            request.path.extend(path)
+            request.follow_last = follow_last
         reply: pb.InodeReply = await self._send("Open", request)
         return reply.inode
 
@@ -220,9 +239,12 @@ class MetaClient:
         reply: pb.InodeReply = await self._send("Link", pb.LinkRequest(context=self._change(user), inode=inode, parent=parent, name=name))
         return reply.inode
 
-    async def remove(self, parent: int, name: bytes, *, user: User | None = None, directory: bool = False, recursive: bool = False) -> pb.Inode:
-        """unlink, rmdir (`directory`), or the whole tree (`recursive`). Gives the inode as it is after, with its new nlink."""
-        request = pb.RemoveRequest(context=self._change(user), parent=parent, name=name, directory=directory, recursive=recursive)
+    async def remove(
+        self, parent: int, name: bytes, *, user: User | None = None, directory: bool = False, recursive: bool = False, path: Sequence[bytes] = ()
+    ) -> pb.Inode:
+        """unlink, rmdir (`directory`), or the whole tree (`recursive`). Gives the inode as it is after, with its new nlink.
+        `path`: walked from `parent` in the same step, to the directory that holds the name."""
+        request = pb.RemoveRequest(context=self._change(user), parent=parent, name=name, directory=directory, recursive=recursive, path=path)
         reply: pb.RemoveReply = await self._send("Remove", request)
         return reply.inode
 

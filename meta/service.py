@@ -9,6 +9,7 @@ applied once; nothing of a lost attempt reaches anyone.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -136,6 +137,7 @@ class MetaService:
         remember: str = "",
         reply_class: type[Any] | None = None,
         granted: Callable[[Any], pb.Inode] | None = None,
+        cutting: int = 0,
     ) -> tuple[Q, Step]:
         """One transaction, its consequences, and the leases of others."""
         if request.context.ended:
@@ -149,14 +151,15 @@ class MetaService:
         def attempt(txn: Transaction) -> tuple[Q, Step]:
             nonlocal tries
             tries += 1
-            step = Step(txn, request.context.user, client_id, self.now_ns(), self.around)
+            step = Step(txn, request.context.user, client_id, self.now_ns(), self.around, cutting=cutting)
             if request_id:
                 assert reply_class is not None
                 earlier = idempotency.recall(step, request_id, NUMBERS[remember], reply_class)
                 if earlier is not None:
+                    step.recalled = True
                     return earlier, step
             reply = operation(step, request)
-            if step.measure:
+            if step.measure or step.wants_cut:
                 return reply, step
             if request_id:
                 idempotency.remember(step, request_id, NUMBERS[remember], reply)  # type: ignore[arg-type]
@@ -219,23 +222,22 @@ class MetaService:
         return reply
 
     async def create(self, request: pb.CreateRequest, call: Call) -> pb.CreateReply:
-        if request.truncate and not request.exclusive:
-            number = self._peek_entry(request.parent, request.name)
-            if number:
-                async with self.cuts.exclusive(number):
-                    await self.cuts.carry_out(number)
-                    return await self._create(request, call)
-        return await self._create(request, call)
-
-    async def _create(self, request: pb.CreateRequest, call: Call) -> pb.CreateReply:
-        reply, _ = await self._change(request, call, files.create, remember="create", reply_class=pb.CreateReply, granted=_inode)
-        self._opened(reply.inode, request.read, request.write, request.session, call)
+        reply: pb.CreateReply = await self._open_or_cut(request, call, files.create, "create", pb.CreateReply)
         return reply
 
-    def _peek_entry(self, parent: int, name: bytes) -> int:
-        with Transaction(self.engine) as txn:
-            data = txn.snapshot_get(keys.entry(parent, name)) if 0 < len(name) <= 255 else None
-            return records.decode_entry(data).inode if data is not None else 0
+    async def _open_or_cut(self, request: Any, call: Call, operation: Callable[[Step, Any], Any], remember: str, reply_class: type[Any]) -> Any:
+        """Run an operation that may turn out to truncate a file. Then it is run again, with no other truncation of that file under way."""
+        run = partial(self._change, request, call, operation, remember=remember, reply_class=reply_class, granted=_inode)
+        reply, step = await run()
+        while step.wants_cut:
+            async with self.cuts.exclusive(step.wants_cut):
+                await self.cuts.carry_out(step.wants_cut)  # what a service that died left undone
+                reply, step = await run(cutting=step.wants_cut)
+        if step.recalled and request.truncate:
+            async with self.cuts.exclusive(reply.inode.inode):
+                await self.cuts.carry_out(reply.inode.inode)  # the earlier try of this request may have failed there
+        self._opened(reply.inode, request.read, request.write, request.session, call)
+        return reply
 
     def open(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
         if request.write or request.truncate:
@@ -249,13 +251,8 @@ class MetaService:
         return self._read(request, call, files.open_file, opened)
 
     async def _open_to_change(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply:
-        if request.truncate:
-            async with self.cuts.exclusive(request.inode):
-                await self.cuts.carry_out(request.inode)
-                reply, _ = await self._change(request, call, files.open_file, remember="open", reply_class=pb.InodeReply, granted=_inode)
-        else:
-            reply, _ = await self._change(request, call, files.open_file, granted=_inode)
-        self._opened(reply.inode, request.read, request.write, request.session, call)
+        remember = "open" if request.truncate else ""  # to open twice is harmless
+        reply: pb.InodeReply = await self._open_or_cut(request, call, files.open_file, remember, pb.InodeReply)
         return reply
 
     def _opened(self, inode: pb.Inode, read: bool, write: bool, session: bytes, call: Call) -> None:

@@ -10,7 +10,7 @@ from kvfs.common.errors import AlreadyExists, BadHandle, FileTooBig, InvalidArgu
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
 from kvfs.meta.namespace.attributes import check_layout, truncate
-from kvfs.meta.namespace.lookup import with_writers
+from kvfs.meta.namespace.lookup import walk_to_inode, walk_to_place, with_writers
 from kvfs.meta.namespace.step import LENGTH_MAX, Step, check_name
 
 SESSION_BYTES = 16
@@ -18,11 +18,14 @@ APPEND_BYTES_MAX = 1 << 40
 
 
 def create(step: Step, request: pb.CreateRequest) -> pb.CreateReply:
-    parent = step.directory(request.parent, access.EXECUTE)
-    if request.name in (b".", b".."):
+    number, name = request.parent, request.name
+    if request.path:
+        number, name = walk_to_place(step, number, request.path, follow_last=request.follow_last)
+    parent = step.directory(number, access.EXECUTE)
+    if name in (b".", b".."):
         raise AlreadyExists("the name is taken") if request.exclusive else IsDirectory("the name is a directory's")
-    check_name(request.name)
-    existing = step.entry(request.parent, request.name)
+    check_name(name)
+    existing = step.entry(number, name)
     if existing is not None:
         if request.exclusive:
             raise AlreadyExists("the name is taken")
@@ -34,8 +37,8 @@ def create(step: Step, request: pb.CreateRequest) -> pb.CreateReply:
     access.require(parent, step.user, access.WRITE | access.EXECUTE)
     inode = new_file(step, parent, request.mode, request.layout if request.HasField("layout") else None)
     step.put(inode)
-    step.put_entry(request.parent, request.name, inode)
-    step.touch_directory(request.parent)
+    step.put_entry(number, name, inode)
+    step.touch_directory(number)
     if request.write:
         _check_session(request.session)
         step.put_session(inode.inode, request.session, write=True)
@@ -71,7 +74,10 @@ def new_file(step: Step, parent: pb.Inode, mode: int, layout: pb.Layout | None) 
 
 
 def open_file(step: Step, request: pb.OpenRequest) -> pb.InodeReply:
-    inode = step.inode(request.inode)
+    if request.path:
+        inode = walk_to_inode(step, request.inode, request.path, follow_last=request.follow_last)
+    else:
+        inode = step.inode(request.inode)
     _open(step, inode, read=request.read, write=request.write, cut=request.truncate, session=request.session)
     return pb.InodeReply(inode=with_writers(step, inode))
 
@@ -88,6 +94,9 @@ def _open(step: Step, inode: pb.Inode, *, read: bool, write: bool, cut: bool, se
         step.full(inode)
         return
     if cut:
+        if step.cutting != inode.inode:
+            step.wants_cut = inode.inode
+            return
         truncate(step, inode, 0)
         step.put(inode)
     if write:

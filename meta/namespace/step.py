@@ -64,6 +64,8 @@ class Step:
     now_ns: int
     around: Surroundings
     read_only: bool = False
+    cutting: int = 0
+    """The inode that an open may truncate: the caller keeps other truncations of it away."""
     changed: set[int] = field(default_factory=set)
     cuts: list[int] = field(default_factory=list)
     """Inodes with a truncation to carry out on the chains."""
@@ -71,6 +73,10 @@ class Step:
     """Something went into the garbage queue."""
     measure: int = 0
     """An inode whose length only the chains know; the operation stopped before it changed anything."""
+    wants_cut: int = 0
+    """An inode that an open would truncate, and which is not the one in `cutting`; the operation stopped before it changed anything."""
+    recalled: bool = False
+    """The request had been applied before: nothing was done now."""
     files_made: int = 0
     files_gone: int = 0
 

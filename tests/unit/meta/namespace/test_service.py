@@ -209,6 +209,32 @@ def test_the_retry_of_a_truncation_that_failed_half_way_finishes_it() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("how", ["open", "create", "create by path"])
+def test_the_retry_of_an_open_whose_truncation_failed_finishes_it(how: str) -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        service.chunks.failing = {CHAINS[0]}
+        if how == "open":
+            request: Any = pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S1)
+        else:
+            request = pb.CreateRequest(parent=1, write=True, truncate=True, session=S1)
+            if how == "create":
+                request.name = b"f"
+            else:
+                request.path.append(b"f")
+        method = how.split()[0]
+        with pytest.raises(NoServingTarget):
+            await service.call(method, request, request_id=b"r" * 16)
+        service.chunks.failing = set()
+        await service.call(method, request, request_id=b"r" * 16)
+        assert service.chunks.of(made.inode) == {}
+        assert not service.meta.cuts._locks
+
+    run(main)
+
+
 def test_truncations_of_one_file_follow_each_other() -> None:
     async def main() -> None:
         service = await Service().start()
