@@ -227,17 +227,23 @@ class MetaService:
 
     async def _open_or_cut(self, request: Any, call: Call, operation: Callable[[Step, Any], Any], remember: str, reply_class: type[Any]) -> Any:
         """Run an operation that may turn out to truncate a file. Then it is run again, with no other truncation of that file under way."""
-        run = partial(self._change, request, call, operation, remember=remember, reply_class=reply_class, granted=_inode)
-        reply, step = await run()
-        while step.wants_cut:
-            async with self.cuts.exclusive(step.wants_cut):
-                await self.cuts.carry_out(step.wants_cut)  # what a service that died left undone
-                reply, step = await run(cutting=step.wants_cut)
+        reply, step = await self._after_cuts(
+            partial(self._change, request, call, operation, remember=remember, reply_class=reply_class, granted=_inode)
+        )
         if step.recalled and request.truncate:
             async with self.cuts.exclusive(reply.inode.inode):
                 await self.cuts.carry_out(reply.inode.inode)  # the earlier try of this request may have failed there
         self._opened(reply.inode, request.read, request.write, request.session, call)
         return reply
+
+    async def _after_cuts(self, run: Callable[..., Awaitable[tuple[Q, Step]]]) -> tuple[Q, Step]:
+        """Run an operation that may have to follow a truncation that was left undone: its service died, or a chain did not serve."""
+        reply, step = await run()
+        while step.wants_cut:
+            async with self.cuts.exclusive(step.wants_cut):
+                await self.cuts.carry_out(step.wants_cut)
+                reply, step = await run(cutting=step.wants_cut)
+        return reply, step
 
     def open(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
         if request.write or request.truncate:
@@ -278,6 +284,8 @@ class MetaService:
     async def _report(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply:
         reply, step = await self._change(request, call, files.close, granted=_inode)
         if step.measure:
+            async with self.cuts.exclusive(step.measure):
+                await self.cuts.carry_out(step.measure)  # or what is to be cut off would be measured
             inode = await self.engine.transact(lambda txn: self.root_step(txn).peek(step.measure))
             measured = await measure(self.chunks, inode) if inode is not None else 0
             reply, step = await self._change(request, call, lambda again, asked: files.close(again, asked, measured=measured), granted=_inode)
@@ -286,7 +294,8 @@ class MetaService:
         return reply
 
     async def append(self, request: pb.AppendRequest, call: Call) -> pb.AppendReply:
-        reply, _ = await self._change(request, call, files.append, remember="append", reply_class=pb.AppendReply, granted=_inode)
+        run = partial(self._change, request, call, files.append, remember="append", reply_class=pb.AppendReply, granted=_inode)
+        reply, _ = await self._after_cuts(run)
         return reply
 
     async def make(self, request: pb.MakeRequest, call: Call) -> pb.InodeReply:

@@ -234,7 +234,7 @@ class OpenFile:
             count = size_of(buffer)
             if not count:
                 continue
-            async with state.writing(start, count):
+            async with state.writing(start, count, self.session, self.user):
                 if isinstance(buffer, Span):
                     await self._send_now(start, buffer)
                 else:

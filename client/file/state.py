@@ -84,6 +84,8 @@ class FileState:
         self._resizing: trio.Event | None = None
         self._writers = 0
         self._writers_gone = trio.Event()
+        self._cut_open = False
+        """A truncate, ours that failed or another client's, may still wait for its chains."""
         self.errors = 0
         self.last_error: KvfsError | None = None
         self.adopt(inode)
@@ -106,6 +108,7 @@ class FileState:
         if cut and not own:
             self._acknowledged_end = self._hinted_end = 0
             self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
+            self._cut_open = True
         if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
             self._drop_read()
         self.attributes = inode
@@ -169,13 +172,16 @@ class FileState:
     # --- writing ---------------------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def writing(self, offset: int, size: int) -> AsyncIterator[None]:
-        """Around a write of [offset, offset + size): keeps truncates out, and what was read ahead true."""
+    async def writing(self, offset: int, size: int, session: bytes, user: User) -> AsyncIterator[None]:
+        """Around a write of [offset, offset + size): keeps truncates out and waits for those under way, keeps what was read ahead true."""
         end = offset + size
         if end > MAX_FILE_BYTES:
             raise FileTooBig(f"a file ends at {MAX_FILE_BYTES} bytes")
-        while self._resizing is not None:
-            await self._resizing.wait()
+        while self._resizing is not None or self._cut_open:
+            if self._resizing is not None:
+                await self._resizing.wait()
+            else:
+                await self._settle(session, user)
         self._writers += 1
         try:
             self.windows.drop_range(offset, end)
@@ -267,13 +273,24 @@ class FileState:
             await self.flush()
             if self.must_report:
                 await self.report(session, user, still_open=True)
-            reply = await self.shared.meta.set_attr(self.number, user=user, length=length, session=session)
+            try:
+                reply = await self.shared.meta.set_attr(self.number, user=user, length=length, session=session)
+            except BaseException:
+                self._cut_open = True
+                raise
+            self._cut_open = False
             self._drop_read()
             self.adopt(reply, own=True)
             return reply
         finally:
             self._resizing.set()
             self._resizing = None
+
+    async def _settle(self, session: bytes, user: User) -> None:
+        """No truncate that we have heard of can cut what is written from now on. Raises what keeps one from its chains."""
+        reply = await self.shared.meta.append(self.number, session, 0, user=user)
+        self._cut_open = False
+        self.adopt(reply.inode)
 
     # --- reading ---------------------------------------------------------------------------------------------------------------------
 

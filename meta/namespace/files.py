@@ -99,6 +99,8 @@ def _open(step: Step, inode: pb.Inode, *, read: bool, write: bool, cut: bool, se
             return
         truncate(step, inode, 0)
         step.put(inode)
+    elif write and step.must_settle(inode.inode):
+        return
     if write:
         _check_session(session)
         step.put_session(inode.inode, session, write=True)
@@ -164,7 +166,8 @@ def _end(step: Step, inode: pb.Inode, session: bytes) -> bool:
 
 
 def append(step: Step, request: pb.AppendRequest) -> pb.AppendReply:
-    """Reserve the next bytes of the file for the caller: appends of many clients never overlap."""
+    """Reserve the next bytes of the file for the caller: appends of many clients never overlap. None are asked for by who must only know that no
+    truncation is still under way."""
     inode = step.inode(request.inode)
     if inode.type != pb.FILE:
         raise InvalidArgument("only a regular file can be appended to")
@@ -176,6 +179,8 @@ def append(step: Step, request: pb.AppendRequest) -> pb.AppendReply:
         access.require(inode, step.user, access.WRITE)
     if request.length > APPEND_BYTES_MAX or inode.length + request.length > LENGTH_MAX:
         raise FileTooBig(f"an append of {request.length} bytes at {inode.length}")
+    if step.must_settle(inode.inode):
+        return pb.AppendReply()
     offset = inode.length
     if request.length:
         inode.length += request.length

@@ -74,11 +74,19 @@ class Step:
     measure: int = 0
     """An inode whose length only the chains know; the operation stopped before it changed anything."""
     wants_cut: int = 0
-    """An inode that an open would truncate, and which is not the one in `cutting`; the operation stopped before it changed anything."""
+    """An inode, not the one in `cutting`, that an open would truncate, or that has a truncation to be carried out before anything else is written to
+    it; the operation stopped before it changed anything."""
     recalled: bool = False
     """The request had been applied before: nothing was done now."""
     files_made: int = 0
     files_gone: int = 0
+
+    def must_settle(self, number: int) -> bool:
+        """Whether a truncation of the file has not reached its chains: it would cut off what is written from now on. `wants_cut` is set then."""
+        if self.cutting == number or self.txn.get(keys.cut(number)) is None:
+            return False
+        self.wants_cut = number
+        return True
 
     # --- loads
 

@@ -254,6 +254,33 @@ def test_truncate_comes_after_the_writes_before_it_and_before_those_after() -> N
     run(test)
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["ours", "another client's"])
+def test_nothing_is_written_while_a_truncate_that_failed_is_still_to_come(other: bool) -> None:
+    """It would be cut off when the truncate reaches the chains; and what lies behind the end would come back when the file grows."""
+
+    async def test() -> None:
+        async with world(clients=2) as place:
+            place.meta.lease_ms = 60_000
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * 3 * CHUNK])
+            await file.fsync()
+            place.meta.cut_fails = InputOutput("no chain serves")
+            with pytest.raises(InputOutput):
+                await (place.clients[1].truncate_inode(7, 10) if other else file.truncate(10))
+            if other:
+                await place.meta.revoke(7)
+            with pytest.raises(InputOutput):
+                await file.pwrite(CHUNK + 5, [b"b"])
+            place.meta.cut_fails = None
+            await file.pwrite(CHUNK + 5, [b"b"])
+            await file.close()
+            assert not place.meta.cuts_left
+            assert place.content(7) == b"a" * 10 + bytes(CHUNK - 5) + b"b"
+
+    run(test)
+
+
 def test_a_report_does_not_undo_another_clients_truncate() -> None:
     async def test() -> None:
         async with world(clients=2) as place:

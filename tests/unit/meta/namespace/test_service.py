@@ -12,6 +12,7 @@ from kvfs.common.errors import AlreadyExists, InvalidArgument, NoServingTarget, 
 from kvfs.common.routing import Routing
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
+from kvfs.meta.gc import housekeeping
 from kvfs.meta.namespace import idempotency, keys
 
 S1, S2 = b"1" * 16, b"2" * 16
@@ -231,6 +232,71 @@ def test_the_retry_of_an_open_whose_truncation_failed_finishes_it(how: str) -> N
         await service.call(method, request, request_id=b"r" * 16)
         assert service.chunks.of(made.inode) == {}
         assert not service.meta.cuts._locks
+
+    run(main)
+
+
+async def _left_undone(service: Service) -> pb.Inode:
+    """A file of three chunks whose truncation to 10 bytes could not reach its chains; they serve again."""
+    made = await service.create(b"f", write=True, session=S1)
+    await service.write(made, 3 * SIZE, session=S1, still_open=True)
+    service.chunks.failing = set(CHAINS)
+    with pytest.raises(NoServingTarget):
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10))
+    service.chunks.failing = set()
+    assert service.chunks.of(made.inode) == {0: SIZE, 1: SIZE, 2: SIZE}
+    return made
+
+
+@pytest.mark.parametrize("how", ["open", "create", "append", "ask"])
+def test_nobody_writes_before_a_truncation_that_failed_has_reached_the_chains(how: str) -> None:
+    """Or the file, grown again by the write, would show what had been cut off; and the cut, when it came, would take what was written since."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await _left_undone(service)
+        if how == "open":
+            await service.call("open", pb.OpenRequest(inode=made.inode, write=True, session=S2))
+        elif how == "create":
+            await service.call("create", pb.CreateRequest(parent=1, name=b"f", write=True, session=S2))
+        elif how == "append":
+            reply = await service.call("append", pb.AppendRequest(inode=made.inode, session=S1, length=5))
+            assert reply.offset == 10
+        else:
+            reply = await service.call("append", pb.AppendRequest(inode=made.inode, session=S1))
+            assert (reply.offset, reply.inode.length) == (10, 10)
+        assert service.chunks.of(made.inode) == {0: 10}
+        assert not service.meta.cuts._locks
+        await service.check()
+
+    run(main)
+
+
+def test_a_writer_that_has_not_heard_of_a_failed_truncation_does_not_undo_it() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await _left_undone(service)
+        reply = await service.call(
+            "close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=3 * SIZE, truncate_version=made.truncate_version)
+        )
+        assert reply.inode.length == 10 and service.chunks.of(made.inode) == {0: 10}
+
+    run(main)
+
+
+def test_a_truncation_that_failed_is_tried_again_in_the_background() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(housekeeping.run, service.meta, None)
+            await trio.sleep(1)
+            made = await _left_undone(service)
+            service.chunks.failing = {CHAINS[0]}
+            await trio.sleep(5)
+            service.chunks.failing = set()
+            await trio.sleep(5)
+            assert service.chunks.of(made.inode) == {0: 10}
+            nursery.cancel_scope.cancel()
 
     run(main)
 
