@@ -2,7 +2,8 @@
 
 `run_process(main)` runs a trio program until it ends or SIGTERM/SIGINT asks it to. Readiness goes to $KVFS_READY_FD (one JSON line; the supervisor
 and `kvfs mount` wait for it) and to $NOTIFY_SOCKET (systemd). $KVFS_LIFELINE_FD is a pipe whose end means that the supervisor is gone: then stop.
-Exit status: 0 asked to stop, 2 a person must change something (SetupError), 3 the cluster told it to go (lease lost, newer incarnation), 1 a fault.
+Exit status: 0 asked to stop, 2 a person must change something (SetupError, IndexCorrupt), 3 the cluster told it to go (lease lost, newer
+incarnation), 1 a fault.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from kvfs.common.errors import ClusterError, KvfsError, SetupError
+from kvfs.common.errors import ClusterError, IndexCorrupt, KvfsError, SetupError
 
 log = logging.getLogger("kvfs")
 
@@ -102,9 +103,9 @@ def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:
         trio.run(supervised)
     except BaseException as caught:
         error = first_error(caught)
-        if isinstance(error, SetupError | ClusterError):
+        if isinstance(error, SetupError | ClusterError | IndexCorrupt):
             print(MARK + error.message, file=sys.stderr, flush=True)
-            return EXIT_SETUP if isinstance(error, SetupError) else EXIT_CLUSTER
+            return EXIT_CLUSTER if isinstance(error, ClusterError) else EXIT_SETUP
         if isinstance(error, KeyboardInterrupt):
             return 0
         if isinstance(error, KvfsError):

@@ -259,3 +259,26 @@ def test_fsck_of_a_target_directory_finds_a_flipped_bit(new_cluster: Callable[[]
 
 def files_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size < 1 << 30)
+
+
+@pytest.mark.parametrize("what", ["target", "metadata", "manager"])
+def test_a_damaged_index_page_is_said_at_once_and_left_as_it_is(new_cluster: Callable[[], RealCluster], what: str) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    folder = {
+        "target": next((cluster.path / "storage-1" / "targets").iterdir()) / "index",
+        "metadata": cluster.path / "meta" / "kv" / "map",
+        "manager": cluster.path / "manager" / "kv" / "map",
+    }[what]
+    page = folder / "data.mdb"
+    with open(page, "r+b") as file:
+        file.write(b"\xa5" * 64)
+    before = page.read_bytes()
+    started_s = time.monotonic()
+    done = cluster.kvfs("up", check=False)
+    assert done.returncode == 2 and str(page) in done.stderr and "is damaged" in done.stderr and "Restore" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in cluster.logs()
+    assert page.read_bytes() == before
+    assert time.monotonic() - started_s < 40, "it does not wait for what cannot come"
+    assert cluster.status()["phase"] == "stopped"
