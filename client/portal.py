@@ -132,7 +132,11 @@ class Portal:
             self._interrupt(call)
             raise
         if call.error is not None:
-            raise call.error
+            error, call.error = call.error, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback leads here: no circle, or what the call held lives until the collector comes
         result: T = call.result
         return result
 

@@ -192,7 +192,11 @@ class Channel:
                     self._deputy = None
                     if goes_on:
                         connection.stream.give_back()
-                return pending.result.unwrap()
+                result, pending.result = pending.result, None
+                try:
+                    return result.unwrap()
+                finally:
+                    del result  # an error's traceback leads here: no circle, or the caller's memory lives until the collector comes
             self._deputy = pending if goes_on and connection.take_over(task) else None
             reply = await trio.lowlevel.wait_task_rescheduled(abandon)
         return reply
@@ -349,14 +353,7 @@ class Channel:
         idle_s = self._limits.idle_s * 2 / 3
         while True:
             now = self._clock.monotonic()
-            first = now + idle_s
-            for request_id, pending in list(self._pending.items()):
-                if not pending.alive:
-                    continue
-                if pending.deadline <= now:
-                    self._expire(request_id, pending)
-                elif pending.deadline < first:
-                    first = pending.deadline
+            first = min(now + idle_s, self._end_overdue(now))
             if self._pending or self._connection.received != self._seen:
                 self._seen = self._connection.received
                 self._used_at = now
@@ -367,6 +364,16 @@ class Channel:
             self._alarm_at = first
             with trio.move_on_after(first - now):
                 await self._alarm.wait()
+
+    def _end_overdue(self, now: float) -> float:
+        """When the next deadline is. (Apart from the loop above, whose frame would keep the last call's memory alive while it sleeps.)"""
+        first = math.inf
+        for request_id, pending in list(self._pending.items()):
+            if pending.alive and pending.deadline <= now:
+                self._expire(request_id, pending)
+            elif pending.alive:
+                first = min(first, pending.deadline)
+        return first
 
     def _expire(self, request_id: int, pending: _Pending) -> None:
         if pending.began == self._connection.received:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -92,6 +94,27 @@ def test_errors_come_out_as_they_are(portal: Portal) -> None:
         with pytest.raises(Unreachable, match="nobody there"):
             portal.call(fail)
     assert portal.call(same, 1) == 1
+
+
+def test_an_error_keeps_nothing_of_its_call_alive(portal: Portal) -> None:
+    class Held:
+        pass
+
+    async def fail(held: Held) -> None:
+        raise Unreachable("nobody there")
+
+    gc.collect()
+    gc.disable()
+    try:
+        held = Held()
+        gone = weakref.ref(held)
+        with suppress(Unreachable):
+            portal.call(fail, held)
+        portal.call(same, 1)
+        del held
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_an_interrupted_caller_has_its_call_cancelled_and_nobody_elses(portal: Portal) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,13 +12,13 @@ import pytest
 import trio
 
 from kvfs.common.boundary.net import ByteStream
-from kvfs.common.errors import ConnectionLost, DeadlineExceeded, Unreachable
+from kvfs.common.errors import ConnectionLost, DeadlineExceeded, NotFound, Unreachable
 from kvfs.common.wire import storage_pb2
 from kvfs.common.wire.caller import Channel
 from kvfs.common.wire.frame import Kind, encode
 from kvfs.common.wire.identity import Identity
 
-from .rpc_world import LAST, TRANSPORTS, VERSION, Store, World, on_transport, sleep_ms, version
+from .rpc_world import LAST, READ, TRANSPORTS, VERSION, Store, World, on_transport, read, sleep_ms, version
 
 each = pytest.mark.parametrize("transport", TRANSPORTS)
 
@@ -137,6 +139,37 @@ def test_an_answer_that_dribbles_in(transport: str) -> None:
         await scripted(world, script, lambda channel: ask_each(channel, 2))
 
     on_transport(transport, main)
+
+
+@each
+def test_an_error_keeps_nothing_of_its_call_alive(transport: str) -> None:
+    class Refusing:
+        def read(self, request: Any, call: Any) -> Any:
+            raise NotFound("no such chunk")
+
+    async def main(world: World) -> None:
+        async with world.serve(Refusing()) as where, world.pool() as pool:
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(3):
+                    memory = Memory(100)
+                    gone = weakref.ref(memory)
+                    try:
+                        await pool.call(where, READ, read(), timeout_s=5, receive=[memoryview(memory)])
+                    except NotFound:
+                        pass
+                    del memory
+                    await trio.lowlevel.checkpoint()  # trio's loop lets go of what it woke us with
+                    assert gone() is None
+            finally:
+                gc.enable()
+
+    on_transport(transport, main)
+
+
+class Memory(bytearray):
+    """Can be watched."""
 
 
 @each
