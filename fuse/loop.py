@@ -18,6 +18,7 @@ from collections.abc import Awaitable
 
 import trio
 
+from kvfs.common.boundary.readiness import ReadWatch
 from kvfs.common.errors import KvfsError
 from kvfs.fuse import protocol
 from kvfs.fuse.protocol import IN_HEADER, INTERRUPT_IN, OUT_HEADER, OUT_HEADER_BYTES, Op
@@ -80,6 +81,13 @@ class Loop:
 
     async def run(self) -> None:
         """Until the kernel ends the connection, or a cancel."""
+        self._readable = ReadWatch(self._fd)
+        try:
+            await self._run()
+        finally:
+            self._readable.close()
+
+    async def _run(self) -> None:
         async with trio.open_nursery() as watching:
             watching.start_soon(self._watch_deadlines)
             async with trio.open_nursery() as self._nursery:
@@ -146,7 +154,7 @@ class Loop:
                 await self._serve(worker, call)
                 served += 1
             elif worker.request.op == 0:
-                await trio.lowlevel.wait_readable(self._fd)
+                await self._readable.wait()
             if (call is None and worker.request.op) or served == BURST:
                 served = 0
                 await trio.lowlevel.checkpoint()  # the others' turn

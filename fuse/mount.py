@@ -21,6 +21,7 @@ from kvfs.fuse import kernel, session
 from kvfs.fuse.config import MountConfig
 from kvfs.fuse.invalidate import Invalidator
 from kvfs.fuse.loop import Loop
+from kvfs.fuse.names import KernelNames
 from kvfs.fuse.operations import FileSystem
 from kvfs.fuse.requests import Requests
 
@@ -49,8 +50,9 @@ async def _serve(config: MountConfig, mount_point: str, client: AsyncClient, tas
             await connection.shake_hands(config.max_background)
         if scope.cancelled_caught:
             raise MountError(f"the kernel did not answer the handshake for {mount_point} within {HANDSHAKE_TIMEOUT_S:.0f} s")
-        invalidator = Invalidator(connection.notify)
-        file_system = FileSystem(client, invalidate=invalidator, attr_cache=config.attr_cache, data_cache=config.data_cache)
+        names = KernelNames(trio.current_time) if connection.takes_names_back() else None
+        invalidator = Invalidator(connection.notify, names)
+        file_system = FileSystem(client, invalidate=invalidator, names=names, attr_cache=config.attr_cache, data_cache=config.data_cache)
         loop = Loop(
             connection.fd,
             Requests(file_system),

@@ -209,9 +209,14 @@ def attribute_reply(unique: int, attributes: Attributes) -> bytes:
 
 
 def absent_reply(unique: int, lease_s: float) -> bytes:
-    """A whole answer to LOOKUP: surely no such entry, for that long."""
+    """A whole answer."""
+    return error_reply(unique, errno.ENOENT) if lease_s <= 0 else reply(unique, pack_absent(lease_s))
+
+
+def pack_absent(lease_s: float) -> bytes:
+    """The body of an answer to LOOKUP: surely no such entry, for that long."""
     seconds, nanoseconds = _split(lease_s)
-    return _ENTRY_REPLY.pack(_ENTRY_REPLY.size, 0, unique, 0, 0, seconds, 0, nanoseconds, 0, *[0] * 16)
+    return ENTRY_OUT.pack(0, 0, seconds, 0, nanoseconds, 0, *[0] * 16)
 
 
 def reply(unique: int, body: bytes) -> bytes:

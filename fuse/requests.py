@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvfs.common.errors import AccessDenied, InvalidArgument, OutOfRange
+from kvfs.common.errors import AccessDenied, InvalidArgument, NotFound, OutOfRange
 from kvfs.fuse import protocol
 from kvfs.fuse.model import Attributes, Caller, Changes, Opened
 from kvfs.fuse.operations.xattrs import ASKED_BY_THE_KERNEL
@@ -103,8 +103,12 @@ class Requests:
     # --- what is known ---
 
     def _known_entry(self, request: Request) -> bytes | None:
-        kept = self._fs.kept_entry(request.node, request.name())
-        return None if kept is None else protocol.entry_reply(request.unique, kept)
+        name = request.name()
+        kept = self._fs.kept_entry(request.node, name)
+        if kept is not None:
+            return protocol.entry_reply(request.unique, kept)
+        absent_s = self._fs.known_absent(request.node, name)
+        return None if absent_s < 0 else protocol.absent_reply(request.unique, absent_s)
 
     def _known_attributes(self, request: Request) -> bytes | None:
         kept = self._fs.kept_attributes(request.node)
@@ -128,7 +132,14 @@ class Requests:
     # --- names ---
 
     async def _lookup(self, request: Request) -> Body:
-        return protocol.pack_entry(await self._fs.lookup(request.node, request.name(), request.caller()))
+        name = request.name()
+        try:
+            return protocol.pack_entry(await self._fs.lookup(request.node, name, request.caller()))
+        except NotFound:
+            absent_s = self._fs.known_absent(request.node, name)
+            if absent_s <= 0:
+                raise
+            return protocol.pack_absent(absent_s)
 
     async def _mknod(self, request: Request) -> Body:
         mode, rdev, _, _ = protocol.MKNOD_IN.unpack_from(request.data, HEADER_BYTES)

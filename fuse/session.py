@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import trio
 from kvfs.common.errors import MountError
 from kvfs.fuse import kernel, protocol
 from kvfs.fuse.protocol import Init
+
+log = logging.getLogger("kvfs.fuse")
 
 READ_BUFFER_BYTES = protocol.REQUEST_BYTES_MAX + protocol.PAGE_BYTES
 """The largest request: a WRITE of REQUEST_BYTES_MAX behind its header."""
@@ -51,15 +54,17 @@ class Session:
         self.flags = Init(0)
         self._closed = False
 
-    @property
-    def epochs(self) -> bool:
-        """Can all names in the kernel be made to be asked again at once?"""
-        return self.minor >= protocol.INC_EPOCH_MINOR
-
-    @property
-    def expires(self) -> bool:
-        """Can one name be made to be asked again, without dropping what is behind it?"""
-        return bool(self.flags & Init.HAS_EXPIRE_ONLY)
+    def takes_names_back(self) -> bool:
+        """Can the kernel be made to ask for a name again, and for all names at once? The latter is tried, not only read off the version: much
+        hangs on it."""
+        if self.minor < protocol.INC_EPOCH_MINOR or not self.flags & Init.HAS_EXPIRE_ONLY:
+            return False
+        try:
+            self.notify(protocol.inc_epoch())
+        except OSError as error:
+            log.warning("the kernel takes no notice of an epoch (%s): it keeps no names", error.strerror)
+            return False
+        return True
 
     def notify(self, message: bytes) -> None:
         """Raises OSError: ENOENT when the kernel does not know what it is told of. May block for as long as the kernel needs a lock."""

@@ -53,8 +53,7 @@ class DirectoryOperations(Base):
                 continue
             taken = 0
             for entry in directory.page:
-                # Without a lease: names are looked up again anyway, and a listing of thousands would fill the caches.
-                shown = self._attributes(entry.attributes, 0.0) if with_attributes and entry.HasField("attributes") else None
+                shown = self._shown(directory.inode, entry) if with_attributes else None
                 if not emit(entry.name, entry.inode, TYPE_BITS.get(entry.type, 0), shown, position + 1):
                     break
                 position += 1
@@ -65,6 +64,13 @@ class DirectoryOperations(Base):
             directory.page_position = position
             if full:
                 return
+
+    def _shown(self, parent: int, entry: pb.DirEntry) -> Attributes | None:
+        """The page may be older than what is known now: it counts only without a lease."""
+        kept = self.kept_entry(parent, entry.name)
+        if kept is not None and kept.inode == entry.inode:
+            return kept
+        return self._attributes(entry.attributes, 0.0) if entry.HasField("attributes") else None
 
     async def _dots(self, directory: DirectoryHandle, position: int, emit: Emit) -> bool:
         if directory.self_inode is None or directory.parent_inode is None:

@@ -67,7 +67,7 @@ class FileOperations(Base):
             )
 
         since = self._cache.tick()
-        change = self._cache.begin_entry(parent, name)
+        change = self._begin_entry(parent, name)
         done: tuple[User, pb.CreateReply] | None = None
         try:
             done = await self._as(caller, creating)
@@ -86,7 +86,7 @@ class FileOperations(Base):
             except BaseException:
                 await self.release(opened.handle)
                 raise
-        return opened, await self._present(inode, self._lease(inode, since))
+        return opened, self._named(parent, name, await self._present(inode, self._lease(inode, since)))
 
     def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
         privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP

@@ -16,6 +16,7 @@ from tests.unit.client.whole import whole
 
 from kvfs.common.errors import AlreadyExists, BadHandle, InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
 from kvfs.fuse.model import Attributes, Caller, Changes
+from kvfs.fuse.names import KernelNames
 from kvfs.fuse.operations import FileSystem
 
 ROOT = Caller(0, 0)
@@ -41,6 +42,8 @@ class Kernel:
 
     async def data_now(self, inode: int) -> None:
         self.data_of.append(inode)
+
+    def all_names(self) -> None: ...
 
 
 @dataclass
@@ -475,3 +478,47 @@ async def test_close_of_the_mount_flushes_what_is_open(ready: Stage) -> None:
     await ready.one.write(opened.handle, 0, b"unflushed")
     await ready.one.close()
     assert await read_file(ready.two, made.inode, 100) == b"unflushed"
+
+
+@staged
+async def test_kernel_keeps_names_for_as_long_as_the_directory_is_leased(ready: Stage) -> None:
+    one, two, names = ready.one, ready.two, KernelNames(trio.current_time)
+    directory = (await two.mkdir(1, b"d", 0o755, ROOT)).inode
+    made = await two.mknod(directory, b"f", stat.S_IFREG | 0o644, 0, ROOT)
+    assert (await one.lookup(1, b"d", ROOT)).entry_lease_s == 0, "a kernel that cannot be told to forget keeps no names"
+    one._names = names
+    for parent in (1, directory):
+        await one.getattr(parent, ROOT)
+    assert 0 < (await one.lookup(1, b"d", ROOT)).entry_lease_s <= 1
+    assert 0 < (await one.lookup(directory, b"f", ROOT)).entry_lease_s <= 1
+    kept = one.kept_entry(directory, b"f")
+    assert kept is not None and kept.entry_lease_s > 0
+    assert one.known_absent(directory, b"none") < 0
+    with pytest.raises(NotFound):
+        await one.lookup(directory, b"none", ROOT)
+    before = ready.calls()
+    with pytest.raises(NotFound):
+        await one.lookup(directory, b"none", ROOT)
+    assert one.known_absent(directory, b"none") > 0 and ready.calls() == before
+    await two.mknod(directory, b"none", stat.S_IFREG | 0o644, 0, ROOT)  # a change by another mount
+    assert one.kept_entry(directory, b"f") is None and one.known_absent(directory, b"none") < 0
+    assert set((names.recall(directory) or pytest.fail("nothing to take back")).names) == {b"f", b"none"}
+    assert (await one.lookup(directory, b"f", ROOT)).inode == made.inode
+    await one.getattr(directory, ROOT)
+    assert (await one.lookup(directory, b"f", ROOT)).entry_lease_s == 0, "others are at work in this directory"
+
+
+@staged
+async def test_name_moved_by_this_mount_is_taken_back_where_it_is_now(ready: Stage) -> None:
+    one, two = ready.one, ready.two
+    one._names = names = KernelNames(trio.current_time)
+    for name in (b"from", b"to"):
+        await two.mkdir(1, name, 0o755, ROOT)
+    await one.getattr(1, ROOT)
+    source, target = (await one.lookup(1, b"from", ROOT)).inode, (await one.lookup(1, b"to", ROOT)).inode
+    await two.mkdir(source, b"d", 0o755, ROOT)
+    await one.getattr(source, ROOT)
+    assert (await one.lookup(source, b"d", ROOT)).entry_lease_s > 0
+    await one.rename(source, b"d", target, b"e", 0, ROOT)
+    recall = names.recall(target)
+    assert recall is not None and recall.names == [b"e"] and names.recall(source) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from struct import Struct
 
@@ -91,8 +92,15 @@ def test_handshake_refuses_strangers() -> None:
 
 
 def test_what_a_session_can_do_hangs_on_the_kernel() -> None:
-    session = Session(-1, "/nowhere")
-    session.minor, session.flags = 43, Init.ASYNC_READ
-    assert not session.epochs and not session.expires
-    session.minor, session.flags = 44, Init.HAS_EXPIRE_ONLY
-    assert session.epochs and session.expires
+    reader, writer = os.pipe()
+    session = Session(writer, "/nowhere")
+    try:
+        for session.minor, session.flags in ((43, Init.HAS_EXPIRE_ONLY), (44, Init.ASYNC_READ)):
+            assert not session.takes_names_back()
+        session.minor, session.flags = 44, Init.HAS_EXPIRE_ONLY
+        assert session.takes_names_back()
+        assert os.read(reader, 100) == protocol.inc_epoch()
+        os.close(reader)
+        assert not session.takes_names_back(), "what the kernel refuses it cannot do"
+    finally:
+        session.close()
