@@ -123,7 +123,7 @@ class Channel:
             stream.close()
             raise Unreachable(error.message) from None
         nursery.start_soon(channel._run)
-        with trio.move_on_after(until - clock.monotonic()):
+        with trio.move_on_after(max(0.0, until - clock.monotonic())):
             await channel._greeted.wait()
         if channel.ended is not None:
             if isinstance(channel.ended, ConnectionLost):

@@ -150,7 +150,7 @@ class ChannelPool:
                     continue
                 if self._staging is None:
                     self._staging = BufferPool(self._staging_bytes, name="kvfs-staging")
-            left = until - self.clock.monotonic()
+            left = max(0.0, until - self.clock.monotonic())
             try:
                 channel = await Channel.open(
                     self._nursery,

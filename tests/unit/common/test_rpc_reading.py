@@ -238,3 +238,17 @@ def test_every_caller_learns_that_the_connection_is_lost(transport: str, instead
         await scripted(world, script, body)
 
     on_transport(transport, main)
+
+
+@each
+def test_hardly_any_time_left_is_a_typed_error_at_every_step_of_connecting(transport: str) -> None:
+    async def main(world: World) -> None:
+        async with world.serve(Store(world)) as where:
+            for timeout_s in (0.0, 1e-9, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3) * 5:
+                async with world.pool() as pool:
+                    try:
+                        assert (await pool.call(where, VERSION, version(), timeout_s=timeout_s)).versions
+                    except (DeadlineExceeded, Unreachable):
+                        pass
+
+    on_transport(transport, main)
