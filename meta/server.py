@@ -100,7 +100,7 @@ async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFil
             engine_name=config.kv_url.partition(":")[0],
         )
         if not made_now:
-            service.hold_changes(config.attr_lease_ms / 1000)
+            service.changes.hold(config.attr_lease_ms / 1000)
         await service.numbers.ensure()
         server = RpcServer(net, clock, identity)
         server.add("Meta", service)
@@ -144,8 +144,8 @@ def make_pruner(service: MetaService, link: ManagerLink, *, grace_s: float) -> P
         service.chunks,
         service.clock,
         service.open_files,
-        service.root_step,
+        service.changes.root_step,
         partial(list_clients, link),
-        service.committed,
+        service.changes.committed,
         grace_s=grace_s,
     )

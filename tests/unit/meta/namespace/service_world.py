@@ -116,7 +116,7 @@ class Service:
     async def start(self) -> Service:
         made = await self.engine.transact(lambda txn: store.prepare(txn, self.clock.wall_ns()))
         if not made:
-            self.meta.hold_changes(self.meta.leases.lease_ms / 1000)
+            self.meta.changes.hold(self.meta.leases.lease_ms / 1000)
         await self.meta.numbers.ensure()
         return self
 

@@ -355,9 +355,9 @@ def test_a_close_without_a_report_costs_no_commit() -> None:
     async def main() -> None:
         service = await Service().start()
         made = await service.create(b"f", write=True, session=S1)
-        commits = service.meta.commits
+        commits = service.meta.changes.commits
         reply = await service.call("close", pb.CloseRequest(inode=made.inode, session=S1))
-        assert service.meta.commits == commits
+        assert service.meta.changes.commits == commits
         assert reply.inode.writers == 0
         assert (await service.call("status", base_pb2.Empty())).sessions == 1
         await service.meta.clear_closed()
@@ -509,7 +509,7 @@ def test_side_by_side_creations_in_one_directory_do_not_conflict() -> None:
         async with trio.open_nursery() as nursery:
             for number in range(64):
                 nursery.start_soon(worker, number)
-        assert service.meta.conflicts == 0
+        assert service.meta.changes.conflicts == 0
         assert (await service.stat(1)).nlink == 642
         await service.check()
 
@@ -559,7 +559,7 @@ def test_files_are_counted() -> None:
         await service.call("collect_garbage", base_pb2.Empty())
         again = await Service(service.engine).start()
         await again.meta.count_files()
-        assert service.meta.files == again.meta.files == 5
+        assert service.meta.changes.files == again.meta.changes.files == 5
 
     run(main)
 
