@@ -15,7 +15,6 @@ from typing import Final
 
 from kvfs.common.errors import IndexCorrupt, from_os
 
-ADVICE: Final = "Restore its directory from a copy; that of a storage target with replicas may also be emptied, they refill it"
 NODE_BUDGET_BYTES: Final = 64 << 20
 
 _MAGIC: Final = 0xBEEFC0DE
@@ -46,7 +45,7 @@ def check_lmdb_file(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise from_os(error, f"read {path}") from error
     except (_Damaged, struct.error) as error:
-        raise IndexCorrupt(f"index {path} is damaged ({error}). Nothing was changed. {ADVICE}") from error
+        raise IndexCorrupt(f"index {path} is damaged ({error}). {IndexCorrupt.ADVICE}") from error
 
 
 class _Walk:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import lmdb
 
 from kvfs.common.boundary.disk import Disk, DiskFile, LentFile, OrderedMap, ReadableFile
-from kvfs.common.boundary.lmdb_check import ADVICE, check_lmdb_file
+from kvfs.common.boundary.lmdb_check import check_lmdb_file
 from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, KvfsError, NoSpace, from_os
 
 _IOV_MAX: Final = 1024
@@ -325,7 +325,7 @@ class LmdbMap(OrderedMap):
 
     def _translated(self, error: Any, what: str) -> KvfsError:
         if isinstance(error, _CORRUPT):
-            return IndexCorrupt(f"{what} index {self._path}: damaged ({error}). Nothing was changed. {ADVICE}")
+            return IndexCorrupt(f"{what} index {self._path}: damaged ({error}). {IndexCorrupt.ADVICE}")
         if isinstance(error, lmdb.MapFullError):
             return NoSpace(f"{what} index {self._path}: its configured size is full")
         if isinstance(error, lmdb.BadValsizeError):

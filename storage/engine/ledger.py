@@ -273,10 +273,9 @@ class Ledger:
                     self.index.put(expired)
                     self.tags.put(expired)
                 first = self.journal.rotate()
-                moving = self.index.freeze()
+                self.index.freeze()
             self.sync()
-            if moving:
-                self.index.write_frozen()
+            self.index.write_frozen(first)
             with self.lock:
                 self.index.drop_frozen()
                 self.index_full = None

@@ -1,6 +1,6 @@
 """Opening a target: from what lies in its directory to a ledger, after a clean stop, a killed process or a power loss.
 
-1. Read the journal (nothing is written before everything that can be wrong was looked at).
+1. Read the journal (nothing is written before everything that can be wrong was looked at). It must go on where the index map ends.
 2. Records whose data is known to be synced are taken as they are. Of the later ones a chunk's newest state stands whose bytes have their
    checksums; when none has, the state before them stands. A tag is kept only if everything in its record stands, or a later state does.
 3. Every pending version that is left must have its bytes too, else it is dropped: it was never acknowledged.
@@ -18,14 +18,14 @@ from dataclasses import replace
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import IndexCorrupt, KvfsError
 from kvfs.storage.engine import chunk, tags
 from kvfs.storage.engine.allocator import Allocator
 from kvfs.storage.engine.chunk import ChunkMeta, Content
 from kvfs.storage.engine.config import EngineConfig
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.index import Index
-from kvfs.storage.engine.journal import Journal, Record, remove_segments_behind, replay
+from kvfs.storage.engine.journal import Journal, Record, remove_segments_behind, replay, segments
 from kvfs.storage.engine.ledger import CHUNK_PREFIX, CHUNKS_END, Ledger
 from kvfs.storage.engine.reader import damaged_units
 
@@ -37,6 +37,7 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
     files = DataFiles(disk)
     index = Index(disk.open_map("index", size_bytes=config.index_bytes))
     try:
+        _check_complete(disk, index)
         settled = max((record.settled for record in records), default=0)
         for record in records:
             if record.sequence < settled:
@@ -68,6 +69,15 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
     ledger = Ledger(disk, files, config, index, journal, allocator, kept_tags, chunks)
     ledger.checkpoint()
     return ledger
+
+
+def _check_complete(disk: Disk, index: Index) -> None:
+    """The journal goes on where the index map ends. A target that was opened before has a segment; one that never was has neither."""
+    first = min(segments(disk), default=None)
+    if first is None and index.floor > 1:
+        raise IndexCorrupt(f"the journal of the target is gone, its index needs it from record {index.floor} on. {IndexCorrupt.ADVICE}")
+    if first is not None and first > index.floor:
+        raise IndexCorrupt(f"the target's index ends at record {index.floor}, its journal begins at {first}: rows are missing. {IndexCorrupt.ADVICE}")
 
 
 class _Judge:
