@@ -93,9 +93,8 @@ class OpenFile:
             if window is not None and not held and window.end >= end:
                 window.hold()
                 try:
-                    if not window.ready.is_set():
-                        await window.ready.wait()
-                    if window.block is not None:
+                    if await window.wait(state.shared.clock, state.shared.config.deadline_s) is not None:
+                        assert window.block is not None
                         state.shared.storage.counters.window_hits += 1
                         lent = window.block.lend(offset - window.start, end - window.start)
                         state.windows.consumed(window, end - offset)
@@ -173,13 +172,13 @@ class OpenFile:
             direct = _without(missing, [(window.start, window.end) for window in windows])
             await self._fetch_parts(offset, into, direct)
             for window in windows:
-                await window.ready.wait()
+                block = await window.wait(state.shared.clock, state.shared.config.deadline_s)
                 parts = _within(missing, window.start, window.end)
-                if window.block is None:
+                if block is None:
                     await self._fetch_parts(offset, into, parts)
                     continue
                 for start, stop in parts:
-                    view[start - offset : stop - offset] = window.block.view[start - window.start : stop - window.start]
+                    view[start - offset : stop - offset] = block.view[start - window.start : stop - window.start]
                     state.windows.consumed(window, stop - start)
         finally:
             for window in windows:

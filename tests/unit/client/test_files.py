@@ -10,7 +10,7 @@ from tests.unit.client.fakes import CHUNK, World, run, world
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.open_file import OpenFile
-from kvfs.common.errors import BadHandle, InputOutput, NoSpace
+from kvfs.common.errors import BadHandle, DeadlineExceeded, InputOutput, NoSpace
 
 
 def opened(place: World, number: int, *, client: int = 0, write: bool = True, append: bool = False) -> OpenFile:
@@ -250,6 +250,30 @@ def test_truncate_comes_after_the_writes_before_it_and_before_those_after() -> N
             await file.close()
             assert place.content(7) == b"a" * (CHUNK + 10) + bytes(CHUNK - 5) + b"z"
             assert place.client.files.state(7) is None
+
+    run(test)
+
+
+@pytest.mark.parametrize("lent", [True, False], ids=["pread", "pread_into"])
+def test_a_read_that_nobody_answers_ends_by_its_deadline(lent: bool) -> None:
+    """The read-ahead in front of it and the read itself do not take a deadline each."""
+
+    async def test() -> None:
+        async with world(config=ClientConfig(deadline_s=1.0, read_attempt_s=0.4)) as place:
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * 3 * CHUNK])
+            await file.fsync()
+            for storage in place.storage:
+                storage.silent = True
+            began = trio.current_time()
+            with pytest.raises(DeadlineExceeded):
+                await (file.pread(0, CHUNK) if lent else file.pread_into(0, [bytearray(CHUNK)]))
+            assert trio.current_time() - began < 1.6
+            for storage in place.storage:
+                storage.silent = False
+            assert bytes(await file.pread(0, 3 * CHUNK)) == b"a" * 3 * CHUNK
+            await file.close()
 
     run(test)
 
