@@ -92,6 +92,7 @@ class WriteBack:
         self._clock = clock
         self._nursery = nursery
         self._queue: deque[ChunkBuffer] = deque()
+        self._queued_bytes = 0
         self._in_flight = 0
         self.dirty_bytes = 0
         self._room = trio.Event()
@@ -112,6 +113,7 @@ class WriteBack:
         while self.full(size):
             for dirty in list(self.files):
                 dirty.send_all()
+            self.hurry()
             if self._room.is_set():
                 self._room = trio.Event()
             await self._room.wait()
@@ -131,11 +133,19 @@ class WriteBack:
 
     def submit(self, buffer: ChunkBuffer) -> None:
         self._queue.append(buffer)
+        self._queued_bytes += buffer.end - buffer.start
         self._pump()
 
-    def _pump(self) -> None:
+    def hurry(self) -> None:
+        """Somebody waits: send what is queued, also what would still grow into a larger batch."""
+        self._pump(waited_for=True)
+
+    def _pump(self, *, waited_for: bool = False) -> None:
+        """A request costs as much as several chunks in it: while one is under way, the next gathers a full batch."""
         config = self._config
         while self._queue and self._in_flight < config.writes_in_flight:
+            if self._in_flight and self._queued_bytes < config.write_batch_bytes and not waited_for:
+                return
             batch: list[ChunkBuffer] = []
             size = 0
             while self._queue and len(batch) < config.batch_max_ios:
@@ -144,6 +154,7 @@ class WriteBack:
                     break
                 size += length
                 batch.append(self._queue.popleft())
+            self._queued_bytes -= size
             self._in_flight += 1
             self._nursery.start_soon(self._send, batch)
 
@@ -281,6 +292,8 @@ class DirtyChunks:
         for buffer in waiting:
             if not buffer.sealed:
                 self._want(buffer)
+        if waiting:
+            self._back.hurry()
         for buffer in waiting:
             await buffer.done.wait()
 

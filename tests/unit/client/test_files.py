@@ -60,6 +60,34 @@ def test_small_sequential_writes_are_sent_as_whole_chunks_in_batches() -> None:
     run(test)
 
 
+def test_while_a_request_is_under_way_the_next_grows_unless_somebody_waits_for_it() -> None:
+    async def test() -> None:
+        async with world(nodes=1, config=ClientConfig(dirty_age_s=60, write_batch_bytes=1 << 20)) as place:
+            place.meta.make(7)
+            place.meta.make(8)
+            service, file, other = place.storage[0], opened(place, 7), opened(place, 8)
+            hold = service.hold = trio.Event()
+            for index in range(5):
+                await file.pwrite(index * CHUNK, [bytes([index]) * CHUNK])
+            await trio.sleep(0.05)
+            assert place.client.counters.write_requests == 1, "the others wait for a batch, or for the end of the first"
+            await other.pwrite(0, [b"x"])
+            with trio.move_on_after(0.05):
+                await other.flush()
+            assert place.client.counters.write_requests == 2
+            for index in range(5, 40):
+                await file.pwrite(index * CHUNK, [bytes([index]) * CHUNK])
+            await trio.sleep(0.05)
+            assert place.client.counters.write_requests == 4, "two full batches"
+            hold.set()
+            await file.close()
+            await other.close()
+            assert place.content(7) == b"".join(bytes([index]) * CHUNK for index in range(40))
+            assert place.client.counters.write_requests <= 6
+
+    run(test)
+
+
 def test_holes_and_short_chunks_are_zeros() -> None:
     async def test() -> None:
         async with world() as place:
