@@ -4,6 +4,7 @@ Owns the position of a file object and its borrowed window: a reader in steps sm
 registered memory
 once and copies from it in its own thread, instead of crossing to the client's thread for each step. The stretch is given up when
 the client hears of, or makes, any change of the file (`OpenFile.token`), and after `STALE_S`.
+A sequential writer puts its bytes into registered memory in its own thread too (a `Stretch`), and crosses once for several MiB.
 Thread-safe as Python's own raw files are: the file object has no lock of its own, the position belongs to one thread at a time.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfs.client.file.memory import bytes_of
 from kvfs.client.file.open_file import OpenFile
+from kvfs.client.file.stretch import Stretch
 from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.errors import KvfsError
 
@@ -44,6 +46,8 @@ class RawFile(io.RawIOBase):
         self._borrowed_token = 0
         self._steps = 0
         self._sequential_end = 0
+        self._stretch: Stretch | None = None
+        self._written_end = 0
         self._closing = False
         self._orphaned: list[tuple[int, bytes]] = []
         """Written by a buffer's finalizer that ran in the client's own thread: goes out with the close that follows."""
@@ -154,9 +158,32 @@ class RawFile(io.RawIOBase):
         if self._flags & os.O_APPEND:
             self._position = self._call(self._handle().append, [view]) + len(view)
             return len(view)
-        count: int = self._call(self._handle().pwrite, self._position, [view])
-        self._position += count
-        return count
+        handle = self._handle()
+        done = self._put(handle, view)
+        if done < len(view):
+            self._call(handle.pwrite, self._position + done, [view[done:] if done else view])
+        self._position = self._written_end = self._position + len(view)
+        return len(view)
+
+    def _put(self, handle: OpenFile, view: memoryview) -> int:
+        """Write in this thread what can be; how much that was. Who goes on where his last write ended gets memory for more."""
+        done = 0
+        sequential = self._position == self._written_end and self._position > 0
+        while done < len(view):
+            stretch = self._stretch
+            taken = stretch.put(self._position + done, view[done:]) if stretch is not None else 0
+            done += taken
+            if done == len(view):
+                break
+            if not taken and stretch is not None and not stretch.end > stretch.start:
+                self._stretch = None
+                break  # made for nothing, others are at the file
+            if not sequential:
+                break
+            self._stretch = self._call(handle.stretch, self._position + done)
+            if self._stretch is None:
+                break
+        return done
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         self._check(True, "")
@@ -250,6 +277,7 @@ class RawFile(io.RawIOBase):
         """The open file; in a forked child, one of its own."""
         if self._pid != os.getpid():
             self._give_back()
+            self._stretch = None
             self._file = self._client.reopen(self._file, self._flags)
             self._pid = os.getpid()
         return self._file

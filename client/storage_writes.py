@@ -43,6 +43,8 @@ class ChunkWrite:
     chunk_size: int
     data: Buffer | None = None
     kind: pb.UpdateKind = pb.WRITE
+    checksums: bytes | None = None
+    """Of the data, where they are known already."""
 
 
 @dataclass(slots=True)
@@ -191,7 +193,9 @@ class _Run:
         if known is None:
             write = self.writes[index]
             data = write.data
-            known = b"" if data is None else checksums(data.view if isinstance(data, Span) else data, write.offset)
+            known = write.checksums
+            if known is None:
+                known = b"" if data is None else checksums(data.view if isinstance(data, Span) else data, write.offset)
             self._checksums[index] = known
         return known
 

@@ -17,6 +17,7 @@ from kvfs.client.file.fetch import fetch_block, fetch_into
 from kvfs.client.file.memory import bytes_of, size_of
 from kvfs.client.file.readahead import Stream, Window
 from kvfs.client.file.state import FileState, Held, let_go
+from kvfs.client.file.stretch import Stretch
 from kvfs.client.peers import Buffer
 from kvfs.client.storage_writes import ChunkWrite
 from kvfs.client.user import User
@@ -210,6 +211,16 @@ class OpenFile:
         await self._state.fresh_for_writing(self.user)
         return await self._put(offset, buffers)
 
+    async def stretch(self, offset: int) -> Stretch | None:
+        """For a thread that writes on from `offset`: memory that it fills by itself, instead of calling pwrite each time; what pwrite promises is
+        true of it too. None: use pwrite."""
+        self._check_writable(offset)
+        if self._append:
+            return None
+        await self._state.fresh_for_writing(self.user)
+        self._raise_pending()
+        return await self._state.stretch(offset, self.session, self.user)
+
     async def append(self, buffers: Sequence[Buffer]) -> int:
         """Write at the end of the file, whoever else appends; gives the offset."""
         self._check_writable(0)
@@ -217,7 +228,7 @@ class OpenFile:
         total = sum(map(size_of, buffers))
         if not total:
             return state.length
-        if state.unreported_end > state.attributes.length:
+        if state.written_end > state.attributes.length:
             # The end that the metadata service knows must be the true one before it gives out what is behind it.
             await self._flush_and_report()
         reply = await state.shared.meta.append(self.inode, self.session, total, user=self.user)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from kvfs.common.checksum import CHECKSUM_UNIT_BYTES, checksums, xxh3_64
+from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, checksums, xxh3_64
 from kvfs.common.errors import ChecksumMismatch
-from kvfs.storage.engine.chunk import CHECKSUM_BYTES, Content
+from kvfs.storage.engine.chunk import Content
 from kvfs.storage.engine.content import fill_zeros
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.requests import Place
