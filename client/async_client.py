@@ -18,6 +18,7 @@ import trio
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.memory import Memory, RegisteredBuffer
 from kvfs.client.file.open_file import OpenFile
+from kvfs.client.file.places import PlaceTable
 from kvfs.client.file.readahead import ReadAhead
 from kvfs.client.file.state import Shared
 from kvfs.client.file.table import FileTable
@@ -81,7 +82,8 @@ class AsyncClient(PathOperations):
         self.pool = self.memory.pool
         back = WriteBack(self.storage, self.memory, config, clock, nursery)
         ahead = ReadAhead(self.storage, self.memory, config, peers.counters, nursery)
-        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, back, clock, config))
+        places = PlaceTable(self.storage, clock, peers.counters)
+        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, places, back, clock, config))
         self.watcher = Watcher(self.meta, config, clock)
         self.watcher.on_revoked(self._revoked)
         self.watcher.on_lost(self._lost)

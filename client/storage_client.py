@@ -14,7 +14,9 @@ import trio
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.peers import Counters, Peers
+from kvfs.client.place import Place
 from kvfs.client.retry import Attempts
+from kvfs.client.storage_places import ChunkRange, PlacePath
 from kvfs.client.storage_reads import ChunkRead, ReadDone, ReadPath
 from kvfs.client.storage_writes import ChunkWrite, WriteDone, WritePath
 from kvfs.client.tags import Channels
@@ -42,6 +44,7 @@ class StorageClient:
         self._channels = Channels(client_id, config.channels)
         self._reads = ReadPath(peers, config, self._refresh_in_background)
         self._writes = WritePath(peers, config, self._channels)
+        self._places = PlacePath(peers, config)
 
     @property
     def routing(self) -> Routing:
@@ -54,6 +57,10 @@ class StorageClient:
     async def read(self, reads: Sequence[ChunkRead], *, deadline_s: float | None = None) -> list[ReadDone]:
         """Verified bytes of every range, or an error. Holes have length 0. See storage_reads.py."""
         return await self._reads.read(reads, deadline_s=deadline_s)
+
+    async def places(self, ranges: Sequence[ChunkRange]) -> list[Place | None]:
+        """Where bytes lie, as far as a service on this machine tells it; one attempt, no error. See storage_places.py."""
+        return await self._places.places(ranges)
 
     async def write(self, writes: Sequence[ChunkWrite], *, deadline_s: float | None = None) -> list[WriteDone]:
         """All acknowledged, or the error of one that was not (the others have been tried all the same)."""

@@ -52,18 +52,16 @@ class Reader:
         self._host = host
         self._versions = versions
 
-    def target_for(self, io: pb.ReadIO) -> Target:
+    def target_for(self, target_id: int) -> Target:
         """The target, if it may answer."""
-        target = self._host.target(io.target_id)
+        target = self._host.target(target_id)
         replica = target.replica
         if not replica.serving:
             if not target.opened:
                 raise TargetOffline(replica.problem)
-            raise TargetNotServing(f"target {io.target_id} is {replica.public.name.lower()}, {replica.phase.value}: read another replica")
+            raise TargetNotServing(f"target {target_id} is {replica.public.name.lower()}, {replica.phase.value}: read another replica")
         if not self._host.link.lease_valid():
             raise TargetNotServing(f"node {self._host.link.node_id} has not reached a manager for half a lease: read another replica")
-        if len(io.chunk_id) != CHUNK_ID_BYTES:
-            raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(io.chunk_id)}")
         return target
 
     def begin(self, request: pb.ReadRequest, call: Call) -> tuple[list[pb.ReadResult | None], list[Wanted]]:
@@ -81,7 +79,8 @@ class Reader:
         for place, (io, view) in enumerate(zip(request.reads, views, strict=True)):
             result: pb.ReadResult | None = None
             try:
-                target = self.target_for(io)
+                target = self.target_for(io.target_id)
+                _check_id(io.chunk_id)
                 if io.length > len(view):
                     raise InvalidArgument(f"a read of {io.length} bytes came with a span of {len(view)}")
                 if io.length <= largest and inline_left > 0 and io.chunk_id not in target.replica.flights:
@@ -98,11 +97,15 @@ class Reader:
         """As `begin`, for a reader who fetches the bytes himself: wanted is only what has an update under way."""
         results: list[pb.ReadResult | None] = []
         wanted: list[Wanted] = []
+        allowed: dict[int, Target] = {}
         for place, io in enumerate(request.reads):
             result: pb.ReadResult | None = None
             try:
-                target = self.target_for(io)
-                if io.chunk_id not in target.replica.flights:
+                target_id = io.target_id
+                target = allowed.get(target_id) or allowed.setdefault(target_id, self.target_for(target_id))
+                chunk_id = io.chunk_id
+                _check_id(chunk_id)
+                if chunk_id not in target.replica.flights:
                     result = self._place(target, io, files)
                 if result is None:
                     wanted.append(Wanted(place, io, target, None))
@@ -229,6 +232,11 @@ def _read_all(group: Sequence[Wanted]) -> list[tuple[Wanted, KvfsError]]:
             log.exception("reading chunk %s failed in an unforeseen way", io.chunk_id.hex())
             want.result = _refused(InternalError(f"reading chunk {io.chunk_id.hex()}: {error}"))
     return failed
+
+
+def _check_id(chunk_id: bytes) -> None:
+    if len(chunk_id) != CHUNK_ID_BYTES:
+        raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(chunk_id)}")
 
 
 def _placed(outcome: ReadOutcome) -> pb.ReadResult:

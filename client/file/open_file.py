@@ -10,11 +10,13 @@ of every handle once; a handle that was closed stays closed, also when closing f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import trio
 
 from kvfs.client.file.fetch import fetch_block, fetch_into
 from kvfs.client.file.memory import bytes_of, size_of
+from kvfs.client.file.places import Reach
 from kvfs.client.file.readahead import Stream, Window
 from kvfs.client.file.state import FileState, Held, let_go
 from kvfs.client.file.stretch import Stretch
@@ -26,6 +28,8 @@ from kvfs.common.transport.region import Span
 from kvfs.common.wire import meta_pb2 as pb
 
 _EMPTY = memoryview(b"")
+INLINE_BYTES = 1 << 20
+"""Read from the page cache in the client's thread before others get their turn."""
 
 
 class OpenFile:
@@ -40,6 +44,7 @@ class OpenFile:
         self._append = append
         self._on_close = on_close
         self._stream = Stream(state.shared.config)
+        self._reach = Reach()
         self._errors_seen = state.errors
         self._closed = False
         self.inode = state.number
@@ -88,6 +93,14 @@ class OpenFile:
         if end <= offset:
             return _EMPTY
         state = self._state
+        if state.windows.at(offset) is None:
+            block = state.shared.memory.allocate(end - offset)
+            try:
+                if await self._read_places(offset, block.view) == block.size:
+                    return block.lend(0, block.size)
+            finally:
+                block.release()
+        await self._read_ahead(offset, end)
         held = state.hold_unacknowledged(offset, end)
         try:
             window = state.windows.at(offset)
@@ -118,9 +131,21 @@ class OpenFile:
         """Fill writable views (or Spans of a RegisteredBuffer, which the storage fills without a copy) in order. The count is short only at the end
         of the file."""
         total = sum(map(size_of, views))
-        end = await self._range(offset, total, ahead=not (views and isinstance(views[0], Span)))
+        end = await self._range(offset, total)
         if end <= offset:
             return 0
+        if self._state.windows.at(offset) is None:
+            start = offset
+            for view in views:
+                into = bytes_of(view)[: end - start]
+                done = await self._read_places(start, into)
+                start += done
+                if done < len(into):
+                    break
+            if start == end:
+                return end - offset
+        if not isinstance(views[0], Span):
+            await self._read_ahead(offset, end)
         held = self._state.hold_unacknowledged(offset, end)
         try:
             start = offset
@@ -143,8 +168,65 @@ class OpenFile:
             let_go(held)
         return end - offset
 
-    async def _range(self, offset: int, length: int, *, ahead: bool = True) -> int:
-        """Where the read ends; starts reading ahead."""
+    def read_now(self, offset: int, into: memoryview) -> int:
+        """Bytes that could be read in the caller's own thread, whichever that is, because their places are known (`find_places`). Waits for the disk
+        only. Fewer than there is room for: `pread` knows the rest."""
+        return self._state.places.read(offset, into, self._state.token) if self._read and not self._closed else 0
+
+    async def find_places(self, offset: int, length: int) -> int:
+        """Learn where the bytes from `offset` on lie, for `read_now`: these and, as reading goes on, more and more around them. Gives where a read of
+        that length ends, as `pread` would."""
+        end = await self._range(offset, length)
+        if offset < end:
+            await self._state.find_places(*self._reach.next(self._state.places, offset, end, self._state.token))
+        return end
+
+    def wants_more(self, offset: int) -> bool:
+        """Whether a reader who has got so far should have `find_more` run, not waiting for it. True once, until that has run."""
+        if offset < self._reach.more_at:
+            return False
+        self._reach.more_at = inf
+        return offset < self._state.length
+
+    async def find_more(self, offset: int) -> None:
+        """As `find_places`, for what a reader who has got to `offset` will want next."""
+        start, stop = self._reach.more(self._state.places, offset)
+        await self._range(offset, 0)
+        await self._state.find_places(start, stop)
+
+    def places_until(self, offset: int, end: int) -> float:
+        """Until when bytes that `read_now` gave may be used."""
+        return self._state.places.until(offset, end)
+
+    @property
+    def tells_places(self) -> bool:
+        """Whether it is worth asking for places: not when none were told a moment ago."""
+        return not self._state.places.resting
+
+    async def _read_places(self, offset: int, into: memoryview) -> int:
+        """As `read_now`, in the client's thread: asks for places where none are known, and never waits for the disk."""
+        state = self._state
+        places = state.places
+        done = 0
+        asked = False
+        while done < len(into) and not places.resting:
+            step = into[done : done + INLINE_BYTES]
+            count = places.read(offset + done, step, state.token, nowait=True)
+            done += count
+            if count:
+                asked = False
+            if count == len(step):
+                if done < len(into):
+                    await trio.lowlevel.checkpoint()
+                continue
+            if asked or places.covers(offset + done, state.token):
+                break  # it would wait for the disk, or the bytes have been replaced
+            asked = True
+            await state.find_places(*self._reach.next(places, offset + done, offset + len(into), state.token))
+        return done
+
+    async def _range(self, offset: int, length: int) -> int:
+        """Where the read ends."""
         if self._closed or not self._read:
             raise BadHandle("the file is not open for reading")
         if offset < 0 or length < 0:
@@ -152,11 +234,14 @@ class OpenFile:
         state = self._state
         if not state.leased:
             await state.fresh(self.user)
-        end = min(offset + length, state.length)
+        return min(offset + length, state.length)
+
+    async def _read_ahead(self, offset: int, end: int) -> None:
+        """[offset, end) is about to be read from the service."""
+        state = self._state
         # A read of more than the read-ahead is a batch by itself.
-        if ahead and offset < end < offset + state.shared.config.read_ahead_bytes and self._stream.advance(state.windows, offset, end, state.length):
+        if end < offset + state.shared.config.read_ahead_bytes and self._stream.advance(state.windows, offset, end, state.length):
             await trio.lowlevel.checkpoint()  # the fetches' turn: a reader that finds all it wants would keep them from starting
-        return end
 
     async def _gather(self, offset: int, into: Span | memoryview, held: list[Held]) -> None:
         """Fill `into` from our own unacknowledged writes, from what was read ahead, and from the storage for the rest."""

@@ -21,6 +21,7 @@ import trio
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.memory import Block, Memory
+from kvfs.client.file.places import Places, PlaceTable
 from kvfs.client.file.readahead import ReadAhead, Windows
 from kvfs.client.file.stretch import Stretch
 from kvfs.client.file.writeback import DirtyChunks, WriteBack
@@ -45,6 +46,7 @@ class Shared:
     storage: StorageClient
     memory: Memory
     ahead: ReadAhead
+    places: PlaceTable
     back: WriteBack
     clock: Clock
     config: ClientConfig
@@ -70,6 +72,7 @@ class FileState:
         self.handles = 0
         self.windows = Windows(shared.ahead, self.placement)
         self.dirty = DirtyChunks(shared.back, self.placement, shared.clock, self._written, self._stretched)
+        self.places = Places(shared.places, self.placement, self.dirty)
         self.mtime_ns = 0
         self.unreported_end = 0
         self.unreported = False
@@ -128,7 +131,7 @@ class FileState:
             self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
             self._cut_open = True
         if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
-            self._drop_read()
+            self.forget_read()
         self.attributes = inode
         self._length = max(inode.length, self.unreported_end)
 
@@ -139,14 +142,10 @@ class FileState:
         self._heard = float("-inf")
         self.dirty.stop_stretches()
 
-    def _drop_read(self) -> None:
-        self.touch()
-        self.windows.drop_all()
-
     def lose_all(self) -> None:
         """The metadata service was restarted: nothing cached is known to be true."""
         self.revoke()
-        self._drop_read()
+        self.forget_read()
 
     @property
     def leased(self) -> bool:
@@ -328,7 +327,7 @@ class FileState:
                 self._cut_open = True
                 raise
             self._cut_open = False
-            self._drop_read()
+            self.forget_read()
             self.adopt(reply, own=True)
             return reply
         finally:
@@ -342,6 +341,16 @@ class FileState:
         self.adopt(reply.inode)
 
     # --- reading ---------------------------------------------------------------------------------------------------------------------
+
+    async def find_places(self, start: int, stop: int) -> None:
+        """Ask where these bytes lie on this machine's disks."""
+        await self.places.fetch(start, stop, self.length, lambda: self.token)
+
+    def forget_read(self) -> None:
+        """What is read from now on is asked for anew."""
+        self.touch()
+        self.windows.drop_all()
+        self.places.clear()
 
     def hold_unacknowledged(self, start: int, end: int) -> list[Held]:
         """Our own bytes in [start, end) that the storage may not show yet, in the order in which they were written. `let_go` them."""

@@ -45,7 +45,7 @@ class FileTable:
         self._handles.discard(handle)
         state.handles -= 1
         if state.handles == 0:
-            state.windows.drop_all()
+            state.forget_read()
             if self._states.get(state.number) is state:
                 del self._states[state.number]
 

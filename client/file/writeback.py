@@ -378,6 +378,10 @@ class DirtyChunks:
                 if buffer is not None and buffer.end > buffer.start and buffer.file_start < end and buffer.file_end > start:
                     yield buffer
 
+    def any(self, start: int, end: int) -> bool:
+        """Whether some bytes of [start, end) are unacknowledged."""
+        return next(self.overlapping(start, end), None) is not None
+
     @property
     def end(self) -> int:
         """The highest end of unacknowledged bytes."""

@@ -121,10 +121,10 @@ class ChannelPool:
                 attempt.ended.set()
         raise Unreachable(f"no connection with {' or '.join(key)} within {timeout_s:g} s")
 
-    def borrowed(self, addresses: tuple[str, ...]) -> BorrowedFiles | None:
-        """What the peer lends on the channel of now; None: nothing, or there is no channel yet."""
-        channel = self._channels.get(addresses)
-        return channel.files if channel is not None and channel.ended is None and channel.peer.lends_files else None
+    async def borrowed(self, addresses: Sequence[str], *, timeout_s: float) -> BorrowedFiles | None:
+        """What the peer lends on the channel of now, opened if need be; None: nothing. Raises Unreachable."""
+        channel = await self.channel(addresses, timeout_s=timeout_s)
+        return channel.files if channel.peer.lends_files else None
 
     def forget(self, addresses: Sequence[str]) -> None:
         """The next call connects anew; calls under way go on."""

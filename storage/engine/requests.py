@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvfs.common.boundary.disk import DiskFile
 
@@ -72,10 +73,9 @@ class ReadOutcome:
     """0: none was pending when the read began; else the reader may have to ask the tail which version is the committed one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where the bytes of a range lie, for a reader who fetches them himself. Nothing holds them there: a reader who comes late finds other bytes,
-    which do not have the checksums."""
+    which do not have the checksums. (A tuple: hundreds are made for one request.)"""
 
     length: int
     """Bytes of the range asked for; less than asked at the chunk's end."""

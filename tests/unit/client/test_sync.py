@@ -112,6 +112,62 @@ def test_sequential_reading_in_small_steps_borrows_what_was_read_ahead(client: C
     client.unlink("/long")
 
 
+def test_a_thread_reads_by_itself_where_the_storage_is_here(client: Client) -> None:
+    data = random.Random(15).randbytes((20 << 20) + 777)
+    client.write_bytes("/here", data)
+    before = client.counters.read_requests
+    with client.open("/here", "rb", buffering=0) as raw:
+        view = memoryview(bytearray(1 << 20))
+        parts = []
+        while count := raw.readinto(view):
+            parts.append(bytes(view[:count]))
+        assert b"".join(parts) == data
+        raw.seek(0)
+        assert raw.read(3 << 20) == data[: 3 << 20]
+        assert raw.read() == data[3 << 20 :]
+        rng = random.Random(16)
+        for _ in range(200):
+            offset, size = rng.randrange(len(data) + 1000), rng.choice([1, 4096, 100_000, 300_000, 2 << 20])
+            raw.seek(offset)
+            assert raw.read(size) == data[offset : offset + size]
+            got = raw.pread(size, offset)
+            assert got.readonly and bytes(got) == data[offset : offset + size]
+            one, other = bytearray(size), bytearray(17)
+            assert raw.preadv([one], offset) == len(data[offset : offset + size])
+            assert one.startswith(data[offset : offset + size])
+            assert raw.preadv([other, one], offset) == len(data[offset : offset + size + 17])
+            assert (other + one).startswith(data[offset : offset + size + 17])
+    assert client.counters.read_requests == before, "not a byte came through the service"
+    assert client.counters.direct_bytes > 60 << 20
+    with pytest.raises(ValueError, match="closed"):
+        raw.readinto(view)
+    with client.open("/here", "ab", buffering=0) as raw, pytest.raises(io.UnsupportedOperation):
+        raw.readinto(view)
+    client.unlink("/here")
+
+
+def test_what_comes_next_is_asked_for_before_it_is_needed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfs.client.file.places.STALE_S", 60)
+    data = random.Random(17).randbytes(1 << 20) * 30
+    client.write_bytes("/next", data)
+    with client.open("/next", "rb", buffering=0) as raw:
+        view = memoryview(bytearray(1 << 20))
+        waits = 0
+        call = raw._call
+
+        def counted(function: Any, *arguments: Any) -> Any:
+            nonlocal waits
+            waits += 1
+            return call(function, *arguments)
+
+        raw._call = counted
+        for number in range(30):
+            assert raw.readinto(view) == 1 << 20 and view == data[number << 20 : number + 1 << 20]
+            time.sleep(0.005)
+    assert waits <= 2, "the first question, and perhaps one that a busy machine was late with"
+    client.unlink("/next")
+
+
 def test_random_small_reads_fetch_what_they_ask_for(client: Client) -> None:
     """A reader that jumps about must not make the cluster read megabytes for each of its few bytes."""
     data = os.urandom(8 << 20)

@@ -63,9 +63,8 @@ def test_a_file_is_lent_once_a_connection_and_closed_at_its_end(tmp_path: Path) 
         files = opened(tmp_path, 3)
         async with world.serve(Library(files), lends_files=True) as where:
             async with world.pool() as pool:
-                assert pool.borrowed(tuple(where)) is None, "nothing is lent before there is a connection"
                 assert [await ask(pool, where, place) for place in (0, 2, 0, 1, 2)] == [1, 2, 1, 3, 2]
-                borrowed = pool.borrowed(tuple(where))
+                borrowed = await pool.borrowed(where, timeout_s=5)
                 assert borrowed is not None
                 data = bytearray(6)
                 for number, name in ((1, b"file 0"), (2, b"file 2"), (3, b"file 1")):
@@ -100,7 +99,7 @@ def test_a_burst_of_files_arrives_whole(tmp_path: Path) -> None:
                 for place in range(40):
                     nursery.start_soon(one, place)
             assert sorted(numbers.values()) == list(range(1, 41))
-            borrowed = pool.borrowed(tuple(where))
+            borrowed = await pool.borrowed(where, timeout_s=5)
             assert borrowed is not None
             for place, number in numbers.items():
                 file, data = borrowed.get(number), bytearray(20)
@@ -133,7 +132,7 @@ def test_who_gets_no_file_is_told_so(transport: str, reason: str, tmp_path: Path
             answer = await ask(pool, where, len(files) - 1)
             offered = world.shares_memory and reason not in ("not offered", "not trusted")
             assert answer == (0 if offered else 99)
-            assert (pool.borrowed(tuple(where)) is not None) == offered
+            assert (await pool.borrowed(where, timeout_s=5) is not None) == offered
             assert (await ask(pool, where, 0)) in (0, 1, 99), "the connection goes on"
 
     on_transport(transport, main)
@@ -153,7 +152,7 @@ def test_a_descriptor_that_did_not_arrive_is_a_file_that_was_not_lent(tmp_path: 
 
             monkeypatch.setattr(SocketStream, "taken_fds", none)
             assert await ask(pool, where, 0) == 1
-            borrowed = pool.borrowed(tuple(where))
+            borrowed = await pool.borrowed(where, timeout_s=5)
             assert borrowed is not None and borrowed.get(1) is None
             assert open_descriptors(tmp_path) == 1
 
