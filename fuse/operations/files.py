@@ -15,9 +15,11 @@ from __future__ import annotations
 import os
 import stat
 
+import trio
+
 from kvfs.client import OpenFile, User
 from kvfs.client.user import ROOT
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import DeadlineExceeded, KvfsError
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.handles import FileHandle
 from kvfs.fuse.model import Attributes, Caller, Opened
@@ -25,6 +27,10 @@ from kvfs.fuse.operations.base import SEEN_MAX, Base
 
 FMODE_EXEC = 0x20
 """The kernel opens a program to run it: execute permission suffices, which it has checked."""
+
+
+ASKED_AGAIN_S = 0.25
+"""After a read that failed, the kernel's read-ahead mostly, the kernel asks once more before read(2) returns: that must not take another deadline."""
 
 
 class FileOperations(Base):
@@ -107,7 +113,15 @@ class FileOperations(Base):
 
     async def read(self, handle: int, offset: int, size: int) -> memoryview:
         """Exactly `size` bytes, fewer only at the end of the file: the kernel takes a short answer for the end."""
-        return await self._file(handle).pread(offset, size)
+        opened = self._files.get(handle)
+        late = opened.late
+        if late is not None and trio.current_time() < late[1]:
+            raise late[0]
+        try:
+            return await opened.file.pread(offset, size)
+        except DeadlineExceeded as error:
+            opened.late = (error, trio.current_time() + ASKED_AGAIN_S)
+            raise
 
     async def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         opened = self._files.get(handle)

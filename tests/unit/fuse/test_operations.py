@@ -14,7 +14,7 @@ import pytest
 import trio
 from tests.unit.client.whole import whole
 
-from kvfs.common.errors import AlreadyExists, BadHandle, InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
+from kvfs.common.errors import AlreadyExists, BadHandle, DeadlineExceeded, InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
 from kvfs.fuse.model import Attributes, Caller, Changes
 from kvfs.fuse.names import KernelNames
 from kvfs.fuse.operations import FileSystem
@@ -522,3 +522,27 @@ async def test_name_moved_by_this_mount_is_taken_back_where_it_is_now(ready: Sta
     await one.rename(source, b"d", target, b"e", 0, ROOT)
     recall = names.recall(target)
     assert recall is not None and recall.names == [b"e"] and names.recall(source) is None
+
+
+@staged
+async def test_a_read_out_of_time_is_not_tried_again_for_the_kernels_second_request(ready: Stage) -> None:
+    fs = ready.one
+    opened, _ = await fs.create(1, b"late", 0o644, os.O_RDWR, ROOT)
+    await fs.write(opened.handle, 0, b"content")
+    tries = 0
+
+    async def late(offset: int, length: int) -> memoryview:
+        nonlocal tries
+        tries += 1
+        raise DeadlineExceeded("nobody answers")
+
+    file = fs._files.get(opened.handle).file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(file), "pread", lambda self, offset, length: late(offset, length))
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded):
+                await fs.read(opened.handle, 0, 7)
+        assert tries == 1
+    await trio.sleep(0.3)
+    assert bytes(await fs.read(opened.handle, 0, 7)) == b"content", "a later read is tried"
+    await fs.release(opened.handle)
