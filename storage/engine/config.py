@@ -18,6 +18,8 @@ class EngineConfig:
     """Space is taken from the disk in groups of blocks of this size, and given back when a group is empty."""
     keep_empty_bytes: int = 512 * _MIB
     """Empty groups kept for the next writes, at most (and no more than 1/64 of the disk)."""
+    rest_s: float = 10.0
+    """After so long without a change they, too, are given back."""
     files_per_class: int = 4
     """Writes into one file exclude each other in the kernel: several files let them run side by side."""
     index_bytes: int = 64 * _GIB

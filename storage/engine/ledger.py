@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from kvfs.common.boundary.disk import Disk
@@ -295,14 +296,29 @@ class Ledger:
         return self.allocator.removed_bytes > self.config.removed_bytes
 
     def maintain(self) -> None:
-        """Not locked. Do what the limits ask for. Errors have marked the target as failed, or will come back at the next change."""
-        try:
+        """Not locked. Do what the limits ask for."""
+        with self._in_the_background():
             if self.failed is None and self.wants_release():
                 self.release_removed()
             if self.failed is None and self.wants_checkpoint():
                 self.checkpoint()
             if self.failed is None and self.wants_sync():
                 self.sync()
+
+    def rest(self, seen: int) -> int:
+        """Not locked. Called now and then with what it gave the last time: when nothing was changed since, freed blocks and all empty groups go back to
+        the disk. What was kept for the next writes is of no use to them any more."""
+        with self._in_the_background():
+            if self.failed is None and seen == self.journal.next_sequence:
+                self.sync()
+                self._give_back(everything=True)
+        return self.journal.next_sequence
+
+    @contextmanager
+    def _in_the_background(self) -> Iterator[None]:
+        """Errors have marked the target as failed, or will come back at the next change."""
+        try:
+            yield
         except NoSpace as error:
             self.index_full = error
             _log.error("the journal of the target cannot be moved into its index: %s", error.message)
