@@ -111,6 +111,18 @@ def set_read_ahead(device_minor: int, kilobytes: int) -> bool:
     return True
 
 
+def allow_pages(pages: int) -> bool:
+    """Root only: one request may have that many pages, in every FUSE mount of this machine from now on. True when it may (the kernel's own limit
+    is 256)."""
+    limit = Path("/proc/sys/fs/fuse/max_pages_limit")
+    try:
+        if int(limit.read_text(encoding="ascii")) < pages:
+            limit.write_text(f"{pages}\n", encoding="ascii")
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def unmount(mount_point: str, *, lazy: bool = False) -> None:
     """umount(2), or fusermount3 when not root. MountError: busy, or not a kvfs mount. May block: the mount's own thread must not call it."""
     entry = mount_entry(mount_point)

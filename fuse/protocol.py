@@ -23,8 +23,10 @@ ROOT_NODE = 1
 
 PAGE_BYTES = 4096
 REQUEST_BYTES_MAX = 1 << 20
-"""Of data in one READ or WRITE: 256 pages, the kernel's limit unless root raises fs.fuse.max_pages_limit."""
-REQUEST_PAGES_MAX = REQUEST_BYTES_MAX // PAGE_BYTES
+"""Of data in one READ or WRITE."""
+REQUEST_PAGES_MAX = REQUEST_BYTES_MAX // PAGE_BYTES + 1
+"""As many pages as a program's buffer of that size lies on when it does not begin with a page: without the last one the kernel sends two requests for
+most of what is written in pieces of 1 MiB."""
 
 
 class Op(IntEnum):

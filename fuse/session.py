@@ -137,7 +137,9 @@ def start(mount_point: str, *, source: str, allow_other: bool, read_only: bool) 
 def _mount(mount_point: str, source: str, allow_other: bool, read_only: bool) -> int:
     """mount(2), with setuid programs and devices, as root may."""
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    options = [f"fd={fd}", "rootmode=40000", "user_id=0", "group_id=0", "default_permissions", *(["allow_other"] if allow_other else [])]
+    if not kernel.allow_pages(protocol.REQUEST_PAGES_MAX):
+        log.info("fs.fuse.max_pages_limit stays as it is: writes of 1 MiB from unaligned memory come in two pieces")
+    options = [f"fd={fd}", "rootmode=40000", "user_id=0", "group_id=0", *_options(allow_other)]
     libc = ctypes.CDLL(None, use_errno=True)
     texts = (os.fsencode(text) for text in (source, mount_point, kernel.FILE_SYSTEM_TYPE))
     if libc.mount(*texts, ctypes.c_ulong(MS_RDONLY if read_only else 0), ",".join(options).encode()) == 0:
@@ -149,10 +151,13 @@ def _mount(mount_point: str, source: str, allow_other: bool, read_only: bool) ->
     )
 
 
+def _options(allow_other: bool) -> list[str]:
+    return ["default_permissions", f"max_read={protocol.REQUEST_BYTES_MAX}", *(["allow_other"] if allow_other else [])]
+
+
 def _fusermount(mount_point: str, source: str, allow_other: bool, read_only: bool) -> int:
     """The setuid helper mounts for everybody else, and sends the descriptor back over a socket."""
-    options = [f"fsname={source}", f"subtype={kernel.SUBTYPE}", "default_permissions"]
-    options += [*(["allow_other"] if allow_other else []), *(["ro"] if read_only else [])]
+    options = [f"fsname={source}", f"subtype={kernel.SUBTYPE}", *_options(allow_other), *(["ro"] if read_only else [])]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         try:
