@@ -86,7 +86,7 @@ class EntryCache:
     def absent(self, parent: int, name: bytes) -> float:
         """Surely no such entry, for that many seconds; 0: not known. It was looked for, or all of the directory's are known."""
         directory = self._directories.get(parent)
-        if directory is None or len(name) > NAME_MAX:
+        if directory is None or len(name) > NAME_MAX or name in (b".", b".."):
             return 0.0
         child = directory.entries.get(name)
         if child or (child is None and (not directory.complete or directory.changing)):

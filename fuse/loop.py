@@ -131,6 +131,8 @@ class Loop:
                 if worker.scope.cancelled_caught:
                     self._finish(worker, worker.given_up or errno.EINTR)
         finally:
+            # Cancelled from outside: whoever waits in the kernel must not be left waiting, also with a lock that telling the kernel something needs.
+            self._finish(worker, errno.ENOTCONN)
             self._tasks -= 1
 
     async def _turns(self, worker: _Worker) -> bool:

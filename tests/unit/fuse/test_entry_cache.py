@@ -220,6 +220,7 @@ def make_file(cache: EntryCache, name: bytes, *, parent: int = 5, number: int = 
 def test_directory_made_here_is_known_whole(cache: EntryCache, clock: Clock) -> None:
     make_directory(cache)
     assert cache.absent(5, b"x") and not cache.absent(1, b"x"), "of the root nobody knows what else there is"
+    assert not cache.absent(5, b".") and not cache.absent(5, b".."), "these are no entries, but there"
     make_file(cache, b"x")
     assert not cache.absent(5, b"x") and cache.absent(5, b"y")
     cache.end_entry(cache.begin_entry(5, b"x"), entry=0, at_ns=57)

@@ -316,6 +316,7 @@ async def test_cancel_of_the_mount_is_not_swallowed() -> None:
                 nursery.start_soon(loop.run)
                 await kernel.ask(Op.GETATTR, 1)
         assert scope.cancelled_caught
+        assert await kernel.answer() == (1, errno.ENOTCONN, b""), "and nobody is left waiting"
 
 
 @looped

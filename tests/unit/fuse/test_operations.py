@@ -43,7 +43,8 @@ class Kernel:
     async def data_now(self, inode: int) -> None:
         self.data_of.append(inode)
 
-    def all_names(self) -> None: ...
+    def all_names(self) -> None:
+        self.attributes_of.append(-1)
 
 
 @dataclass
@@ -506,6 +507,9 @@ async def test_kernel_keeps_names_for_as_long_as_the_directory_is_leased(ready: 
     assert (await one.lookup(directory, b"f", ROOT)).inode == made.inode
     await one.getattr(directory, ROOT)
     assert (await one.lookup(directory, b"f", ROOT)).entry_lease_s == 0, "others are at work in this directory"
+    assert (await one.lookup(1, b"d", ROOT)).entry_lease_s > 0
+    await one.lost()
+    assert ready.kernel.attributes_of == [-1], "after a restart of the service no name may be used without asking"
 
 
 @staged
