@@ -159,8 +159,8 @@ class Base:
     def known_absent(self, parent: int, name: bytes) -> float:
         """For how long the kernel may take it that there is no such entry; negative: nobody knows."""
         left_s = self._cache.absent(parent, name)
-        if left_s <= 0:
-            return -1.0
+        if left_s <= 0 or self._cache.ending(parent):
+            return -1.0  # `lookup` renews the lease, or the creation that may follow would end it
         return 0.0 if self._names is None else self._names.grant(parent, name, left_s, is_directory=False)
 
     def _begin_entry(self, parent: int, name: bytes) -> EntryChange:

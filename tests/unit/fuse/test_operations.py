@@ -550,3 +550,20 @@ async def test_a_read_out_of_time_is_not_tried_again_for_the_kernels_second_requ
     await trio.sleep(0.3)
     assert bytes(await fs.read(opened.handle, 0, 7)) == b"content", "a later read is tried"
     await fs.release(opened.handle)
+
+
+@staged
+async def test_creating_file_after_file_needs_no_lookup_also_when_the_lease_is_renewed(ready: Stage) -> None:
+    fs = ready.one
+    directory = (await fs.mkdir(1, b"d", 0o755, ROOT)).inode
+    started, number, looked_up = trio.current_time(), 0, 0
+    while trio.current_time() < started + 2.5:
+        name = b"f%d" % number
+        if fs.known_absent(directory, name) < 0:
+            looked_up += 1
+            with pytest.raises(NotFound):
+                await fs.lookup(directory, name, ROOT)
+        opened, _ = await fs.create(directory, name, stat.S_IFREG | 0o644, os.O_WRONLY, ROOT)
+        await fs.release(opened.handle)
+        number += 1
+    assert looked_up <= 0.1 * number
