@@ -306,8 +306,8 @@ class Ledger:
                 self.sync()
 
     def rest(self, seen: int) -> int:
-        """Not locked. Called now and then with what it gave the last time: when nothing was changed since, freed blocks and all empty groups go back to
-        the disk. What was kept for the next writes is of no use to them any more."""
+        """Not locked. Called now and then with what it gave the last time: when nothing was changed since, freed blocks and all empty groups go
+        back to the disk. What was kept for the next writes is of no use to them any more."""
         with self._in_the_background():
             if self.failed is None and seen == self.journal.next_sequence:
                 self.sync()

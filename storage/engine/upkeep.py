@@ -1,5 +1,5 @@
-"""When the journal moves into the index and when the engine syncs by itself: in a thread, or in the call that reaches a limit (simulation). The thread
-also sees when nothing happens, and gives then back to the disk what was kept for the next writes.
+"""When the journal moves into the index and when the engine syncs by itself: in a thread, or in the call that reaches a limit (simulation). The
+thread also sees when nothing happens, and gives then back to the disk what was kept for the next writes.
 
 Invariant: writers cannot run away from the upkeep: past several times the limit they do it themselves, and so wait for it.
 """
