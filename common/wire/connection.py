@@ -256,6 +256,9 @@ class Connection:
     def read_in_place(self, face: Face) -> bool:
         """For a task that was woken in place of the one in `read_loop`, which waits: hands over what can be had at once. False: that task must go on,
         for the rest must be waited for, or the connection ends; it has been woken."""
+        if not self._resting:  # it was cancelled meanwhile: nothing more is to be read
+            self.stream.give_back()
+            return False
         try:
             count = self._refill()
             if count is None:

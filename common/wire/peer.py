@@ -85,6 +85,8 @@ class Peer:
         self._held = 0
         """Requests answered, but with memory of the caller still in use."""
         self._moved = trio.Event()
+        self.listener: trio.lowlevel.Task | None = None
+        """The worker that waits in the reader's place."""
         self._seen = -1
         self.paused = False
 
@@ -159,6 +161,21 @@ class Peer:
     async def _wait_moved(self) -> None:
         self._moved = trio.Event()
         await self._moved.wait()
+
+    # --- a worker in the reader's place ---
+
+    def take_over(self, task: trio.lowlevel.Task) -> bool:
+        return self._connection.take_over(task)
+
+    def read_in_place(self) -> None:
+        self._connection.read_in_place(self)
+
+    def give_back(self) -> None:
+        self._connection.stream.give_back()
+
+    def leave(self, _raise: object) -> trio.lowlevel.Abort:
+        self.give_back()
+        return trio.lowlevel.Abort.SUCCEEDED
 
     # --- what arrives ---
 

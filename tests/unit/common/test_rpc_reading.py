@@ -15,10 +15,11 @@ from kvfs.common.boundary.net import ByteStream
 from kvfs.common.errors import ConnectionLost, DeadlineExceeded, NotFound, Unreachable
 from kvfs.common.wire import storage_pb2
 from kvfs.common.wire.caller import Channel
-from kvfs.common.wire.frame import Kind, encode
+from kvfs.common.wire.frame import HEADER_BYTES, Kind, Limits, decode_header, encode
 from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.server import RpcServer
 
-from .rpc_world import LAST, READ, TRANSPORTS, VERSION, Store, World, on_transport, read, sleep_ms, version
+from .rpc_world import LAST, READ, TRANSPORTS, VERSION, WRITE, Store, World, on_transport, read, sleep_ms, version, write
 
 each = pytest.mark.parametrize("transport", TRANSPORTS)
 
@@ -89,6 +90,93 @@ def test_a_caller_that_waits_long_reads_for_those_that_come_later_and_still_gets
             assert order == [20, 0, 0, 0, 500]
 
     on_transport(transport, main)
+
+
+# --- a worker of the service that reads ---
+
+
+@each
+@pytest.mark.parametrize("end", ["garbage", "goodbye", "the end", "payload", "nothing"])
+def test_a_service_reads_on_in_a_worker_as_in_its_reader(transport: str, end: str) -> None:
+    frame = encode(Kind.REQUEST, 3, write_of(3).SerializeToString(), method=WRITE.key, deadline_ms=5000, payload_bytes=3)
+    last = {
+        "garbage": b"GET / HTTP/1.1\r\n\r\n" + bytes(60),
+        "goodbye": encode(Kind.GOODBYE, 0),
+        "the end": b"",
+        "nothing": b"",
+        "payload": frame + b"abc",
+    }[end]
+
+    async def main(world: World) -> None:
+        store = Store(world)
+        server = RpcServer(world.net, world.clock, world.identity("storage"), limits=Limits(idle_s=0.4))
+        server.add("Storage", store)
+        async with trio.open_nursery() as nursery:
+            where = await nursery.start(server.serve, [world.address()])
+            stream = await world.net.connect(where[0].partition("?")[0], timeout_s=5)
+            received = Frames(stream)
+            await stream.send([encode(Kind.HELLO, 0, world.identity().hello())])
+            assert await received.next() == (Kind.HELLO, 0)
+            for number in (1, 2):  # the worker that has answered the first listens for the second
+                ask = encode(Kind.REQUEST, number, sleep_ms(1).SerializeToString(), method=LAST.key, deadline_ms=5000)
+                await stream.send([ask[:20]])
+                await trio.sleep(0.002)
+                await stream.send([ask[20:]])
+                assert await received.next() == (Kind.REPLY, number)
+            assert len(server._idle) <= 1
+            if last:
+                await stream.send([last])
+            elif end == "the end":
+                stream.close_sending()
+            if end == "payload":
+                assert await received.next() == (Kind.REPLY, 3)
+                assert store.data == [b"abc"]
+            if end == "garbage":
+                assert await received.next() == (Kind.GOODBYE, 0)
+            with trio.fail_after(3):
+                assert await received.next() is None
+                while server.peers:
+                    await trio.sleep(0.001)
+            stream.close()
+            again = await world.net.connect(where[0].partition("?")[0], timeout_s=5)
+            await again.send([encode(Kind.HELLO, 0, world.identity().hello()), ask])
+            received = Frames(again)
+            assert await received.next() == (Kind.HELLO, 0)
+            assert await received.next() == (Kind.REPLY, 2)
+            nursery.cancel_scope.cancel()
+
+    on_transport(transport, main)
+
+
+def write_of(size: int) -> Any:
+    request = write()
+    request.bulk.length.append(size)
+    return request
+
+
+class Frames:
+    """What comes out of a raw stream: kind and request id of each frame, None at the end."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._here = bytearray()
+
+    async def next(self) -> tuple[int, int] | None:
+        buffer = memoryview(bytearray(1 << 16))
+        while True:
+            if len(self._here) >= HEADER_BYTES:
+                header = decode_header(bytes(self._here), 0, Limits())
+                size = HEADER_BYTES + header.message_bytes + header.payload_bytes
+                if len(self._here) >= size:
+                    del self._here[:size]
+                    return header.kind, header.request_id
+            try:
+                count = await self._stream.receive_into(buffer)
+            except ConnectionLost:
+                count = 0
+            if count == 0:
+                return None
+            self._here += buffer[:count]
 
 
 # --- against a scripted service ---
