@@ -171,7 +171,7 @@ def test_a_cancelled_call_leaves_the_channel_usable(transport: str) -> None:
                 assert scope.cancelled_caught
             assert (await pool.call(where, LAST, sleep_ms(100, 9), timeout_s=5)).index == 9
             channel = await pool.channel(where, timeout_s=1)
-            assert store.finished == 4 and channel._pending == {}, "late answers were taken off the table"
+            assert store.finished == 4 and channel._calls.table == {}, "late answers were taken off the table"
 
     on_transport(transport, main)
 
