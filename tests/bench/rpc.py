@@ -29,14 +29,16 @@ from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.identity import Identity
 from kvfs.common.wire.server import RpcServer
-from kvfs.common.wire.service import method
+from kvfs.common.wire.service import Method, method
 
 VERSION = method("Storage", "Version")
 LAST = method("Storage", "LastChunk")
 SYNC = method("Storage", "Sync")
 CALLERS = 64
 LENGTH = struct.Struct("<I")
+ROUNDS = 5
 Call = Callable[[], Awaitable[Any]]
+Cases = dict[str, Call]
 
 
 class Handler:
@@ -146,28 +148,33 @@ def cpu_s(pid: int) -> float:
 
 
 class Table:
+    """Measures cases side by side: round after round each for a moment, and of each the round that cost least is shown, for what others do on the
+    machine only ever adds."""
+
     def __init__(self, server: int, seconds: float, only: str) -> None:
-        self.server, self.seconds, self.only = server, seconds, only
-        self.base: dict[str, float] = {}
+        self.server, self.seconds, self.only = server, seconds / ROUNDS, only
         print(f"{'':44} {'client us':>9} {'server us':>9} {'sum':>7} {'p50 us':>7}   to bare", flush=True)
 
-    def wanted(self, name: str) -> bool:
-        return name.startswith("bare") or self.only in name
+    def wanted(self, cases: Cases) -> Cases:
+        return {name: case for name, case in cases.items() if name.startswith("bare") or self.only in name}
 
-    def add(self, name: str, base: str, mine: float, theirs: float, latencies: list[float]) -> None:
+    def show(self, rounds: dict[str, list[tuple[float, float, float]]]) -> None:
+        base = 0.0
+        for name, found in rounds.items():
+            mine, theirs, median = min(found, key=lambda costs: costs[0] + costs[1])
+            base = base or mine + theirs
+            print(f"{name:44} {mine:9.1f} {theirs:9.1f} {mine + theirs:7.1f} {median:7.0f}  {(mine + theirs) / base:6.2f}", flush=True)
+
+    def costs(self, latencies: list[float], mine: float, theirs: float) -> tuple[float, float, float]:
         count = len(latencies)
-        total = (mine + theirs) / count * 1e6
-        median = sorted(latencies)[count // 2] * 1e6
-        ratio = total / self.base.setdefault(base, total)
-        print(f"{name:44} {mine / count * 1e6:9.1f} {theirs / count * 1e6:9.1f} {total:7.1f} {median:7.0f}  {ratio:6.2f}", flush=True)
+        return mine / count * 1e6, theirs / count * 1e6, sorted(latencies)[count // 2] * 1e6
 
-    async def measure(self, name: str, base: str, call: Call, callers: int) -> None:
-        if not self.wanted(name):
-            return
+    async def measure(self, cases: Cases, callers: int) -> None:
+        """The first case is what the others are compared with."""
         latencies: list[float] = []
         until = 0.0
 
-        async def caller() -> None:
+        async def caller(call: Call) -> None:
             clock = time.perf_counter
             now = clock()
             while now < until:
@@ -175,73 +182,87 @@ class Table:
                 before, now = now, clock()
                 latencies.append(now - before)
 
-        for seconds in (self.seconds / 5, self.seconds):  # the first to warm up
-            latencies.clear()
-            mine, theirs = time.process_time(), cpu_s(self.server)
-            until = time.perf_counter() + seconds
-            async with trio.open_nursery() as nursery:
-                for _ in range(callers):
-                    nursery.start_soon(caller)
-        self.add(name, base, time.process_time() - mine, cpu_s(self.server) - theirs, latencies)
+        rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in self.wanted(cases)}
+        for _ in range(ROUNDS):
+            for name in rounds:
+                latencies.clear()
+                mine, theirs = time.process_time(), cpu_s(self.server)
+                until = time.perf_counter() + self.seconds
+                async with trio.open_nursery() as nursery:
+                    for _ in range(callers):
+                        nursery.start_soon(caller, cases[name])
+                rounds[name].append(self.costs(latencies, time.process_time() - mine, cpu_s(self.server) - theirs))
+        self.show(rounds)
 
-    def measure_portal(self, name: str, base: str, pool: Callable[[], ChannelPool], where: tuple[str, ...]) -> None:
-        if not self.wanted(name):
-            return
-
-        @asynccontextmanager
-        async def make() -> AsyncIterator[Any]:
-            async with pool() as channels:
-                yield channels
-
-        async def call() -> Any:
-            return await cast(Any, portal.client).call(where, VERSION, pb.VersionRequest(chain_id=7), timeout_s=20)
-
-        async def nothing() -> None:
-            pass
-
-        portal = Portal(make)
-        with contextlib.closing(portal):
-            for what, function in (("", call), (", a call that does nothing", nothing)):
+    def measure_portal(self, cases: Cases, portal: Portal) -> None:
+        rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in self.wanted(cases)}
+        for _ in range(ROUNDS):
+            for name in rounds:
                 latencies: list[float] = []
-                for seconds in (self.seconds / 5, self.seconds):
-                    latencies.clear()
-                    mine, theirs = time.process_time(), cpu_s(self.server)
-                    now = time.perf_counter()
-                    until = now + seconds
-                    while now < until:
-                        portal.call(function)
-                        before, now = now, time.perf_counter()
-                        latencies.append(now - before)
-                self.add(name + what, base, time.process_time() - mine, cpu_s(self.server) - theirs, latencies)
+                mine, theirs = time.process_time(), cpu_s(self.server)
+                now = time.perf_counter()
+                until = now + self.seconds
+                while now < until:
+                    portal.call(cases[name])
+                    before, now = now, time.perf_counter()
+                    latencies.append(now - before)
+                rounds[name].append(self.costs(latencies, time.process_time() - mine, cpu_s(self.server) - theirs))
+        self.show(rounds)
 
 
-async def compare(table: Table, folder: str, addresses: list[str], port: int) -> None:
-    for transport, address in zip(("unix", "tcp"), addresses, strict=True):
-        for callers in (1, CALLERS):
-            sock = socket.socket(socket.AF_UNIX if transport == "unix" else socket.AF_INET)
-            sock.connect(f"{folder}/echo.sock" if transport == "unix" else ("127.0.0.1", port))
-            if transport == "tcp":
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            bare = Bare(sock)
-            base = f"{transport} {callers}"
-            async with trio.open_nursery() as nursery:
-                if callers > 1:
-                    nursery.start_soon(bare.read)
-                await table.measure(f"bare echo, {transport}, {callers} at once", base, bare.alone if callers == 1 else bare.together, callers)
-                nursery.cancel_scope.cancel()
-            sock.close()
-            async with ChannelPool(SystemNet(), SystemClock(), Identity("bench", os.urandom(16))) as pool:
-                where = (address,)
-                for what, asked, request in (
-                    ("answered at once", VERSION, pb.VersionRequest(chain_id=7)),
-                    ("async handler that never waits", LAST, pb.LastChunkRequest(inode=7)),
-                    ("handler that waits", SYNC, pb.SyncRequest()),
-                ):
+def connected(transport: str, folder: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX if transport == "unix" else socket.AF_INET)
+    sock.connect(f"{folder}/echo.sock" if transport == "unix" else ("127.0.0.1", port))
+    if transport == "tcp":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
-                    async def call(where: tuple[str, ...] = where, asked: Any = asked, request: Any = request) -> Any:
-                        return await pool.call(where, asked, request, timeout_s=20)
 
-                    await table.measure(f"{what}, {transport}, {callers} at once", base, call, callers)
+def asking(pool: ChannelPool, address: str, asked: Method, request: Any) -> Call:
+    where = (address,)
+    return lambda: pool.call(where, asked, request, timeout_s=20)
+
+
+async def compare(table: Table, folder: str, transport: str, address: str, port: int) -> None:
+    for callers in (1, CALLERS):
+        bare = Bare(connected(transport, folder, port))
+        async with ChannelPool(SystemNet(), SystemClock(), Identity("bench", os.urandom(16))) as pool, trio.open_nursery() as nursery:
+            if callers > 1:
+                nursery.start_soon(bare.read)
+            await table.measure(
+                {
+                    f"bare echo, {transport}, {callers} at once": bare.alone if callers == 1 else bare.together,
+                    f"answered at once, {transport}, {callers} at once": asking(pool, address, VERSION, pb.VersionRequest(chain_id=7)),
+                    f"async, never waits, {transport}, {callers} at once": asking(pool, address, LAST, pb.LastChunkRequest(inode=7)),
+                    f"waits, {transport}, {callers} at once": asking(pool, address, SYNC, pb.SyncRequest()),
+                },
+                callers,
+            )
+            nursery.cancel_scope.cancel()
+
+
+def compare_portal(table: Table, folder: str, transport: str, address: str, port: int) -> None:
+    bare: list[Bare] = []
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[Any]:
+        bare.append(Bare(connected(transport, folder, port)))
+        async with ChannelPool(SystemNet(), SystemClock(), Identity("bench", os.urandom(16))) as pool:
+            yield pool
+
+    async def nothing() -> None:
+        pass
+
+    portal = Portal(make)
+    with contextlib.closing(portal):
+        table.measure_portal(
+            {
+                f"bare echo through the thread, {transport}": bare[0].alone,
+                f"synchronous face, {transport}": asking(cast(Any, portal.client), address, VERSION, pb.VersionRequest(chain_id=7)),
+                f"synchronous face, {transport}, nothing asked": nothing,
+            },
+            portal,
+        )
 
 
 def main() -> None:
@@ -258,12 +279,9 @@ def main() -> None:
             addresses, port = receive.recv()
             assert server.pid is not None
             table = Table(server.pid, options.seconds, options.only)
-            trio.run(compare, table, folder, addresses, port)
-            identity = Identity("bench", os.urandom(16))
             for transport, address in zip(("unix", "tcp"), addresses, strict=True):
-                table.measure_portal(
-                    f"synchronous face, {transport}", f"{transport} 1", lambda: ChannelPool(SystemNet(), SystemClock(), identity), (address,)
-                )
+                trio.run(compare, table, folder, transport, address, port)
+                compare_portal(table, folder, transport, address, port)
         finally:
             server.terminate()
             server.join()
