@@ -269,11 +269,13 @@ class MetaService:
     # --- the whole
 
     def stat_fs(self, request: pb.StatFsRequest, call: Call) -> pb.StatFsReply:
+        self._hear(request.context)
         capacity, free = space(self.routing())
         files_count = max(0, self.changes.files)
         return pb.StatFsReply(capacity_bytes=capacity, free_bytes=free, files=files_count, free_files=(1 << 32) - 1, block_size=4096)
 
     async def fsck(self, request: pb.FsckRequest, call: Call) -> pb.FsckReply:
+        self._hear(request.context)
         return await self._fsck.page(request)
 
     async def status(self, request: base_pb2.Empty, call: Call) -> pb.MetaStatusReply:

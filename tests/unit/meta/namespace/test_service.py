@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import trio
 from tests.unit.meta.namespace.service_world import CHAINS, SIZE, A, B, Service, run
 
-from kvfs.common.errors import AlreadyExists, InvalidArgument, NoServingTarget, NotFound
+from kvfs.common.errors import AlreadyExists, InvalidArgument, KvfsError, NoServingTarget, NotFound
 from kvfs.common.routing import Routing
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
+from kvfs.common.wire.service import SERVICES, Method
 from kvfs.meta.gc import housekeeping
 from kvfs.meta.namespace import idempotency, keys
 
@@ -446,6 +448,23 @@ def test_requests_carry_the_ends_of_sessions() -> None:
         rows = await service.engine.transact(lambda txn: txn.get_range(*keys.span(keys.SESSION)))
         assert rows[0] == []
         await service.check()
+
+    run(main)
+
+
+CARRIERS = [method for method in SERVICES["Meta"].values() if "context" in method.request.DESCRIPTOR.fields_by_name and method.name != "Watch"]
+
+
+@pytest.mark.parametrize("method", CARRIERS, ids=lambda method: method.name)
+def test_whatever_request_carries_an_end_is_heard(method: Method) -> None:
+    """Also one that fails. Watch alone carries none: the client does not hear in time whether it arrived."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        with contextlib.suppress(KvfsError):
+            await service.call(method.attribute, method.request(context=ended((made, S1))))
+        assert (await service.stat(made.inode)).writers == 0
 
     run(main)
 
