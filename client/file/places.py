@@ -34,6 +34,7 @@ SLOTS_MAX = 16_384
 REST_S = 1.0
 """Where no places are told, none are asked for so long."""
 AHEAD_FIRST_BYTES = 4 * MIB
+AHEAD_GROWTH = 4
 AHEAD_MAX_BYTES = 64 * MIB
 AROUND_MAX = 64
 """Slots asked for at once for a reader who jumps about ..."""
@@ -196,8 +197,8 @@ class Reach:
             start, stop = offset - offset % slot, end
             self.more_at = inf
         elif self._start < offset <= self._end or offset == 0:
-            # Twice what was used of the last range: that one ran out, or it grew old.
-            self._ahead = max(AHEAD_FIRST_BYTES, min(2 * (offset - self._start), AHEAD_MAX_BYTES))
+            # By what was used of the last range: that one ran out, or it grew old.
+            self._ahead = max(AHEAD_FIRST_BYTES, min(AHEAD_GROWTH * (offset - self._start), AHEAD_MAX_BYTES))
             start = offset - offset % slot
             stop = max(end, start + self._ahead)
             self.more_at = stop - self._ahead // 2
@@ -215,7 +216,7 @@ class Reach:
     def more(self, places: Places, offset: int) -> tuple[int, int]:
         """What to ask for when a reader who goes on has got to `offset`."""
         start = self._end
-        self._ahead = min(2 * self._ahead, AHEAD_MAX_BYTES)
+        self._ahead = min(AHEAD_GROWTH * self._ahead, AHEAD_MAX_BYTES)
         self._start, self._end = offset, start + -(-self._ahead // places.slot_bytes) * places.slot_bytes
         self.more_at = self._end - self._ahead // 2
         return start, self._end

@@ -148,8 +148,14 @@ class _Readable(ReadableFile):
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         total = 0
-        rest = list(buffers)
         try:
+            if len(buffers) == 1:  # hardly ever does this take a second call
+                total = os.preadv(self._fd, buffers, offset)
+                if total == buffers[0].nbytes:
+                    return total
+                rest = [buffers[0][total:]]
+            else:
+                rest = list(buffers)
             while rest:
                 batch = rest[:_IOV_MAX]
                 count = os.preadv(self._fd, batch, offset + total)
