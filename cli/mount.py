@@ -82,6 +82,10 @@ def run_mount(spec: str, path: str, mount_options: str, config_file: Path | None
     process.configure_logging()
     config = replace(configuration.load(MountConfig, config_file, os.environ, "mount"), mount_point=path, cluster=spec)
     config = replace(config, **parse_options(mount_options, config))
+    if config.allow_other and "allow_other" not in mount_options.split(",") and not kernel.may_allow_other():
+        # The default is for root; an ordinary user's own mount must not fail for it. Who asks for it by name is told why it cannot be.
+        process.log.info("without allow_other: an ordinary user needs user_allow_other in /etc/fuse.conf for that")
+        config = replace(config, allow_other=False)
 
     async def main(ready: process.Ready) -> None:
         import trio
@@ -93,7 +97,8 @@ def run_mount(spec: str, path: str, mount_options: str, config_file: Path | None
     return process.run_process(main)
 
 
-IGNORED_OPTIONS = {"defaults", "rw", "_netdev", "nofail", "auto", "noauto", "user", "nouser", "exec", "suid", "dev", "relatime", "noatime"}
+IGNORED_OPTIONS = {"defaults", "rw", "_netdev", "nofail", "auto", "noauto", "user", "users", "nouser", "owner", "group"}
+IGNORED_OPTIONS |= {"exec", "suid", "dev", "async", "relatime", "norelatime", "noatime", "nodiratime", "strictatime", "lazytime"}
 
 
 def parse_options(text: str, config: Any) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def up(
     mount = str(mount_point.expanduser().absolute()) if mount_point else None
     if mount and not is_running(path):
         check_mount_point(mount)  # before anything is made or remembered: a wrong one must not be in the way of the next start
+    before = cluster_dir.load(path).mount if cluster_dir.is_cluster_dir(path) else None
     cluster = prepare(path, storage, replicas, None if no_mount else mount, int(chunk_size), lease_ms, port)
     running = control.is_running(cluster.control_socket)
     if not running and (no_mount or mount not in (None, cluster.mount)):
@@ -74,7 +75,12 @@ def up(
     if running:
         complete(cluster, mount, no_mount=no_mount)
     else:
-        start_detached(cluster, restart=not no_restart)
+        try:
+            start_detached(cluster, restart=not no_restart)
+        except SetupError:
+            if mount and mount != before:  # it could not be mounted, perhaps: the next start must not fail for that
+                cluster.with_mount(before).save()
+            raise
     report = trio.run(collect, cluster.managers, cluster)
     if options.as_json:
         print_json(report)

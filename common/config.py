@@ -73,13 +73,13 @@ def loads(cls: type[T], text: str, environ: Mapping[str, str], section: str, *, 
     return typing.cast(T, made)
 
 
-def dump(value: object, section: str = "") -> str:
-    """TOML text that `load` reads back as an equal object."""
+def dump(value: object, section: str = "", *, changed: bool = False) -> str:
+    """TOML text that `load` reads back as an equal object. `changed`: without what is as by default."""
     lines = [f"[{section}]"] if section else []
     tables: list[tuple[str, object]] = []
     for field in dataclasses.fields(value):  # type: ignore[arg-type]
         entry = getattr(value, field.name)
-        if entry is None:
+        if entry is None or (changed and entry == field.default):
             continue  # TOML has no null: an absent key is the default
         if dataclasses.is_dataclass(entry):
             tables.append((field.name, entry))
@@ -87,7 +87,7 @@ def dump(value: object, section: str = "") -> str:
             lines.append(f"{field.name} = {_literal(entry)}")
     text = "\n".join(lines) + "\n" if lines else ""
     for name, entry in tables:
-        text += "\n" + dump(entry, f"{section}.{name}" if section else name)
+        text += "\n" + dump(entry, f"{section}.{name}" if section else name, changed=changed)
     return text
 
 

@@ -53,6 +53,17 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
 
 
+def may_allow_other(configuration: Path = Path("/etc/fuse.conf")) -> bool:
+    """Whether fusermount3 lets this user share a mount with others."""
+    if os.geteuid() == 0:
+        return True
+    try:
+        lines = configuration.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
 def check_device() -> None:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)

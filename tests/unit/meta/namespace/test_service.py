@@ -15,7 +15,8 @@ from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.common.wire.service import SERVICES, Method
 from kvfs.meta.gc import housekeeping
-from kvfs.meta.namespace import idempotency, keys
+from kvfs.meta.kv.memory import MemoryEngine
+from kvfs.meta.namespace import idempotency, keys, store
 
 S1, S2 = b"1" * 16, b"2" * 16
 
@@ -234,6 +235,17 @@ def test_the_retry_of_an_open_whose_truncation_failed_finishes_it(how: str) -> N
         await service.call(method, request, request_id=b"r" * 16)
         assert service.chunks.of(made.inode) == {}
         assert not service.meta.cuts._locks
+
+    run(main)
+
+
+def test_the_root_of_a_new_file_system_belongs_to_whom_the_configuration_names() -> None:
+    async def main() -> None:
+        engine = MemoryEngine()
+        assert await engine.transact(lambda txn: store.prepare(txn, 1, uid=1000, gid=100))
+        assert not await engine.transact(lambda txn: store.prepare(txn, 1, uid=5, gid=5))
+        root = await Service(engine).stat(1)
+        assert (root.uid, root.gid, root.mode) == (1000, 100, 0o755)
 
     run(main)
 
