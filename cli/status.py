@@ -14,6 +14,7 @@ from kvfs.cli.context import Options, common_options, console, human_bytes, prin
 from kvfs.cli.manager_calls import manager_addresses, manager_calls
 from kvfs.cli.supervisor import children_of
 from kvfs.common.errors import ClusterNotFound, TransportError
+from kvfs.common.routing import Routing
 from kvfs.common.wire import base_pb2, cluster_pb2
 
 PUBLIC_STATES = {
@@ -115,17 +116,10 @@ def describe_chains(routing: cluster_pb2.RoutingInfo) -> list[dict[str, Any]]:
 
 
 def add_routing(report: dict[str, Any], routing: cluster_pb2.RoutingInfo) -> None:
-    """Chains, and capacity counted once a disk: targets of one disk share its space."""
+    """Chains, tables, space."""
     report["chains"] = describe_chains(routing)
     report["tables"] = [{"id": t.table_id, "version": t.version, "chains": list(t.chain_ids), "replicas": t.replicas} for t in routing.tables]
-    disks = {(target.node_id, target.disk): target for target in routing.targets}
-    used: dict[tuple[int, int], int] = {}
-    for target in routing.targets:
-        key = (target.node_id, target.disk)
-        used[key] = used.get(key, 0) + target.used_bytes
-    report["capacity_bytes"] = sum(target.capacity_bytes for target in disks.values())
-    report["free_bytes"] = sum(target.free_bytes for target in disks.values())
-    report["used_bytes"] = sum(used.values())
+    report["capacity_bytes"], report["free_bytes"], report["used_bytes"] = Routing(routing).space()
 
 
 def colored(state: str) -> Text:

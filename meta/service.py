@@ -17,7 +17,7 @@ import trio
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.routing import Routing
-from kvfs.common.wire import base_pb2, cluster_pb2
+from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.common.wire.server import Call
 from kvfs.meta.changes import Changes, Kind, Outcome, remembered
@@ -359,12 +359,8 @@ def _granted_one(reply: pb.InodeReply) -> Iterable[pb.Inode]:
 
 
 def space(routing: Routing) -> tuple[int, int]:
-    """Usable (capacity, free) of the whole: disks counted once, divided by the replication of the default table."""
-    disks: dict[tuple[int, int], cluster_pb2.Target] = {}
-    for target in routing.targets:
-        disks.setdefault((target.node_id, target.disk), target)
-    capacity = sum(target.capacity_bytes for target in disks.values())
-    free = sum(target.free_bytes for target in disks.values())
+    """Usable (capacity, free) of the whole: divided by the replication of the default table."""
+    capacity, free, _ = routing.space()
     replicas = 1
     for table in routing.tables:
         replicas = max(1, table.replicas)
