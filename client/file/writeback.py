@@ -137,6 +137,10 @@ class WriteBack:
         return min(STRETCH_BYTES, self._config.dirty_max_bytes // STRETCHES_MIN)
 
     @property
+    def ahead_bytes(self) -> int:
+        return self._config.write_ahead_bytes
+
+    @property
     def send_bytes(self) -> int:
         """A buffer of that many bytes is sent without waiting for its chunk to be full."""
         return self._config.write_batch_bytes
@@ -392,6 +396,9 @@ class DirtyChunks:
 
     async def stretch(self, offset: int, published: Callable[[], None]) -> Stretch | None:
         """Memory for the bytes from `offset` on. None: there are other bytes in the way, which `write` deals with."""
+        for stretch in self.stretches:
+            if stretch.end == offset:
+                await stretch.gone()  # full: this is its writer, who wants another
         while True:
             index, start = divmod(offset, self._placement.chunk_size)
             first = self._filling.get(index)
@@ -400,6 +407,10 @@ class DirtyChunks:
                 continue
             if first is not None and first.end != start:
                 return None
+            if sum(buffer.block.size for buffer in self._sending.values()) > self._back.ahead_bytes:
+                self._back.hurry()
+                await next(iter(self._sending.values())).done.wait()
+                continue
             plan = self._plan(index, start, first)
             more = sum(size for _, _, size in plan) - (first.block.size if first is not None else 0)
             if more > 0 and self._back.full(more):

@@ -106,6 +106,8 @@ def test_a_stretch_ends_with_its_memory() -> None:
             stretch = await stretched(file, 5)
             assert put(stretch, DATA[5:]) == 4 * CHUNK - 5, "an eighth of the dirty bytes that are allowed"
             again = await stretched(file, 4 * CHUNK)
+            await trio.sleep(0.02)
+            assert sent_bytes(place) == 4 * CHUNK - 5, "who wants more hands over what is full"
             assert put(again, DATA[4 * CHUNK :]) == 4 * CHUNK
             await file.close()
             assert place.content(7) == bytes(5) + DATA[5:]
@@ -195,6 +197,27 @@ def test_a_stretch_that_nobody_fills_does_not_keep_others_from_writing() -> None
                 await file.close()
             assert all(place.content(file.inode) == DATA[: 2 * CHUNK] for file in files)
             nothing_is_held(place)
+
+    run(test)
+
+
+def test_a_writer_waits_when_enough_of_its_file_is_on_its_way() -> None:
+    async def test() -> None:
+        config = ClientConfig(dirty_max_bytes=8 << 20, write_ahead_bytes=1 << 20, buffer_pool_bytes=32 << 20)
+        async with world(nodes=1, config=config) as place:
+            place.meta.make(7)
+            hold = place.storage[0].hold = trio.Event()
+            file = opened(place, 7)
+            for turn in range(2):
+                assert put(await stretched(file, turn << 20), bytes([turn]) * (2 << 20)) == 1 << 20
+            with trio.move_on_after(0.05) as waits:
+                await file.stretch(2 << 20)  # one is on its way, the other ends now and is too much
+            assert waits.cancelled_caught
+            assert place.client._back.dirty_bytes <= 3 << 20
+            hold.set()
+            assert put(await stretched(file, 2 << 20), b"x") == 1
+            await file.close()
+            assert place.content(7) == bytes(1 << 20) + b"\1" * (1 << 20) + b"x"
 
     run(test)
 
