@@ -44,7 +44,7 @@ class ClientConfig:
     """Of one sequential writer on their way, while it fills the next: more only takes fresh memory, which costs more than the writing (a millisecond
     a MiB), unless a file is spread over many nodes."""
     writes_in_flight: int = 4
-    """Write requests under way at once, all files together; each carries a batch."""
+    """Write requests under way to a node at once, all files together; each carries a batch."""
     session_end_s: float = 0.02
     """The end of a file that was closed with nothing to report waits so long for another request to travel with."""
     channels: int = 512

@@ -75,6 +75,14 @@ class StorageClient:
         """The outcome of each; never raises for a failed write."""
         return await self._writes.write_each(writes, deadline_s=deadline_s)
 
+    def head_node(self, chain_id: int) -> int:
+        """Who takes the chain's updates now; 0: nobody known."""
+        routing = self._peers.routing
+        try:
+            return routing.node_of_target(routing.head(chain_id)).node_id
+        except KvfsError:
+            return 0
+
     async def sync(self, chain_ids: Sequence[int], *, deadline_s: float | None = None) -> None:
         """What was acknowledged on these chains before the call survives power loss after it: synced on every target that serves them now."""
         pending = set(chain_ids)

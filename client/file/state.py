@@ -210,7 +210,7 @@ class FileState:
 
     async def stretch(self, offset: int, session: bytes, user: User) -> Stretch | None:
         """For a writer's thread that goes on at `offset`; see DirtyChunks.stretch. Heed `fresh_for_writing` first."""
-        if offset + self.shared.back.stretch_bytes > MAX_FILE_BYTES:
+        if offset + self.shared.back.stretch_bytes_max > MAX_FILE_BYTES:
             return None
         async with self._no_resizing(session, user):
             stretch = await self.dirty.stretch(offset, self.touch)

@@ -1,7 +1,7 @@
 """Write-behind: what was written and is not yet acknowledged.
 
-`WriteBack` (one a client) sends chunk buffers in batches, several requests under way; `DirtyChunks` (one a file) gathers writes into chunk buffers.
-Invariants:
+`WriteBack` (one a client) sends chunk buffers in batches by node, several requests under way; `DirtyChunks` (one a file) gathers writes into
+chunk buffers. Invariants:
   - a buffer holds one unbroken range of one chunk, exactly the bytes written: nothing is read to fill a chunk up, so that writers of
     disjoint ranges in
     different clients never touch each other's bytes;
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import trio
@@ -35,8 +36,8 @@ log = logging.getLogger("kvfs.client")
 STREAM_BYTES = 4 << 20
 """Memory that a buffer of a sequential writer starts with, at most (a chunk may be 64 MiB)."""
 LARGE_WRITE_BYTES = 64 * 1024
-STRETCH_BYTES = 4 << 20
-STRETCHES_MIN = 8
+STRETCHES_MIN = 4
+STRETCH_CHAINS = 8
 """So many stretches are within the limit of dirty bytes, at least."""
 
 
@@ -115,6 +116,17 @@ class ChunkBuffer:
         )
 
 
+class _Line:
+    """What goes to one node."""
+
+    __slots__ = ("in_flight", "queue", "queued_bytes")
+
+    def __init__(self) -> None:
+        self.queue: deque[ChunkBuffer] = deque()
+        self.queued_bytes = 0
+        self.in_flight = 0
+
+
 class WriteBack:
     def __init__(self, storage: StorageClient, memory: Memory, config: ClientConfig, clock: Clock, nursery: trio.Nursery) -> None:
         self._storage = storage
@@ -122,9 +134,9 @@ class WriteBack:
         self._config = config
         self._clock = clock
         self._nursery = nursery
-        self._queue: deque[ChunkBuffer] = deque()
-        self._queued_bytes = 0
-        self._in_flight = 0
+        self._lines: dict[int, _Line] = {}
+        """By the node of the head of the chunk's chain, as it is when the buffer comes: should it move, only the batches are smaller."""
+        self._gathering = 0
         self._sent_bytes = 0
         """Of memory, on its way or next."""
         self.dirty_bytes = 0
@@ -133,8 +145,13 @@ class WriteBack:
         """Those that have a buffer being filled."""
 
     @property
-    def stretch_bytes(self) -> int:
-        return min(STRETCH_BYTES, self._config.dirty_max_bytes // STRETCHES_MIN)
+    def stretch_bytes_max(self) -> int:
+        return self._config.dirty_max_bytes // STRETCHES_MIN
+
+    def stretch_bytes(self, chains: Iterable[int]) -> int:
+        """A batch for every node that gets some of it."""
+        nodes = {self._storage.head_node(chain) for chain in chains}
+        return min(self._config.write_batch_bytes * len(nodes), self.stretch_bytes_max)
 
     @property
     def ahead_bytes(self) -> int:
@@ -153,8 +170,9 @@ class WriteBack:
         """Send what there is, and wait until `size` more dirty bytes are within the limit."""
         while self.full(size):
             if self.dirty_bytes - self._sent_bytes + size > self._config.dirty_max_bytes:  # what is on its way will not do
-                for dirty in list(self.files):
-                    dirty.send_all()
+                with self.gathered():
+                    for dirty in list(self.files):
+                        dirty.send_all()
                 if not self.full(size):
                     return  # stretches held memory that nobody had filled
             self.hurry()
@@ -183,33 +201,55 @@ class WriteBack:
 
     def submit(self, buffer: ChunkBuffer) -> None:
         self._sent_bytes += buffer.block.size
-        self._queue.append(buffer)
-        self._queued_bytes += buffer.end - buffer.start
-        self._pump()
+        node = self._storage.head_node(buffer.placement.chain(buffer.index))
+        line = self._lines.get(node)
+        if line is None:
+            line = self._lines[node] = _Line()
+        line.queue.append(buffer)
+        line.queued_bytes += buffer.end - buffer.start
+        if not self._gathering:
+            self._pump(node, line)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """What is submitted inside goes out together."""
+        self._gathering += 1
+        try:
+            yield
+        finally:
+            self._gathering -= 1
+            if not self._gathering:
+                self._pump_all(waited_for=False)
 
     def hurry(self) -> None:
         """Somebody waits: send what is queued, also what would still grow into a larger batch."""
-        self._pump(waited_for=True)
+        self._pump_all(waited_for=True)
 
-    def _pump(self, *, waited_for: bool = False) -> None:
-        """A request costs as much as several chunks in it: while one is under way, the next gathers a full batch."""
+    def _pump_all(self, *, waited_for: bool) -> None:
+        for node, line in list(self._lines.items()):
+            self._pump(node, line, waited_for=waited_for)
+
+    def _pump(self, node: int, line: _Line, *, waited_for: bool = False) -> None:
+        """A request costs as much as several chunks in it: while one is under way to a node, the next gathers a full batch."""
         config = self._config
-        while self._queue and self._in_flight < config.writes_in_flight:
-            if self._in_flight and self._queued_bytes < config.write_batch_bytes and not waited_for:
+        while line.queue and line.in_flight < config.writes_in_flight:
+            if line.in_flight and line.queued_bytes < config.write_batch_bytes and not waited_for:
                 return
             batch: list[ChunkBuffer] = []
             size = 0
-            while self._queue and len(batch) < config.batch_max_ios:
-                length = self._queue[0].end - self._queue[0].start
+            while line.queue and len(batch) < config.batch_max_ios:
+                length = line.queue[0].end - line.queue[0].start
                 if batch and size + length > config.write_batch_bytes:
                     break
                 size += length
-                batch.append(self._queue.popleft())
-            self._queued_bytes -= size
-            self._in_flight += 1
-            self._nursery.start_soon(self._send, batch)
+                batch.append(line.queue.popleft())
+            line.queued_bytes -= size
+            line.in_flight += 1
+            self._nursery.start_soon(self._send, batch, node, line)
+        if not line.queue and not line.in_flight:
+            self._lines.pop(node, None)
 
-    async def _send(self, batch: list[ChunkBuffer]) -> None:
+    async def _send(self, batch: list[ChunkBuffer], node: int, line: _Line) -> None:
         done = 0
         try:
             try:
@@ -223,8 +263,8 @@ class WriteBack:
         finally:
             for buffer in batch[done:]:  # only when the client is being closed under it
                 self._finish(buffer, KvfsError("the client was closed before the bytes were sent"))
-            self._in_flight -= 1
-            self._pump()
+            line.in_flight -= 1
+            self._pump(node, line)
 
     def _finish(self, buffer: ChunkBuffer, error: KvfsError | None) -> None:
         self.dirty_bytes -= buffer.block.size
@@ -363,9 +403,10 @@ class DirtyChunks:
                     continue  # of a stretch that began meanwhile
                 if (end is None or buffer.index * size < end) and (buffer.index + 1) * size > first:
                     waiting.append(buffer)
-        for buffer in waiting:
-            if not buffer.sealed:
-                self._want(buffer)
+        with self._back.gathered():
+            for buffer in waiting:
+                if not buffer.sealed:
+                    self._want(buffer)
         if waiting:
             self._back.hurry()
         for buffer in waiting:
@@ -436,7 +477,8 @@ class DirtyChunks:
     def _plan(self, index: int, start: int, first: ChunkBuffer | None) -> list[tuple[int, int, int]]:
         """(chunk, where its buffer starts, how large it is) for a stretch."""
         chunk_size = self._placement.chunk_size
-        left = self._back.stretch_bytes
+        chains = {self._placement.chain(index + step) for step in range(STRETCH_CHAINS)}
+        left = self._back.stretch_bytes(chains)
         if first is not None:
             plan = [(index, first.start, max(first.block.size, min(chunk_size - first.start, STREAM_BYTES)))]
         else:
@@ -451,13 +493,14 @@ class DirtyChunks:
     def _stretch_over(self, stretch: Stretch) -> None:
         self.stretches = tuple(other for other in self.stretches if other is not stretch)
         self._on_stretched(stretch)
-        for buffer in stretch.buffers:
-            buffer.stretch = None
-            if buffer.end == buffer.start:
-                del self._filling[buffer.index]
-                self._back.drop(buffer.block)
-            elif buffer.wanted or not buffer.room:
-                self._want(buffer)
+        with self._back.gathered():
+            for buffer in stretch.buffers:
+                buffer.stretch = None
+                if buffer.end == buffer.start:
+                    del self._filling[buffer.index]
+                    self._back.drop(buffer.block)
+                elif buffer.wanted or not buffer.room:
+                    self._want(buffer)
         if not self._filling:
             self._back.files.discard(self)
 
