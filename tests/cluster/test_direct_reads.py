@@ -24,7 +24,7 @@ CHUNKS = 8
 
 
 def test_overwritten_chunks_are_read_whole_and_never_older_than_before(new_cluster: Callable[[], RealCluster]) -> None:
-    """Each chunk is overwritten with one byte value, and synced, so that freed blocks are used again at once: places go stale all the time."""
+    """Each chunk is overwritten with one byte value, and synced, so that blocks are freed and used again under the reader."""
     cluster = new_cluster()
     cluster.up("--storage", "1", "--replicas", "1")
     with Client(cluster.path) as writer, Client(cluster.path) as reader:
