@@ -5,18 +5,26 @@ from __future__ import annotations
 import trio
 
 from kvfs.cli.cluster_dir import ClusterDir
-from kvfs.cli.manager_calls import ManagerCalls, manager_calls
-from kvfs.common.errors import ClusterError, DeadlineExceeded, TransportError
+from kvfs.cli.manager_calls import ManagerCalls, channel_pool
+from kvfs.common.errors import ClusterError, DeadlineExceeded, IndexCorrupt, TransportError
+from kvfs.common.routing import Routing
+from kvfs.common.wire import base_pb2, storage_pb2
 from kvfs.common.wire import cluster_pb2 as pb
+from kvfs.common.wire.channel import ChannelPool
+from kvfs.common.wire.service import method
 
 DEFAULT_TABLE = 1
 BRING_UP_TIMEOUT_S = 60.0
 POLL_S = 0.05
+LOOK_FOR_DAMAGE_S = 1.0
+STATUS_TIMEOUT_S = 5.0
 
 
 async def bring_up(cluster: ClusterDir) -> None:
-    """Idempotent: a cluster that has its chain table keeps it. Returns once every chain has a serving target. Raises DeadlineExceeded."""
-    async with manager_calls(cluster.managers, cluster.cluster_id) as manager:
+    """Idempotent: a cluster that has its chain table keeps it. Returns once every chain has a serving target. Raises IndexCorrupt, with the words of
+    the target, when a chain has none that could be opened; DeadlineExceeded."""
+    async with channel_pool(cluster.cluster_id) as pool:
+        manager = ManagerCalls(pool, cluster.managers)
         last: Exception | None = None
         with trio.move_on_after(BRING_UP_TIMEOUT_S):
             while True:
@@ -29,7 +37,11 @@ async def bring_up(cluster: ClusterDir) -> None:
                 except (ClusterError, TransportError) as error:  # storage services that restart count only once they are alive again
                     last = error
                     await trio.sleep(POLL_S)
-            while not await all_chains_serve(manager):
+            look_at_s = trio.current_time() + LOOK_FOR_DAMAGE_S
+            while not all_chains_serve(routing := await get_routing(manager)):
+                if trio.current_time() >= look_at_s:
+                    await raise_damage(pool, routing)
+                    look_at_s = trio.current_time() + LOOK_FOR_DAMAGE_S
                 await trio.sleep(POLL_S)
             return
         raise DeadlineExceeded(
@@ -37,7 +49,30 @@ async def bring_up(cluster: ClusterDir) -> None:
         )
 
 
-async def all_chains_serve(manager: ManagerCalls) -> bool:
-    reply = await manager.call("GetRouting", pb.GetRoutingRequest())
-    chains = reply.routing.chains
-    return bool(chains) and all(any(target.state == pb.SERVING for target in chain.targets) for chain in chains)
+async def get_routing(manager: ManagerCalls) -> pb.RoutingInfo:
+    routing: pb.RoutingInfo = (await manager.call("GetRouting", pb.GetRoutingRequest())).routing
+    return routing
+
+
+def all_chains_serve(routing: pb.RoutingInfo) -> bool:
+    """Each chain has a serving target, and each serving target has said how much space it has: `df` is right from the start."""
+    known = all(target.capacity_bytes for target in routing.targets if target.public_state == pb.SERVING)
+    return known and bool(routing.chains) and all(any(target.state == pb.SERVING for target in chain.targets) for chain in routing.chains)
+
+
+async def raise_damage(pool: ChannelPool, routing: pb.RoutingInfo) -> None:
+    """Raises IndexCorrupt when no target of a chain can come back by itself: waiting would be in vain."""
+    problems: dict[int, str] = {}
+    for node in Routing(routing).nodes_with_role(pb.ROLE_STORAGE):
+        if node.alive:
+            try:
+                status: storage_pb2.StorageStatusReply = await pool.call(
+                    list(node.addresses), method("Storage", "Status"), base_pb2.Empty(), timeout_s=STATUS_TIMEOUT_S
+                )
+            except TransportError:
+                continue  # it is starting, or it has died: the supervisor sees to that
+            problems |= {target.target_id: target.problem for target in status.targets if target.problem}
+    for chain in routing.chains:
+        if all(target.target_id in problems for target in chain.targets):
+            first = chain.targets[0].target_id
+            raise IndexCorrupt(f"no target of chain {chain.chain_id} can be opened; target {first}: {problems[first]}")

@@ -21,7 +21,11 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from kvfs.common import config as configuration
 from kvfs.common.errors import AddressInUse, ClusterNotFound, FormatTooNew, WrongDataDirectory
+from kvfs.meta.cluster.config import ManagerConfig
+from kvfs.meta.config import MetaConfig
+from kvfs.storage.config import StorageConfig
 
 FORMAT = 1
 SOCKET_PATH_MAX = 90  # sun_path holds 107 bytes; leave room for the longest file name below run/
@@ -110,10 +114,15 @@ def load(path: Path) -> ClusterDir:
 
 def create(path: Path, *, storage: int, replicas: int, mount: str | None, chunk_size_bytes: int, lease_ms: int, base_port: int | None) -> ClusterDir:
     """Make a new cluster's directory. `base_port`: manager there, meta one above; None: two free ports of the loopback."""
-    if path.exists() and any(path.iterdir()):
-        raise WrongDataDirectory(f"{path} is not empty and holds no cluster.json: name an empty or a new directory")
-    for name in ("etc", "log", "run", "manager", "meta"):
-        (path / name).mkdir(parents=True, exist_ok=True)
+    try:
+        if path.exists() and any(path.iterdir()):
+            raise WrongDataDirectory(f"{path} is not empty and holds no cluster.json: name an empty or a new directory")
+        for name in ("etc", "log", "run", "manager", "meta"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongDataDirectory(
+            f"no cluster can be made in {path} ({error.filename}: {error.strerror}): name a directory you may write to"
+        ) from None
     manager_port, meta_port = (base_port, base_port + 1) if base_port else free_ports(2)
     made = ClusterDir(
         path=path,
@@ -138,32 +147,48 @@ FIRST_STORAGE_NODE = 100
 
 def write_configs(cluster: ClusterDir) -> None:
     """The configuration files that are not there yet: what is there is the operator's."""
-    managers = json.dumps(list(cluster.managers))
-    cluster_id = json.dumps(cluster.cluster_id)
-
-    def write(name: str, text: str) -> None:
-        file = cluster.config_file(name)
-        if not file.exists():
-            file.write_text(f"# kvfs {name}; `kvfs config dump` lists every key with its default\n{text}")
-
-    write(
+    run = cluster.run_dir
+    write_config(
+        cluster,
         "manager",
-        f"[manager]\ndata = {json.dumps(str(cluster.path / 'manager'))}\nlisten = {managers}\n"
-        f"cluster_id = {cluster_id}\nlease_ms = {cluster.lease_ms}\n",
+        ManagerConfig(data=str(cluster.path / "manager"), listen=cluster.managers, cluster_id=cluster.cluster_id, lease_ms=cluster.lease_ms),
     )
-    write(
+    write_config(
+        cluster,
         "meta",
-        f'[meta]\ndata = {json.dumps(str(cluster.path / "meta"))}\nlisten = ["tcp://127.0.0.1:{cluster.meta_port}"]\n'
-        f"cluster_id = {cluster_id}\nmanagers = {managers}\nchunk_size_bytes = {cluster.chunk_size_bytes}\n",
+        MetaConfig(
+            data=str(cluster.path / "meta"),
+            listen=(f"tcp://127.0.0.1:{cluster.meta_port}",),
+            cluster_id=cluster.cluster_id,
+            managers=cluster.managers,
+            chunk_size_bytes=cluster.chunk_size_bytes,
+            root_uid=os.getuid(),
+            root_gid=os.getgid(),
+        ),
     )
     for number, name in enumerate(cluster.storage_names(), start=1):
         data = cluster.path / name
         data.mkdir(exist_ok=True)
-        listen = json.dumps(["tcp://127.0.0.1:0", f"unix://{cluster.run_dir / name}.sock"])
-        write(
+        write_config(
+            cluster,
             name,
-            f"[storage]\ndata = [{json.dumps(str(data))}]\nlisten = {listen}\ncluster_id = {cluster_id}\nmanagers = {managers}\n"
-            f"node_id = {FIRST_STORAGE_NODE + number}\n",
+            StorageConfig(
+                data=(str(data),),
+                listen=("tcp://127.0.0.1:0", f"unix://{run / name}.sock"),
+                cluster_id=cluster.cluster_id,
+                managers=cluster.managers,
+                node_id=FIRST_STORAGE_NODE + number,
+            ),
+        )
+
+
+def write_config(cluster: ClusterDir, name: str, config: ManagerConfig | MetaConfig | StorageConfig) -> None:
+    """Only the keys that differ from their defaults, so that a better default of a later kvfs counts."""
+    file = cluster.config_file(name)
+    if not file.exists():
+        section = name.partition("-")[0]
+        file.write_text(
+            f"# kvfs {name}; `kvfs config dump {section}` lists every key with its default\n{configuration.dump(config, section, changed=True)}"
         )
 
 

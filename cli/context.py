@@ -15,21 +15,31 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from kvfs.cli import cluster_dir
-from kvfs.cli.process import first_error
+from kvfs.cli.process import MARK, first_error
 from kvfs.common.errors import KvfsError, SetupError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-console = Console(stderr=False, highlight=False)
-err_console = Console(stderr=True, highlight=False)
+PIPE_COLUMNS = 10_000
+"""Width where nobody looks at a terminal: what another program reads is never folded."""
+
+
+def console_for(stream: TextIO | None, *, stderr: bool) -> Console:
+    """A console that prints text as it is: names of files may look like markup or emoji."""
+    watched = stream is not None and stream.isatty()
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if watched else PIPE_COLUMNS)
+
+
+console = console_for(sys.stdout, stderr=False)
+err_console = console_for(sys.stderr, stderr=True)
 
 
 @dataclass(slots=True)
@@ -45,8 +55,12 @@ class Options:
     def directory(self) -> cluster_dir.ClusterDir | None:
         """The cluster's directory on this machine, or None when the cluster is named by addresses."""
         spec = self.cluster_spec()
-        looks_like_address = "://" in spec or (":" in spec and not os.path.exists(spec) and not spec.startswith(("/", ".", "~")))
-        return None if looks_like_address else cluster_dir.load(Path(spec).expanduser().resolve())
+        return None if is_address(spec) else cluster_dir.load(Path(spec).expanduser().resolve())
+
+
+def is_address(spec: str) -> bool:
+    """Whether a cluster is named by its managers' addresses and not by a directory."""
+    return "://" in spec or (":" in spec and not os.path.exists(spec) and not spec.startswith(("/", ".", "~")))
 
 
 def common_options(command: Callable[..., R]) -> Callable[..., R]:
@@ -84,7 +98,7 @@ def report(caught: BaseException) -> int:
     """Print what went wrong; returns the exit status."""
     error = first_error(caught)
     if isinstance(error, KvfsError):
-        print(f"kvfs: error: {error.message}", file=sys.stderr)
+        print(f"{MARK}{error.message}", file=sys.stderr)
         return 2 if isinstance(error, SetupError) else 1
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say, also not at exit
@@ -94,11 +108,11 @@ def report(caught: BaseException) -> int:
         return 130
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        print(f"kvfs: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"{MARK}{where}{error.strerror or error}", file=sys.stderr)
         return 1
     with tempfile.NamedTemporaryFile("w", prefix="kvfs-crash-", suffix=".log", delete=False) as out:
         traceback.print_exception(caught, file=out)
-    print(f"kvfs: error: unexpected {type(error).__name__}: {error}. Please report it with {out.name}", file=sys.stderr)
+    print(f"{MARK}unexpected {type(error).__name__}: {error}. Please report it with {out.name}", file=sys.stderr)
     return 1
 
 

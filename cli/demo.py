@@ -24,6 +24,7 @@ from typing import Any
 
 import click
 import trio
+from rich.text import Text
 
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import common_options, console, human_bytes, print_json, table
@@ -262,7 +263,7 @@ class Demo:
             try:
                 stop_supervisor(self.cluster)
             except KvfsError as error:
-                console.print(f"[yellow]{error.message}[/yellow]")
+                console.print(error.message, style="yellow")
         if is_mounted(str(self.mount)):
             unmount(str(self.mount), lazy=True)
         if self.cluster.run_dir.parent != self.cluster.path:
@@ -301,7 +302,7 @@ def show(rows: list[Row]) -> None:
 @common_options
 def demo(options: Any, large_mib: int, keep: bool, directory: Path | None) -> None:
     """Start a cluster, mount it, copy real files, kill a storage service in the midst, compare every byte, recover, clean up."""
-    say = (lambda text: None) if options.as_json else (lambda text: console.print(f"[green]✓[/green] {text}"))
+    say = (lambda text: None) if options.as_json else (lambda text: console.print(Text("✓ ", style="green") + Text(text)))
     with interruptible(), ExitStack() as stack:
         base = Path(tempfile.mkdtemp(prefix="kvfs-demo-", dir=directory))
         if not keep:

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import trio
+from rich.text import Text
 
 from kvfs.cli.context import Options, common_options, console, print_json
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses
@@ -163,8 +164,8 @@ def named(chunk_id: bytes) -> str:
     return f"block {chunk_id[8:].hex()} of space {inode}" if is_space(inode) else f"chunk {chunk_index(chunk_id)} of inode {inode}"
 
 
-async def check_cluster(spec: str) -> Report:
-    """Raises what a call raises when a service cannot be asked."""
+async def check_cluster(spec: str, *, read_data: bool = False) -> Report:
+    """`read_data`: every serving replica also reads its bytes against their checksums. Raises what a call raises when a service cannot be asked."""
     managers, cluster_id = manager_addresses(spec)
     async with channel_pool(cluster_id) as pool:
         manager = ManagerCalls(pool, managers)
@@ -174,7 +175,11 @@ async def check_cluster(spec: str) -> Report:
             await trio.sleep(SECOND_LOOK_S)
             again = await Checker(pool, Routing((await manager.call("GetRouting", cluster_pb2.GetRoutingRequest())).routing)).run()
             again.problems = [problem for problem in again.problems if problem in set(report.problems)]
-            return again
+            report = again
+        if read_data:
+            for chain in routing.chains:
+                for target_id in routing.serving(chain.chain_id):
+                    report.problems += (await ask_target(pool, routing, target_id, read_data=True)).problems
         return report
 
 
@@ -185,9 +190,13 @@ async def check_target(spec: str, target_id: int, *, read_data: bool) -> Report:
         routing = Routing((await ManagerCalls(pool, managers).call("GetRouting", cluster_pb2.GetRoutingRequest())).routing)
         if target_id not in {target.target_id for target in routing.targets}:
             raise UnknownTarget(f"there is no target {target_id}: `kvfs admin list-targets` shows them")
-        request = storage_pb2.CheckTargetRequest(target_id=target_id, read_data=read_data)
-        reply = await pool.call(routing.addresses_of_target(target_id), method("Storage", "CheckTarget"), request, timeout_s=CHECK_TIMEOUT_S)
-        return Report(chunks=reply.chunks, bytes=reply.bytes, replicas=1, problems=list(reply.problems))
+        return await ask_target(pool, routing, target_id, read_data=read_data)
+
+
+async def ask_target(pool: ChannelPool, routing: Routing, target_id: int, *, read_data: bool) -> Report:
+    request = storage_pb2.CheckTargetRequest(target_id=target_id, read_data=read_data)
+    reply = await pool.call(routing.addresses_of_target(target_id), method("Storage", "CheckTarget"), request, timeout_s=CHECK_TIMEOUT_S)
+    return Report(chunks=reply.chunks, bytes=reply.bytes, replicas=1, problems=[f"target {target_id}: {problem}" for problem in reply.problems])
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -203,12 +212,16 @@ def as_dict(report: Report) -> dict[str, Any]:
 
 @click.command()
 @click.option("--target", default=None, metavar="ID|DIR", help="Check one target: its id, or its directory while no service runs.")
-@click.option("--read-data", is_flag=True, help="With --target: also read every byte against its checksum.")
+@click.option("--read-data", is_flag=True, help="Also read every byte against its checksum.")
 @common_options
 def fsck(options: Options, target: str | None, read_data: bool) -> None:
     """Check metadata against chunks, and replicas against each other. Exit status 1 when something is wrong."""
     if target is None:
-        report = trio.run(check_cluster, options.cluster_spec())
+
+        async def ask_all() -> Report:
+            return await check_cluster(options.cluster_spec(), read_data=read_data)
+
+        report = trio.run(ask_all)
     elif target.isdigit():
 
         async def ask() -> Report:
@@ -224,8 +237,9 @@ def fsck(options: Options, target: str | None, read_data: bool) -> None:
         print_json(as_dict(report))
     else:
         for problem in report.problems:
-            console.print(f"[red]{problem}[/red]")
-        verdict = "[green]clean[/green]" if not report.problems else f"[red]{len(report.problems)} problems[/red]"
-        console.print(f"{report.inodes} inodes, {report.chunks} chunks on {report.replicas} replicas, {report.bytes} bytes: {verdict}")
+            console.print(problem, style="red")
+        verdict = Text("clean", style="green") if not report.problems else Text(f"{len(report.problems)} problems", style="red")
+        facts = f"{report.inodes} inodes, {report.chunks} chunks on {report.replicas} replicas, {report.bytes} bytes: "
+        console.print(Text(facts) + verdict)
     if report.problems:
         raise click.exceptions.Exit(1)

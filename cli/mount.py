@@ -14,6 +14,7 @@ import click
 from kvfs.cli import process
 from kvfs.cli.context import Options, common_options, print_json
 from kvfs.cli.supervisor import kvfs_argv
+from kvfs.common import config as configuration
 from kvfs.common.errors import DeadlineExceeded, MountError
 from kvfs.fuse import kernel
 
@@ -68,23 +69,23 @@ def start_detached(argv: list[str], path: str) -> int:
         if pipe.readline():
             return started.pid
     status = started.wait(MOUNT_TIMEOUT_S)
-    with open(log_file, errors="replace") as log:
-        log.seek(start)
-        words = [line.removeprefix("kvfs: error: ").strip() for line in log if line.startswith("kvfs: error: ")]
-    raise MountError(words[-1] if words else f"the mount ended at once (status {status}): see {log_file}")
+    raise MountError(process.last_words(log_file, start) or f"the mount ended at once (status {status}): see {log_file}")
 
 
 def run_mount(spec: str, path: str, mount_options: str, config_file: Path | None) -> int:
     """The mount process itself."""
     from dataclasses import replace
 
-    from kvfs.common import config as configuration
     from kvfs.fuse.config import MountConfig
     from kvfs.fuse.mount import mount as serve
 
     process.configure_logging()
     config = replace(configuration.load(MountConfig, config_file, os.environ, "mount"), mount_point=path, cluster=spec)
     config = replace(config, **parse_options(mount_options, config))
+    if config.allow_other and "allow_other" not in mount_options.split(",") and not kernel.may_allow_other():
+        # The default is for root; an ordinary user's own mount must not fail for it. Who asks for it by name is told why it cannot be.
+        process.log.info("without allow_other: an ordinary user needs user_allow_other in /etc/fuse.conf for that")
+        config = replace(config, allow_other=False)
 
     async def main(ready: process.Ready) -> None:
         import trio
@@ -96,7 +97,8 @@ def run_mount(spec: str, path: str, mount_options: str, config_file: Path | None
     return process.run_process(main)
 
 
-IGNORED_OPTIONS = {"defaults", "rw", "_netdev", "nofail", "auto", "noauto", "user", "nouser", "exec", "suid", "dev", "relatime", "noatime"}
+IGNORED_OPTIONS = {"defaults", "rw", "_netdev", "nofail", "auto", "noauto", "user", "users", "nouser", "owner", "group"}
+IGNORED_OPTIONS |= {"exec", "suid", "dev", "async", "relatime", "norelatime", "noatime", "nodiratime", "strictatime", "lazytime"}
 
 
 def parse_options(text: str, config: Any) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def parse_options(text: str, config: Any) -> dict[str, Any]:
         try:
             found[key] = (not negated) if kind is bool and not equals else kind(value)
         except ValueError:
-            raise MountError(f"mount option {name}: {value!r} is not a {kind.__name__}") from None
+            raise MountError(f"mount option {name}: {value!r} is not {configuration.name_of(kind)}") from None
     return found
 
 

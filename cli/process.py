@@ -2,7 +2,8 @@
 
 `run_process(main)` runs a trio program until it ends or SIGTERM/SIGINT asks it to. Readiness goes to $KVFS_READY_FD (one JSON line; the supervisor
 and `kvfs mount` wait for it) and to $NOTIFY_SOCKET (systemd). $KVFS_LIFELINE_FD is a pipe whose end means that the supervisor is gone: then stop.
-Exit status: 0 asked to stop, 2 a person must change something (SetupError), 3 the cluster told it to go (lease lost, newer incarnation), 1 a fault.
+Exit status: 0 asked to stop, 2 a person must change something (SetupError, IndexCorrupt), 3 the cluster told it to go (lease lost, newer
+incarnation), 1 a fault.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import trio
 
-from kvfs.common.errors import ClusterError, KvfsError, SetupError
+from kvfs.common.errors import ClusterError, IndexCorrupt, KvfsError, SetupError
 
 log = logging.getLogger("kvfs")
 
 EXIT_FAULT = 1
 EXIT_SETUP = 2
 EXIT_CLUSTER = 3
+MARK = "kvfs: error: "
+"""Begins the one line for people among what goes to a log."""
 
 Ready = Callable[[dict[str, object]], None]
 
@@ -73,6 +77,18 @@ def first_error(error: BaseException) -> BaseException:
     return error
 
 
+def last_words(log_file: Path, since: int = 0) -> str:
+    """The last line that a process wrote for people, after the first `since` bytes; empty when there is none."""
+    try:
+        with open(log_file, "rb") as file:
+            file.seek(max(since, os.fstat(file.fileno()).st_size - 8192))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    marked = [line for line in lines if line.startswith(MARK)]
+    return marked[-1].removeprefix(MARK) if marked else ""
+
+
 def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:
     """Run `main(ready)` until it ends or is asked to stop; returns the exit status, with one line on stderr for a failure."""
 
@@ -87,13 +103,13 @@ def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:
         trio.run(supervised)
     except BaseException as caught:
         error = first_error(caught)
-        if isinstance(error, SetupError | ClusterError):
-            print(f"kvfs: error: {error.message}", file=sys.stderr, flush=True)
-            return EXIT_SETUP if isinstance(error, SetupError) else EXIT_CLUSTER
+        if isinstance(error, SetupError | ClusterError | IndexCorrupt):
+            print(MARK + error.message, file=sys.stderr, flush=True)
+            return EXIT_CLUSTER if isinstance(error, ClusterError) else EXIT_SETUP
         if isinstance(error, KeyboardInterrupt):
             return 0
         if isinstance(error, KvfsError):
-            print(f"kvfs: error: {error.message}", file=sys.stderr, flush=True)
+            print(MARK + error.message, file=sys.stderr, flush=True)
         log.error("ended by a fault", exc_info=caught)
         return EXIT_FAULT
     return 0

@@ -12,7 +12,9 @@ from rich.text import Text
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
 from kvfs.cli.manager_calls import manager_addresses, manager_calls
+from kvfs.cli.supervisor import children_of
 from kvfs.common.errors import ClusterNotFound, TransportError
+from kvfs.common.routing import Routing
 from kvfs.common.wire import base_pb2, cluster_pb2
 
 PUBLIC_STATES = {
@@ -38,6 +40,7 @@ async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | N
             report["phase"], report["processes"], report["problem"] = state["phase"], state["processes"], state["error"]
         except ClusterNotFound:
             report["phase"] = "stopped"
+            report["processes"] = [child.describe() for child in children_of(directory)]
             return report
     try:
         async with manager_calls(managers) as manager:
@@ -113,17 +116,10 @@ def describe_chains(routing: cluster_pb2.RoutingInfo) -> list[dict[str, Any]]:
 
 
 def add_routing(report: dict[str, Any], routing: cluster_pb2.RoutingInfo) -> None:
-    """Chains, and capacity counted once a disk: targets of one disk share its space."""
+    """Chains, tables, space."""
     report["chains"] = describe_chains(routing)
     report["tables"] = [{"id": t.table_id, "version": t.version, "chains": list(t.chain_ids), "replicas": t.replicas} for t in routing.tables]
-    disks = {(target.node_id, target.disk): target for target in routing.targets}
-    used: dict[tuple[int, int], int] = {}
-    for target in routing.targets:
-        key = (target.node_id, target.disk)
-        used[key] = used.get(key, 0) + target.used_bytes
-    report["capacity_bytes"] = sum(target.capacity_bytes for target in disks.values())
-    report["free_bytes"] = sum(target.free_bytes for target in disks.values())
-    report["used_bytes"] = sum(used.values())
+    report["capacity_bytes"], report["free_bytes"], report["used_bytes"] = Routing(routing).space()
 
 
 def colored(state: str) -> Text:
@@ -132,9 +128,9 @@ def colored(state: str) -> Text:
 
 def print_status(report: dict[str, Any]) -> None:
     where = f"  {report['directory']}" if report["directory"] else ""
-    console.print(f"[bold]{report['cluster_id'] or 'cluster'}[/bold]  {report['phase']}{where}")
+    console.print(Text(report["cluster_id"] or "cluster", style="bold") + Text(f"  {report['phase']}{where}"))
     if report["problem"]:
-        console.print(f"[red]{report['problem']}[/red]")
+        console.print(report["problem"], style="red")
     processes = table("process", "pid", "state", "address", right=("pid",))
     for entry in report["processes"]:
         processes.add_row(entry["id"], str(entry["pid"] or "-"), colored(entry["state"]), entry["address"])

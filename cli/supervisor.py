@@ -94,9 +94,11 @@ def children_of(cluster: ClusterDir) -> list[Child]:
 class Supervisor:
     """Owns the children of one cluster directory."""
 
-    def __init__(self, cluster: ClusterDir, *, restart: bool, bring_up: Callable[[], Any]) -> None:
+    def __init__(self, cluster: ClusterDir, *, restart: bool, bring_up: Callable[[], Any], stay_when_failed: bool) -> None:
+        """`stay_when_failed`: keep answering on the control socket after a failed start, for who started us in the background to ask why."""
         self.cluster = cluster
         self.restart = restart
+        self._stay_when_failed = stay_when_failed
         self.children = {child.name: child for child in children_of(cluster)}
         self.phase = "starting"
         self.error = ""
@@ -121,6 +123,8 @@ class Supervisor:
                 nursery.cancel_scope.cancel()
         finally:
             self.cluster.control_socket.unlink(missing_ok=True)
+        if self.error:
+            raise SetupError(f"{self.error} (logs: {self.cluster.path / 'log'})")
 
     async def _serve(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -132,6 +136,8 @@ class Supervisor:
                 except KvfsError as error:
                     self.phase, self.error = "failed", error.message
                     log.error("the cluster did not come up: %s", error.message)
+                    if not self._stay_when_failed:
+                        self._stopping.set()
 
             nursery.start_soon(start_all)
             self._nursery = nursery
@@ -172,7 +178,7 @@ class Supervisor:
             status = await self._run_once(child)
             if not child.wanted or status == 0:  # an operator's SIGTERM or umount is not a failure: leave it so
                 break
-            words = child.error or self._last_error(child) or f"exit status {status}"
+            words = child.error or process.last_words(self.cluster.log_file(child.name)) or f"exit status {status}"
             never_served = self.phase == "starting" and child.state == "starting"  # at first start people wait: say so at once
             if status == process.EXIT_SETUP or not self.restart or never_served:
                 child.set_state("failed", words)
@@ -226,17 +232,6 @@ class Supervisor:
         child.node_id = int(info.get("node_id", child.node_id))
         child.set_state("running")
 
-    def _last_error(self, child: Child) -> str:
-        """The last line that the process wrote for people."""
-        try:
-            with open(self.cluster.log_file(child.name), "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:
-            return ""
-        marks = [line for line in lines if line.startswith("kvfs: error: ")]
-        return marks[-1].removeprefix("kvfs: error: ") if marks else ""
-
     async def _stop(self, child: Child) -> None:
         child.wanted = False
         running = child.process
@@ -250,6 +245,7 @@ class Supervisor:
             log.warning("%s did not stop within %.0f s: killing it", child.name, STOP_GRACE_S)
             running.kill()
             await running.wait()
+        child.process, child.pid = None, None
         child.set_state("stopped")
 
     async def _stop_all(self) -> None:
@@ -334,9 +330,9 @@ class Supervisor:
         return self.children[name]
 
 
-def run_supervisor(cluster: ClusterDir, *, restart: bool, bring_up: Callable[[], Any]) -> int:
+def run_supervisor(cluster: ClusterDir, *, restart: bool, bring_up: Callable[[], Any], stay_when_failed: bool) -> int:
     async def main(ready: process.Ready) -> None:
-        await Supervisor(cluster, restart=restart, bring_up=bring_up).run()
+        await Supervisor(cluster, restart=restart, bring_up=bring_up, stay_when_failed=stay_when_failed).run()
 
     return process.run_process(main)
 

@@ -12,7 +12,7 @@ import trio
 
 from kvfs.cli import cluster_dir, control, process
 from kvfs.cli.bring_up import bring_up
-from kvfs.cli.context import Options, common_options, err_console, guarded, print_json
+from kvfs.cli.context import Options, common_options, err_console, guarded, is_address, print_json
 from kvfs.cli.mount import check_mount_point
 from kvfs.cli.status import collect, print_status
 from kvfs.cli.supervisor import run_supervisor, spawn_supervisor
@@ -28,6 +28,7 @@ CHUNK_SIZES = [1 << shift for shift in range(16, 27)]
 @click.option("--storage", type=click.IntRange(1, 64), default=None, help="Number of storage services (new cluster: 3).")
 @click.option("--replicas", type=click.IntRange(1, 5), default=None, help="Copies of each chunk (new cluster: 3, or as many as there are services).")
 @click.option("--mount", "mount_point", type=click.Path(path_type=Path), default=None, help="Mount the cluster there.")
+@click.option("--no-mount", is_flag=True, help="Forget the mount point that an earlier --mount made the cluster remember.")
 @click.option(
     "--chunk-size", type=click.Choice([str(size) for size in CHUNK_SIZES]), default=str(1 << 20), help="Bytes, for new files of a new cluster."
 )
@@ -45,6 +46,7 @@ def up(
     chunk_size: str,
     lease_ms: int,
     port: int | None,
+    no_mount: bool,
     no_restart: bool,
     foreground: bool,
 ) -> None:
@@ -52,27 +54,50 @@ def up(
 
     DIRECTORY keeps its data and its name; a second `kvfs up` on it starts the same cluster again with what it holds.
     """
-    path = (directory or Path(options.cluster_spec())).expanduser().resolve()
+    if mount_point and no_mount:
+        raise click.UsageError("--mount and --no-mount together make no sense")
+    path = named_directory(options, directory)
     mount = str(mount_point.expanduser().absolute()) if mount_point else None
-    cluster = prepare(path, storage, replicas, mount, int(chunk_size), lease_ms, port)
+    if mount and not is_running(path):
+        check_mount_point(mount)  # before anything is made or remembered: a wrong one must not be in the way of the next start
+    before = cluster_dir.load(path).mount if cluster_dir.is_cluster_dir(path) else None
+    cluster = prepare(path, storage, replicas, None if no_mount else mount, int(chunk_size), lease_ms, port)
     running = control.is_running(cluster.control_socket)
-    if mount and not running:
-        check_mount_point(mount)
+    if not running and (no_mount or mount not in (None, cluster.mount)):
+        cluster = cluster.with_mount(None if no_mount else mount)
+        cluster.save()
     if foreground:
         if running:
             raise SetupError(f"{path} is already running: `kvfs status --cluster {path}`, or `kvfs down` first")
         err_console.print(f"kvfs: running {path} in the foreground; Ctrl-C stops it")
         process.configure_logging()
-        sys.exit(run_supervisor(cluster, restart=not no_restart, bring_up=lambda: bring_up(cluster)))
+        sys.exit(run_supervisor(cluster, restart=not no_restart, bring_up=lambda: bring_up(cluster), stay_when_failed=False))
     if running:
-        complete(cluster, mount)
+        complete(cluster, mount, no_mount=no_mount)
     else:
-        start_detached(cluster, restart=not no_restart)
+        try:
+            start_detached(cluster, restart=not no_restart)
+        except SetupError:
+            if mount and mount != before:  # it could not be mounted, perhaps: the next start must not fail for that
+                cluster.with_mount(before).save()
+            raise
     report = trio.run(collect, cluster.managers, cluster)
     if options.as_json:
         print_json(report)
     else:
         print_status(report)
+
+
+def named_directory(options: Options, directory: Path | None) -> Path:
+    """Where the cluster of this machine lies. Raises SetupError when --cluster or KVFS_CLUSTER names one elsewhere."""
+    spec = str(directory) if directory else options.cluster_spec()
+    if directory is None and is_address(spec):
+        raise SetupError(f"{spec} is the address of a manager: `kvfs up` needs a directory, `kvfs up DIR`")
+    return Path(spec).expanduser().resolve()
+
+
+def is_running(path: Path) -> bool:
+    return cluster_dir.is_cluster_dir(path) and control.is_running(cluster_dir.load(path).control_socket)
 
 
 def prepare(
@@ -91,20 +116,21 @@ def prepare(
     for name, wanted, has in (("--storage", storage, known.storage), ("--replicas", replicas, known.replicas)):
         if wanted is not None and wanted != has:
             raise WrongDataDirectory(f"the cluster in {path} was made with {name} {has}: leave {name} out, or name another directory")
-    if mount and mount != known.mount:
-        known = known.with_mount(mount)
-        known.save()
     cluster_dir.write_configs(known)
     return known
 
 
-def complete(cluster: cluster_dir.ClusterDir, mount: str | None) -> None:
-    """The cluster runs already: start what is not running, and the mount if asked for."""
+def complete(cluster: cluster_dir.ClusterDir, mount: str | None, *, no_mount: bool) -> None:
+    """The cluster runs already: start what is not running, and the mount if asked for; remember that only once it is there."""
     for child in control.request(cluster.control_socket, "status")["processes"]:
+        if child["role"] == "mount" and (mount or no_mount):
+            continue
         if child["state"] in ("stopped", "failed", "restarting"):
             control.request(cluster.control_socket, "start", name=child["id"], timeout_s=UP_TIMEOUT_S)
     if mount:
         control.request(cluster.control_socket, "mount", path=mount, timeout_s=UP_TIMEOUT_S)
+    if (mount or no_mount) and cluster.mount != mount:
+        cluster.with_mount(mount).save()
 
 
 def start_detached(cluster: cluster_dir.ClusterDir, *, restart: bool) -> None:
@@ -113,8 +139,9 @@ def start_detached(cluster: cluster_dir.ClusterDir, *, restart: bool) -> None:
     deadline_s = time.monotonic() + UP_TIMEOUT_S
     with err_console.status("kvfs: starting") as spinner:
         while time.monotonic() < deadline_s:
-            if supervisor.poll() is not None:
-                raise SetupError(f"the supervisor ended at once (status {supervisor.returncode}): see {cluster.log_file('supervisor')}")
+            if supervisor.poll() is not None and not control.is_running(cluster.control_socket):  # else another `kvfs up` was faster: wait for its
+                words = process.last_words(cluster.log_file("supervisor")) or f"status {supervisor.returncode}"
+                raise SetupError(f"the supervisor ended at once ({words}): see {cluster.log_file('supervisor')}")
             if control.is_running(cluster.control_socket):
                 state = control.request(cluster.control_socket, "status")
                 if state["phase"] == "ready":
@@ -205,4 +232,4 @@ def supervise(directory: Path, no_restart: bool) -> None:
     async def chains() -> None:
         await bring_up(cluster)
 
-    sys.exit(run_supervisor(cluster, restart=not no_restart, bring_up=chains))
+    sys.exit(run_supervisor(cluster, restart=not no_restart, bring_up=chains, stay_when_failed=True))

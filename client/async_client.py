@@ -19,6 +19,7 @@ import trio
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.memory import Memory, RegisteredBuffer
 from kvfs.client.file.open_file import OpenFile
+from kvfs.client.file.places import PlaceTable
 from kvfs.client.file.readahead import ReadAhead
 from kvfs.client.file.state import Shared
 from kvfs.client.file.table import FileTable
@@ -82,7 +83,8 @@ class AsyncClient(PathOperations):
         self.pool = self.memory.pool
         back = WriteBack(self.storage, self.memory, config, clock, nursery)
         ahead = ReadAhead(self.storage, self.memory, config, peers.counters, nursery)
-        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, back, clock, config), nursery)
+        places = PlaceTable(self.storage, clock, peers.counters)
+        self.files = FileTable(Shared(self.meta, self.storage, self.memory, ahead, places, back, clock, config))
         self.watcher = Watcher(self.meta, config, clock)
         self.watcher.on_revoked(self._revoked)
         self.watcher.on_lost(self._lost)
@@ -143,6 +145,7 @@ class AsyncClient(PathOperations):
     def start(self) -> None:
         """The tasks of a living client."""
         self._nursery.start_soon(self._back.flush_old)
+        self._nursery.start_soon(self.meta.keep_telling_ends, self.config.session_end_s)
         if self.config.length_hint_s:
             self._nursery.start_soon(self.files.hint_lengths)
         if self.config.watch:
@@ -154,6 +157,10 @@ class AsyncClient(PathOperations):
             await self.files.close_all()
         finally:
             self.memory.reclaim()
+            try:
+                await self.meta.tell_ends(deadline_s=LEAVE_S)
+            except KvfsError as error:
+                log.debug("sessions of closed files end with this client: %s", error.message)
 
 
 @asynccontextmanager

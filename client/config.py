@@ -40,8 +40,13 @@ class ClientConfig:
     """While a file is written, others hear of its length so often; 0: only at fsync and close."""
     write_batch_bytes: int = 4 * MIB
     """Whole chunks gathered into one request."""
+    write_ahead_bytes: int = 8 * MIB
+    """Of one sequential writer on their way, while it fills the next: more only takes fresh memory, which costs more than the writing (a millisecond
+    a MiB), unless a file is spread over many nodes."""
     writes_in_flight: int = 4
-    """Write requests under way at once, all files together; each carries a batch."""
+    """Write requests under way to a node at once, all files together; each carries a batch."""
+    session_end_s: float = 0.02
+    """The end of a file that was closed with nothing to report waits so long for another request to travel with."""
     channels: int = 512
     """Idempotency channels: writes under way at once."""
 
@@ -63,10 +68,11 @@ class ClientConfig:
     """Tell the manager that this client lives: without it write sessions are taken for dead ones."""
 
     def __post_init__(self) -> None:
-        for name in ("deadline_s", "meta_attempt_s", "read_attempt_s", "write_attempt_s", "backoff_first_s", "backoff_max_s", "dirty_age_s"):
+        waits = ("backoff_first_s", "backoff_max_s", "dirty_age_s", "session_end_s")
+        for name in ("deadline_s", "meta_attempt_s", "read_attempt_s", "write_attempt_s", *waits):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"client.{name} must be above 0")
-        for name in ("buffer_pool_bytes", "dirty_max_bytes", "write_batch_bytes", "read_window_bytes", "batch_max_bytes"):
+        for name in ("buffer_pool_bytes", "dirty_max_bytes", "write_batch_bytes", "write_ahead_bytes", "read_window_bytes", "batch_max_bytes"):
             if getattr(self, name) < MIB:
                 raise ConfigError(f"client.{name} must be at least 1 MiB")
         for name in ("writes_in_flight", "channels", "batch_max_ios"):

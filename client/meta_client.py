@@ -2,18 +2,23 @@
 
 Owns the request ids: a change keeps its own over all retries, so that it happens once. Failures of the connection or of the service are retried with
 backoff until the deadline; what the file system itself answers (NotFound, AccessDenied, ...) comes out at once.
-Replies are the protobuf messages of meta.proto. It caches nothing.
+Replies are the protobuf messages of meta.proto. It caches nothing. Requests carry along which sessions have ended (endings.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
+from kvfs.client.endings import Endings
 from kvfs.client.user import User
 from kvfs.common.boundary.random import Random
+from kvfs.common.errors import KvfsError
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
+
+log = logging.getLogger("kvfs.client")
 
 
 class MetaCaller(Protocol):
@@ -29,6 +34,19 @@ class MetaClient:
         self._call = call
         self._random = random
         self.user = user
+        self._endings = Endings()
+
+    def _send(self, name: str, request: Any) -> Awaitable[Any]:
+        """One request, and with it the ends of sessions that wait to be told."""
+        return self._send_with_ends(name, request) if self._endings else self._call(name, request)
+
+    async def _send_with_ends(self, name: str, request: Any) -> Any:
+        taken = self._endings.take(request.context)
+        try:
+            return await self._call(name, request)
+        except BaseException:
+            self._endings.again(taken)
+            raise
 
     def _read(self, user: User | None) -> pb.Context:
         return pb.Context(user=(user or self.user).wire)
@@ -41,12 +59,12 @@ class MetaClient:
     ) -> pb.LookupReply:
         """Walk `names` from `parent` in one call. Fewer inodes than names in the reply: the next component does not exist."""
         request = pb.LookupRequest(context=self._read(user), parent=parent, names=names, follow=follow, follow_last=follow_last)
-        reply: pb.LookupReply = await self._call("Lookup", request)
+        reply: pb.LookupReply = await self._send("Lookup", request)
         return reply
 
     async def get_attr(self, inodes: Sequence[int], *, user: User | None = None) -> list[pb.Inode]:
         """Attributes, in order; an inode that is gone has type TYPE_INVALID."""
-        reply: pb.GetAttrReply = await self._call("GetAttr", pb.GetAttrRequest(context=self._read(user), inodes=inodes))
+        reply: pb.GetAttrReply = await self._send("GetAttr", pb.GetAttrRequest(context=self._read(user), inodes=inodes))
         return list(reply.inodes)
 
     async def set_attr(
@@ -80,7 +98,7 @@ class MetaClient:
             length=length,
             session=session,
         )
-        reply: pb.InodeReply = await self._call("SetAttr", request)
+        reply: pb.InodeReply = await self._send("SetAttr", request)
         return reply.inode
 
     async def create(
@@ -96,8 +114,11 @@ class MetaClient:
         exclusive: bool = False,
         truncate: bool = False,
         layout: pb.Layout | None = None,
+        path: Sequence[bytes] = (),
+        follow_last: bool = False,
     ) -> pb.CreateReply:
-        """Create and open (or only open, unless `exclusive`) a regular file. `session`: 16 random bytes that name the open file."""
+        """Create and open (or only open, unless `exclusive`) a regular file. `session`: 16 random bytes that name the open file.
+        `path`, with an empty name: walked from `parent` in the same step, symbolic links followed, and the file is what it leads to."""
         request = pb.CreateRequest(
             context=self._change(user),
             parent=parent,
@@ -109,16 +130,32 @@ class MetaClient:
             write=write,
             session=session,
             layout=layout,
+            path=path,
+            follow_last=follow_last,
         )
-        reply: pb.CreateReply = await self._call("Create", request)
+        reply: pb.CreateReply = await self._send("Create", request)
         return reply
 
     async def open(
-        self, inode: int, *, user: User | None = None, session: bytes = b"", read: bool = True, write: bool = False, truncate: bool = False
+        self,
+        inode: int,
+        *,
+        user: User | None = None,
+        session: bytes = b"",
+        read: bool = True,
+        write: bool = False,
+        truncate: bool = False,
+        path: Sequence[bytes] = (),
+        follow_last: bool = False,
     ) -> pb.Inode:
-        """Check permissions, note the session (a reader's too: it keeps the content of a removed file), and give attributes true at this moment."""
-        request = pb.OpenRequest(context=self._change(user), inode=inode, read=read, write=write, truncate=truncate, session=session)
-        reply: pb.InodeReply = await self._call("Open", request)
+        """Check permissions, note the session (a reader's too: it keeps the content of a removed file), and give attributes true at this moment.
+        `path`: walked from `inode`, a directory, in the same step."""
+        context = self._change(user) if truncate else self._read(user)
+        request = pb.OpenRequest(context=context, inode=inode, read=read, write=write, truncate=truncate, session=session)
+        if path:
+            request.path.extend(path)
+            request.follow_last = follow_last
+        reply: pb.InodeReply = await self._send("Open", request)
         return reply.inode
 
     async def close(
@@ -134,7 +171,8 @@ class MetaClient:
         still_open: bool = False,
         uncertain: bool = False,
     ) -> pb.Inode:
-        """Report what was written through the session; end it unless `still_open`. `uncertain`: a failed write may have been applied."""
+        """Report what was written through the session; end it unless `still_open`. `uncertain`: a failed write may have been applied.
+        With nothing to report, `end_session` does it without a wait."""
         request = pb.CloseRequest(
             context=self._change(user),
             inode=inode,
@@ -146,12 +184,36 @@ class MetaClient:
             still_open=still_open,
             uncertain=uncertain,
         )
-        reply: pb.InodeReply = await self._call("Close", request)
+        reply: pb.InodeReply = await self._send("Close", request)
         return reply.inode
+
+    def end_session(self, inode: int, session: bytes) -> None:
+        """The file was closed and there is nothing to report: the service hears of it with the next request, or soon."""
+        self._endings.add(inode, session)
+
+    async def tell_ends(self, *, deadline_s: float | None = None) -> None:
+        """Tell the ends that wait now. Afterwards the service knows all that was ended before."""
+        while self._endings:
+            request = pb.EndSessionsRequest(context=pb.Context())
+            taken = self._endings.take(request.context)
+            try:
+                await self._call("EndSessions", request, deadline_s=deadline_s)
+            except BaseException:
+                self._endings.again(taken)
+                raise
+
+    async def keep_telling_ends(self, delay_s: float) -> None:
+        """For ever: tell ends that no other request has taken along for `delay_s`."""
+        while True:
+            await self._endings.due(delay_s)
+            try:
+                await self.tell_ends()
+            except KvfsError as error:
+                log.debug("the ends of closed files wait: %s", error.message)
 
     async def append(self, inode: int, session: bytes, length: int, *, user: User | None = None) -> pb.AppendReply:
         """Reserve `length` bytes at the end of the file: [reply.offset, reply.offset + length) is the caller's alone."""
-        reply: pb.AppendReply = await self._call("Append", pb.AppendRequest(context=self._change(user), inode=inode, session=session, length=length))
+        reply: pb.AppendReply = await self._send("Append", pb.AppendRequest(context=self._change(user), inode=inode, session=session, length=length))
         return reply
 
     async def make(
@@ -171,17 +233,20 @@ class MetaClient:
         request = pb.MakeRequest(
             context=self._change(user), parent=parent, name=name, type=type, mode=mode, rdev=rdev, symlink=symlink, layout=layout, space=space
         )
-        reply: pb.InodeReply = await self._call("Make", request)
+        reply: pb.InodeReply = await self._send("Make", request)
         return reply.inode
 
     async def link(self, inode: int, parent: int, name: bytes, *, user: User | None = None) -> pb.Inode:
-        reply: pb.InodeReply = await self._call("Link", pb.LinkRequest(context=self._change(user), inode=inode, parent=parent, name=name))
+        reply: pb.InodeReply = await self._send("Link", pb.LinkRequest(context=self._change(user), inode=inode, parent=parent, name=name))
         return reply.inode
 
-    async def remove(self, parent: int, name: bytes, *, user: User | None = None, directory: bool = False, recursive: bool = False) -> pb.Inode:
-        """unlink, rmdir (`directory`), or the whole tree (`recursive`). Gives the inode as it is after, with its new nlink."""
-        request = pb.RemoveRequest(context=self._change(user), parent=parent, name=name, directory=directory, recursive=recursive)
-        reply: pb.RemoveReply = await self._call("Remove", request)
+    async def remove(
+        self, parent: int, name: bytes, *, user: User | None = None, directory: bool = False, recursive: bool = False, path: Sequence[bytes] = ()
+    ) -> pb.Inode:
+        """unlink, rmdir (`directory`), or the whole tree (`recursive`). Gives the inode as it is after, with its new nlink.
+        `path`: walked from `parent` in the same step, to the directory that holds the name."""
+        request = pb.RemoveRequest(context=self._change(user), parent=parent, name=name, directory=directory, recursive=recursive, path=path)
+        reply: pb.RemoveReply = await self._send("Remove", request)
         return reply.inode
 
     async def rename(
@@ -204,7 +269,7 @@ class MetaClient:
             no_replace=no_replace,
             exchange=exchange,
         )
-        reply: pb.RenameReply = await self._call("Rename", request)
+        reply: pb.RenameReply = await self._send("Rename", request)
         return reply
 
     async def read_dir(
@@ -212,35 +277,35 @@ class MetaClient:
     ) -> pb.ReadDirReply:
         """One page of entries behind `after`, in the byte order of names."""
         request = pb.ReadDirRequest(context=self._read(user), inode=inode, after=after, limit=limit, attributes=attributes)
-        reply: pb.ReadDirReply = await self._call("ReadDir", request)
+        reply: pb.ReadDirReply = await self._send("ReadDir", request)
         return reply
 
     async def set_xattr(
         self, inode: int, name: bytes, value: bytes, *, user: User | None = None, create: bool = False, replace: bool = False
     ) -> pb.Inode:
         request = pb.XattrRequest(context=self._change(user), inode=inode, name=name, value=value, create=create, replace=replace)
-        reply: pb.InodeReply = await self._call("SetXattr", request)
+        reply: pb.InodeReply = await self._send("SetXattr", request)
         return reply.inode
 
     async def get_xattr(self, inode: int, name: bytes, *, user: User | None = None) -> bytes:
-        reply: pb.XattrReply = await self._call("GetXattr", pb.XattrRequest(context=self._read(user), inode=inode, name=name))
+        reply: pb.XattrReply = await self._send("GetXattr", pb.XattrRequest(context=self._read(user), inode=inode, name=name))
         return reply.value
 
     async def list_xattr(self, inode: int, *, user: User | None = None) -> list[bytes]:
-        reply: pb.XattrReply = await self._call("ListXattr", pb.XattrRequest(context=self._read(user), inode=inode))
+        reply: pb.XattrReply = await self._send("ListXattr", pb.XattrRequest(context=self._read(user), inode=inode))
         return list(reply.names)
 
     async def remove_xattr(self, inode: int, name: bytes, *, user: User | None = None) -> pb.Inode:
-        reply: pb.InodeReply = await self._call("RemoveXattr", pb.XattrRequest(context=self._change(user), inode=inode, name=name))
+        reply: pb.InodeReply = await self._send("RemoveXattr", pb.XattrRequest(context=self._change(user), inode=inode, name=name))
         return reply.inode
 
     async def stat_fs(self, *, user: User | None = None) -> pb.StatFsReply:
-        reply: pb.StatFsReply = await self._call("StatFs", pb.StatFsRequest(context=self._read(user)))
+        reply: pb.StatFsReply = await self._send("StatFs", pb.StatFsRequest(context=self._read(user)))
         return reply
 
     async def set_layout(self, inode: int, layout: pb.Layout, *, user: User | None = None) -> pb.Inode:
         """A directory's layout for new files."""
-        reply: pb.InodeReply = await self._call("SetLayout", pb.SetLayoutRequest(context=self._change(user), inode=inode, layout=layout))
+        reply: pb.InodeReply = await self._send("SetLayout", pb.SetLayoutRequest(context=self._change(user), inode=inode, layout=layout))
         return reply.inode
 
     async def watch(self, *, acknowledged: int, epoch: int, wait_ms: int, user: User | None = None) -> pb.WatchReply:
@@ -251,14 +316,16 @@ class MetaClient:
 
     async def fsck(self, *, cursor: bytes = b"", limit: int = 0, user: User | None = None) -> pb.FsckReply:
         """One page of all inodes with what is wrong in the metadata itself."""
-        reply: pb.FsckReply = await self._call("Fsck", pb.FsckRequest(context=self._read(user), cursor=cursor, limit=limit))
+        reply: pb.FsckReply = await self._send("Fsck", pb.FsckRequest(context=self._read(user), cursor=cursor, limit=limit))
         return reply
 
     async def status(self) -> pb.MetaStatusReply:
+        await self.tell_ends()
         reply: pb.MetaStatusReply = await self._call("Status", base_pb2.Empty())
         return reply
 
     async def collect_garbage(self) -> pb.MetaStatusReply:
         """Run the queue of deleted files to its end now."""
+        await self.tell_ends()
         reply: pb.MetaStatusReply = await self._call("CollectGarbage", base_pb2.Empty())
         return reply

@@ -15,6 +15,7 @@ def to_os_error(error: KvfsError, path: str | None = None) -> BaseException:
     """The exception to raise instead. OSError picks the subclass by errno."""
     if isinstance(error, SetupError):
         return error
-    result = OSError(error.errno, error.message) if path is None else OSError(error.errno, error.message, path)
+    # Many messages start with the path, for those who see nothing else; OSError prints its own.
+    result = OSError(error.errno, error.message) if path is None else OSError(error.errno, error.message.removeprefix(f"{path}: "), path)
     result.__cause__ = error
     return result

@@ -150,19 +150,22 @@ class PathOperations:
                 parent = again.inodes[0].inode
 
     async def rmdir(self, path: Path) -> None:
-        parent, name = await self._place(path)
-        await self.meta.remove(parent, name, directory=True)
+        await self._remove(path, directory=True)
 
     async def rmtree(self, path: Path) -> None:
         """A directory and all below it: gone at once, the space comes back in the background."""
-        parent, name = await self._place(path)
-        await self.meta.remove(parent, name, recursive=True)
+        await self._remove(path, recursive=True)
+
+    async def _remove(self, path: Path, *, directory: bool = False, recursive: bool = False) -> None:
+        names = components(path)
+        if not names:
+            raise AlreadyExists("the root has no name")
+        await self.meta.remove(ROOT_INODE, names[-1], directory=directory, recursive=recursive, path=names[:-1])
 
     # --- names -----------------------------------------------------------------------------------------------------------------------
 
     async def unlink(self, path: Path) -> None:
-        parent, name = await self._place(path)
-        await self.meta.remove(parent, name)
+        await self._remove(path)
 
     remove = unlink
 
@@ -235,18 +238,13 @@ class PathOperations:
         read, write = access in (os.O_RDONLY, os.O_RDWR), access in (os.O_WRONLY, os.O_RDWR)
         truncate = bool(flags & os.O_TRUNC) and write
         session = self._random.bytes(16)
+        names = components(path)
         if flags & os.O_CREAT:
-            follow = not flags & (os.O_EXCL | os.O_NOFOLLOW)
-            reply = await self._walk(path, follow_last=follow)
-            if reply.final_name and follow:
-                parent, name = reply.final_parent, reply.final_name
-            else:
-                parent, name = await self._place(path)
-            if len(reply.inodes) < len(components(path)) - 1:
-                raise NotFound(f"{shown(path)}: no such directory")
+            if not names:
+                raise IsDirectory("the root is a directory")
             created = await self.meta.create(
-                parent,
-                name,
+                ROOT_INODE,
+                b"",
                 mode & ~self.umask,
                 session=session,
                 read=read,
@@ -254,13 +252,16 @@ class PathOperations:
                 exclusive=bool(flags & os.O_EXCL),
                 truncate=truncate,
                 layout=layout,
+                path=names,
+                follow_last=not flags & (os.O_EXCL | os.O_NOFOLLOW),
             )
             inode = created.inode
         else:
-            found = await self._find(path, follow=not flags & os.O_NOFOLLOW)
-            if found.type == pb.DIRECTORY:
+            inode = await self.meta.open(
+                ROOT_INODE, session=session, read=read, write=write, truncate=truncate, path=names, follow_last=not flags & os.O_NOFOLLOW
+            )
+            if inode.type == pb.DIRECTORY:
                 raise IsDirectory(f"{shown(path)}: a directory")
-            inode = await self.meta.open(found.inode, session=session, read=read, write=write, truncate=truncate)
         return self.files.open(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=self.user)
 
     async def open(self, path: Path, mode: str = "rb", *, layout: pb.Layout | None = None) -> AsyncFile:

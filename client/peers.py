@@ -15,6 +15,7 @@ from kvfs.common.boundary.random import Random
 from kvfs.common.errors import KvfsError, TransportError
 from kvfs.common.routing import Routing
 from kvfs.common.transport.region import Span
+from kvfs.common.wire.lending import BorrowedFiles
 from kvfs.common.wire.service import Method
 
 Buffer = Span | memoryview | bytes | bytearray
@@ -42,6 +43,8 @@ class Caller(Protocol):
         send: Sequence[Buffer] = (),
         receive: Sequence[Buffer] = (),
     ) -> Any: ...
+
+    async def borrowed(self, addresses: Sequence[str], *, timeout_s: float) -> BorrowedFiles | None: ...
 
 
 class Where(NamedTuple):
@@ -74,6 +77,11 @@ class Counters:
     window_hits: int = 0
     window_fetches: int = 0
     heap_blocks: int = 0
+    place_requests: int = 0
+    places_stale: int = 0
+    """Places where other bytes were found: the service was asked for the bytes."""
+    direct_bytes: int = 0
+    """Read from the places told. Counted by any thread, without a lock."""
 
 
 @dataclass(slots=True)

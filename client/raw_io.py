@@ -1,9 +1,10 @@
 """A file of the cluster as Python's raw file object, so that io.BufferedReader, io.BufferedWriter and io.TextIOWrapper work over it.
 
-Owns the position of a file object and its borrowed window: a reader in steps smaller than the client's read-ahead borrows a stretch of
-registered memory
-once and copies from it in its own thread, instead of crossing to the client's thread for each step. The stretch is given up when
-the client hears of, or makes, any change of the file (`OpenFile.token`), and after `STALE_S`.
+Owns the position of a file object and what it has borrowed. Where the storage is on this machine and tells places (file/places.py), the caller's
+own thread reads from there straight into the caller's memory; else it crosses to the client's thread. A reader in small steps reads many steps at
+once, or borrows registered memory that was read ahead, and copies from it. All that is given up when the client hears of, or makes, any change of the
+file (`OpenFile.token`), and after `STALE_S`: so long, a read may miss what another client has written and has neither closed nor synced.
+A sequential writer puts its bytes into registered memory in its own thread too (a `Stretch`), and crosses once for several MiB.
 Thread-safe as Python's own raw files are: the file object has no lock of its own, the position belongs to one thread at a time.
 """
 
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvfs.client.file.memory import bytes_of
 from kvfs.client.file.open_file import OpenFile
+from kvfs.client.file.places import STALE_S
+from kvfs.client.file.stretch import Stretch
 from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.errors import KvfsError
 
@@ -22,8 +25,14 @@ if TYPE_CHECKING:
     from kvfs.client.sync_client import Client
 
 _CLOCK = SystemClock()
+_EMPTY = memoryview(b"")
 BORROW_BYTES = 4 << 20
-STALE_S = 0.2
+STEPS_BYTES = 512 << 10
+"""Read at once for small steps: fits the processor's cache."""
+DIRECT_BYTES = 64 << 10
+"""From so many on, a step is read into the caller's memory itself."""
+OWN_MEMORY_BYTES = 256 << 10
+"""Up to so many, `pread` makes its memory here; above, that of the client is warmer."""
 FIRST_BORROW_BYTES = 128 << 10
 READ_ALL_STEP_BYTES = 64 << 20
 
@@ -39,11 +48,14 @@ class RawFile(io.RawIOBase):
         self._pid = os.getpid()
         self._position = 0
         self._borrowed: memoryview | None = None
+        self._steps_memory = _EMPTY
         self._borrowed_at = 0
         self._borrowed_until = 0.0
         self._borrowed_token = 0
         self._steps = 0
         self._sequential_end = 0
+        self._stretch: Stretch | None = None
+        self._written_end = 0
         self._closing = False
         self._orphaned: list[tuple[int, bytes]] = []
         """Written by a buffer's finalizer that ran in the client's own thread: goes out with the close that follows."""
@@ -71,6 +83,13 @@ class RawFile(io.RawIOBase):
         view = bytes_of(buffer)
         size = len(view)
         done = 0
+        if size >= DIRECT_BYTES:
+            self._check(self._readable, "reading")
+            done, ended = self._direct(self._position, view)
+            self._position += done
+            self._sequential_end = self._position
+            if ended:
+                return done
         while done < size:
             part = self._next(size - done)
             if part is None:
@@ -124,10 +143,36 @@ class RawFile(io.RawIOBase):
         length = min(BORROW_BYTES, max(size, ahead))
         handle = self._handle()
         self._borrowed_token = handle.token  # before the read: what changes meanwhile makes it stale
+        if size <= STEPS_BYTES and handle.tells_places:
+            room = min(length, STEPS_BYTES)
+            if len(self._steps_memory) < room:
+                self._steps_memory = memoryview(bytearray(room))
+            done, ended = self._direct(self._position, self._steps_memory[:room])
+            if done >= size or ended:
+                self._borrowed_until = handle.places_until(self._position, self._position + done)
+                self._borrowed, self._borrowed_at = self._steps_memory[:done], self._position
+                return self._borrowed
         self._borrowed_until = _CLOCK.monotonic() + STALE_S
         borrowed: memoryview = self._call(handle.pread, self._position, length)
         self._borrowed, self._borrowed_at = borrowed, self._position
         return borrowed
+
+    def _direct(self, offset: int, into: memoryview) -> tuple[int, bool]:
+        """Bytes read in this thread, and whether there are no more to be had: the room is full, or the file ends."""
+        size = len(into)
+        done = self._file.read_now(offset, into)
+        while done < size:
+            handle = self._handle()
+            if not handle.tells_places:
+                return done, False
+            end = self._call(handle.find_places, offset + done, size - done)
+            count = handle.read_now(offset + done, into[done:])
+            done += count
+            if not count:
+                return done, offset + done >= end
+        if self._file.wants_more(offset + done) and self._pid == os.getpid():
+            self._client.portal.post(self._file.find_more, offset + done)
+        return done, True
 
     def _give_back(self) -> None:
         self._borrowed = None
@@ -154,9 +199,32 @@ class RawFile(io.RawIOBase):
         if self._flags & os.O_APPEND:
             self._position = self._call(self._handle().append, [view]) + len(view)
             return len(view)
-        count: int = self._call(self._handle().pwrite, self._position, [view])
-        self._position += count
-        return count
+        handle = self._handle()
+        done = self._put(handle, view)
+        if done < len(view):
+            self._call(handle.pwrite, self._position + done, [view[done:] if done else view])
+        self._position = self._written_end = self._position + len(view)
+        return len(view)
+
+    def _put(self, handle: OpenFile, view: memoryview) -> int:
+        """Write in this thread what can be; how much that was. Who goes on where his last write ended gets memory for more."""
+        done = 0
+        sequential = self._position == self._written_end and self._position > 0
+        while done < len(view):
+            stretch = self._stretch
+            taken = stretch.put(self._position + done, view[done:]) if stretch is not None else 0
+            done += taken
+            if done == len(view):
+                break
+            if not taken and stretch is not None and not stretch.end > stretch.start:
+                self._stretch = None
+                break  # made for nothing, others are at the file
+            if not sequential:
+                break
+            self._stretch = self._call(handle.stretch, self._position + done)
+            if self._stretch is None:
+                break
+        return done
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         self._check(True, "")
@@ -219,12 +287,22 @@ class RawFile(io.RawIOBase):
 
     def pread(self, size: int, offset: int) -> memoryview:
         """As os.pread, without a copy where the bytes were read ahead: the memory is the client's until the last view of it is gone."""
+        if 0 < size <= OWN_MEMORY_BYTES:
+            memory = memoryview(bytearray(size))
+            done, ended = self._direct(offset, memory)
+            if ended:
+                return memory[:done].toreadonly()
         data: memoryview = self._call(self._handle().pread, offset, size)
         return data
 
     def preadv(self, buffers: Any, offset: int) -> int:
         """As os.preadv; Spans of a registered buffer are filled without a copy."""
-        count: int = self._call(self._handle().pread_into, offset, list(buffers))
+        buffers = list(buffers)
+        if len(buffers) == 1 and len(view := bytes_of(buffers[0])):
+            done, ended = self._direct(offset, view)
+            if ended:
+                return done
+        count: int = self._call(self._handle().pread_into, offset, buffers)
         return count
 
     def pwrite(self, data: Any, offset: int) -> int:
@@ -250,6 +328,7 @@ class RawFile(io.RawIOBase):
         """The open file; in a forked child, one of its own."""
         if self._pid != os.getpid():
             self._give_back()
+            self._stretch = None
             self._file = self._client.reopen(self._file, self._flags)
             self._pid = os.getpid()
         return self._file

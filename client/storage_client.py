@@ -14,8 +14,10 @@ import trio
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.peers import Counters, Peers
+from kvfs.client.place import Place
 from kvfs.client.retry import Attempts
 from kvfs.client.storage_blocks import BlockPath, Probe, Touch
+from kvfs.client.storage_places import ChunkRange, PlacePath
 from kvfs.client.storage_reads import ChunkRead, ReadDone, ReadPath
 from kvfs.client.storage_writes import ChunkWrite, WriteDone, WritePath
 from kvfs.client.tags import Channels
@@ -45,6 +47,7 @@ class StorageClient:
         self._reads = ReadPath(peers, config, self._refresh_in_background)
         self._writes = WritePath(peers, config, self._channels)
         self._blocks = BlockPath(peers, config, nursery, self._attempts)
+        self._places = PlacePath(peers, config)
 
     @property
     def routing(self) -> Routing:
@@ -88,6 +91,10 @@ class StorageClient:
         )
         return reply.evicted
 
+    async def places(self, ranges: Sequence[ChunkRange]) -> list[Place | None]:
+        """Where bytes lie, as far as a service on this machine tells it; one attempt, no error. See storage_places.py."""
+        return await self._places.places(ranges)
+
     async def write(self, writes: Sequence[ChunkWrite], *, deadline_s: float | None = None) -> list[WriteDone]:
         """All acknowledged, or the error of one that was not (the others have been tried all the same)."""
         done = []
@@ -100,6 +107,14 @@ class StorageClient:
     async def write_each(self, writes: Sequence[ChunkWrite], *, deadline_s: float | None = None) -> list[WriteDone | KvfsError]:
         """The outcome of each; never raises for a failed write."""
         return await self._writes.write_each(writes, deadline_s=deadline_s)
+
+    def head_node(self, chain_id: int) -> int:
+        """Who takes the chain's updates now; 0: nobody known."""
+        routing = self._peers.routing
+        try:
+            return routing.node_of_target(routing.head(chain_id)).node_id
+        except KvfsError:
+            return 0
 
     async def sync(self, chain_ids: Sequence[int], *, deadline_s: float | None = None) -> None:
         """What was acknowledged on these chains before the call survives power loss after it: synced on every target that serves them now."""

@@ -24,7 +24,6 @@ from kvfs.client.retry import Attempts, worth_retrying
 from kvfs.common.checksum import verify
 from kvfs.common.errors import ChainError, ChecksumMismatch, ChunkNotFound, DataError, InputOutput, KvfsError, NoServingTarget, from_wire
 from kvfs.common.ids import ChunkId
-from kvfs.common.routing import Routing
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import method
@@ -97,7 +96,7 @@ class ReadPath:
     async def _step(self, run: _Run, attempts: Attempts) -> None:
         """One attempt at what is pending, at other replicas than before; or, where none is left, a wait for newer routing."""
         config, peers = self._config, self._peers
-        groups, stuck = self._plan(run, peers.routing)
+        groups, stuck = self._plan(run)
         if groups:
             timeout_s = attempts.timeout_s()
             if len(groups) == 1:
@@ -116,42 +115,20 @@ class ReadPath:
             run.tried.clear()
             run.rounds += 1
 
-    def _plan(self, run: _Run, routing: Routing) -> tuple[list[Group], KvfsError | None]:
+    def _plan(self, run: _Run) -> tuple[list[Group], KvfsError | None]:
         """Groups to ask now; without any, the error that everything is stuck on."""
         operations = []
         stuck: KvfsError | None = None
         for index in run.pending:
             read = run.reads[index]
             try:
-                target = self._choose(routing, read, run.tried.get(index, ()))
+                target = choose(self._peers, read.chain_id, read.chunk_id, run.tried.get(index, ()))
                 where = self._peers.where(target)
             except KvfsError as error:
                 stuck = run.errors.get(index, error)
                 continue
             operations.append((index, target, where.node_id, where.addresses, read.length))
         return group_by_node(operations, max_ios=self._config.batch_max_ios, max_bytes=self._config.batch_max_bytes), stuck
-
-    def _choose(self, routing: Routing, read: ChunkRead, tried: Sequence[int] | set[int]) -> int:
-        serving = routing.serving(read.chain_id)
-        count = len(serving)
-        if count == 1 and not tried:
-            return serving[0]
-        best, best_rank = 0, (2, 2)
-        # Multiplied (Fibonacci hashing), since the plain index goes in step with the order of the chains.
-        turn = ((read.chunk_id[-1] | read.chunk_id[-2] << 8) * 0x9E3779B1 & 0xFFFFFFFF) >> 16
-        for step in range(count):
-            target = serving[(turn + step) % count]
-            if target in tried:
-                continue
-            where = self._peers.where(target)
-            rank = (int(self._peers.suspected(where.node_id)), int(not where.here))
-            if rank < best_rank:
-                best, best_rank = target, rank
-                if rank == (0, 0):
-                    break
-        if not best:
-            raise NoServingTarget(f"no replica of chain {read.chain_id} could be read")
-        return best
 
     async def _ask(self, run: _Run, group: Group, timeout_s: float) -> None:
         """One request. Fills run.done for what came right, run.errors and run.tried for the rest."""
@@ -208,6 +185,30 @@ class ReadPath:
         run.tried.setdefault(index, set()).add(target)
         if isinstance(error, ChainError):
             self._in_background(self._config.read_attempt_s)
+
+
+def choose(peers: Peers, chain_id: int, chunk_id: ChunkId, tried: Sequence[int] | set[int]) -> int:
+    """The target to read a chunk from, none of those that were tried. Raises NoServingTarget, ChainError."""
+    serving = peers.routing.serving(chain_id)
+    count = len(serving)
+    if count == 1 and not tried:
+        return serving[0]
+    best, best_rank = 0, (2, 2)
+    # Multiplied (Fibonacci hashing), since the plain index goes in step with the order of the chains.
+    turn = ((chunk_id[-1] | chunk_id[-2] << 8) * 0x9E3779B1 & 0xFFFFFFFF) >> 16
+    for step in range(count):
+        target = serving[(turn + step) % count]
+        if target in tried:
+            continue
+        where = peers.where(target)
+        rank = (int(peers.suspected(where.node_id)), int(not where.here))
+        if rank < best_rank:
+            best, best_rank = target, rank
+            if rank == (0, 0):
+                break
+    if not best:
+        raise NoServingTarget(f"no replica of chain {chain_id} could be read")
+    return best
 
 
 class _Run:

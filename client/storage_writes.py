@@ -47,6 +47,8 @@ class ChunkWrite:
     """CREATE: the size of the block on disk."""
     space: pb.KvSpace | None = None
     """CREATE: what the storage services are to know of the block's space."""
+    checksums: bytes | None = None
+    """Of the data, where they are known already."""
 
 
 @dataclass(slots=True)
@@ -200,7 +202,9 @@ class _Run:
         if known is None:
             write = self.writes[index]
             data = write.data
-            known = b"" if data is None else checksums(data.view if isinstance(data, Span) else data, write.offset)
+            known = write.checksums
+            if known is None:
+                known = b"" if data is None else checksums(data.view if isinstance(data, Span) else data, write.offset)
             self._checksums[index] = known
         return known
 

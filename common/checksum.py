@@ -14,6 +14,7 @@ from typing import Final
 from xxhash import xxh3_64_intdigest
 
 CHECKSUM_UNIT_BYTES: Final = 32768
+CHECKSUM_BYTES: Final = 8
 _UNIT: Final = CHECKSUM_UNIT_BYTES
 
 

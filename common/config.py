@@ -73,13 +73,13 @@ def loads(cls: type[T], text: str, environ: Mapping[str, str], section: str, *, 
     return typing.cast(T, made)
 
 
-def dump(value: object, section: str = "") -> str:
-    """TOML text that `load` reads back as an equal object."""
+def dump(value: object, section: str = "", *, changed: bool = False) -> str:
+    """TOML text that `load` reads back as an equal object. `changed`: without what is as by default."""
     lines = [f"[{section}]"] if section else []
     tables: list[tuple[str, object]] = []
     for field in dataclasses.fields(value):  # type: ignore[arg-type]
         entry = getattr(value, field.name)
-        if entry is None:
+        if entry is None or (changed and entry == field.default):
             continue  # TOML has no null: an absent key is the default
         if dataclasses.is_dataclass(entry):
             tables.append((field.name, entry))
@@ -87,7 +87,7 @@ def dump(value: object, section: str = "") -> str:
             lines.append(f"{field.name} = {_literal(entry)}")
     text = "\n".join(lines) + "\n" if lines else ""
     for name, entry in tables:
-        text += "\n" + dump(entry, f"{section}.{name}" if section else name)
+        text += "\n" + dump(entry, f"{section}.{name}" if section else name, changed=changed)
     return text
 
 
@@ -183,7 +183,7 @@ def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
     if origin is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: {name!r} must be a list of {_name_of(item)}, not {value!r}")
+            raise ConfigError(f"{where}: {name!r} must be a list of {name_of(item)}, not {value!r}")
         return tuple(_checked(entry, item, where, name) for entry in value)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
@@ -194,7 +194,7 @@ def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
     if hint is Path and type(value) is str:
         return Path(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{where}: {name!r} must be {_name_of(hint)}, not {value!r}")
+        raise ConfigError(f"{where}: {name!r} must be {name_of(hint)}, not {value!r}")
     return value
 
 
@@ -223,7 +223,7 @@ def _check_range(field: Any, value: Any, where: str, name: str) -> None:
             raise ConfigError(f"{where}: {name!r} must be {' and '.join(bounds)}, not {entry!r}")
 
 
-def _name_of(hint: Any) -> str:
+def name_of(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes", Path: "a path in quotes"}.get(hint, str(hint))
 
 

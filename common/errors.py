@@ -331,6 +331,9 @@ class IndexCorrupt(DataError):
     """The index of a target or a metadata store cannot be read; nothing stored was touched."""
 
     code = 502
+    ADVICE: ClassVar[str] = (
+        "Nothing was changed. Restore its directory from a copy; that of a storage target with replicas may also be emptied, they refill it"
+    )
 
 
 # --- ClusterError: 600-699 ----------------------------------------------------------------------------------------------------------

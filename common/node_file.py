@@ -48,6 +48,11 @@ def open_node_file(disk: Disk, random: Random, *, where: str, role: str, cluster
     """The directory's node file, checked against what the caller is, or a new one. Lock the directory first. `cluster_id` empty: any."""
     found = read_node_file(disk, where=where)
     if found is None:
+        strangers = sorted(set(disk.list("")) - {"LOCK", "lost+found"})
+        if strangers:
+            raise WrongDataDirectory(
+                f"{where} holds {strangers[0]!r} but no {NAME}: name an empty directory, or restore {NAME} from a copy; nothing was touched"
+            )
         new = NodeFile(cluster_id, role, random.bytes(16).hex())
         disk.write_file(NAME, new.encode())
         return new

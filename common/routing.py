@@ -119,6 +119,16 @@ class Routing:
     def nodes_with_role(self, role: pb.NodeRole, *, alive: bool = False) -> list[pb.Node]:
         return [node for node in self._nodes.values() if node.role == role and (node.alive or not alive)]
 
+    def space(self) -> tuple[int, int, int]:
+        """(capacity, free, used) of all disks, in bytes, replicas counted each. The targets of a disk share what it has free, not what they use."""
+        free: dict[tuple[int, int], int] = {}
+        used = 0
+        for target in self._targets.values():
+            disk = (target.node_id, target.disk)
+            free[disk] = max(free.get(disk, 0), target.free_bytes)
+            used += target.used_bytes
+        return used + sum(free.values()), sum(free.values()), used
+
     def chain_of_chunk(self, chain_ids: list[int], index: int) -> int:
         """The chain of chunk `index` of a file whose layout names `chain_ids`."""
         return chain_ids[index % len(chain_ids)]

@@ -13,17 +13,12 @@ say() { printf 'bootstrap: %s\n' "$*" >&2; }
 
 python=${PYTHON:-python3}
 need=()
-command -v gcc >/dev/null || need+=(gcc libc6-dev)
-command -v pkg-config >/dev/null || need+=(pkg-config)
 command -v fusermount3 >/dev/null || need+=(fuse3)
-{ command -v pkg-config >/dev/null && pkg-config --exists fuse3; } || need+=(libfuse3-dev)
 command -v "$python" >/dev/null || need+=(python3)
 if command -v "$python" >/dev/null; then
     "$python" -c 'import ensurepip, venv' 2>/dev/null || need+=(python3-venv)
-    # pyfuse3 is compiled: the headers of this very interpreter must be there.
-    "$python" -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || need+=(python3-dev)
 else
-    need+=(python3-venv python3-dev)
+    need+=(python3-venv)
 fi
 if [ ${#need[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ]; then sudo=""; elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo=sudo; else
@@ -41,7 +36,7 @@ fi
     exit 1
 }
 
-say "installing kvfs into $venv (a minute or two the first time: pyfuse3 is compiled)"
+say "installing kvfs into $venv (up to a minute the first time)"
 [ -x $venv/bin/python ] || "$python" -m venv $venv
 $venv/bin/python -m pip --disable-pip-version-check install -q -c deploy/constraints.txt -e '.[fuse,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
 [ -x $venv/bin/kvfs ] || { say "pip did not install the kvfs command: see its messages above"; exit 1; }

@@ -27,7 +27,7 @@ class MountConfig:
     read_ahead_kb: int = 4096
     """How far the kernel reads ahead (set through /sys/class/bdi, root only); 0: leave it at the kernel's 128."""
     max_background: int = 64
-    """Read-ahead and write-back requests under way at once (set through fusectl where it is mounted)."""
+    """Read-ahead and write-back requests under way at once; the kernel may allow fewer to who is not root."""
     max_tasks: int = 256
     """Requests served at once; more wait in the kernel."""
     operation_deadline_s: float = 40.0

@@ -39,10 +39,11 @@ class _Directory:
     mtime_ns: int
     ctime_ns: int
     entries: dict[bytes, int] = field(default_factory=dict)
+    """name -> inode; 0: there is no such entry."""
     complete: bool = False
     """`entries` has every name: the directory was made here, and so was everything in it."""
-    changes: int = 0
-    """Changes of its entries that this mount has under way."""
+    changing: dict[bytes, int] = field(default_factory=dict)
+    """Entries that this mount is changing, with how many changes of each are under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +81,32 @@ class EntryCache:
         if directory is None or self._now() >= directory.until:
             return None
         child = directory.entries.get(name)
-        return None if child is None else self.attributes(child)
+        return self.attributes(child) if child else None
 
-    def absent(self, parent: int, name: bytes) -> bool:
-        """Surely no such entry: all of the directory's are known."""
+    def absent(self, parent: int, name: bytes) -> float:
+        """Surely no such entry, for that many seconds; 0: not known. It was looked for, or all of the directory's are known."""
         directory = self._directories.get(parent)
-        if directory is None or not directory.complete or directory.changes:
-            return False
-        return len(name) <= NAME_MAX and name not in directory.entries and self._now() < directory.until
+        if directory is None or len(name) > NAME_MAX or name in (b".", b".."):
+            return 0.0
+        child = directory.entries.get(name)
+        if child or (child is None and (not directory.complete or directory.changing)):
+            return 0.0
+        return max(0.0, directory.until - self._now())
+
+    def entry(self, parent: int, name: bytes) -> int | None:
+        """The inode that the name stands for, 0 for none; None: not known."""
+        directory = self._directories.get(parent)
+        return None if directory is None or self._now() >= directory.until else directory.entries.get(name)
+
+    def names_last(self, parent: int) -> float:
+        """The seconds for which what is known of the directory's entries stays true."""
+        directory = self._directories.get(parent)
+        return 0.0 if directory is None else max(0.0, directory.until - self._now())
 
     def ending(self, parent: int) -> bool:
         """All of the directory's entries are known, and the lease that keeps this true needs a new one: ask for its attributes."""
         directory = self._directories.get(parent)
-        return directory is not None and directory.complete and not directory.changes and self._now() >= directory.until - RENEW_S
+        return directory is not None and directory.complete and not directory.changing and self._now() >= directory.until - RENEW_S
 
     def attributes(self, inode: int) -> tuple[pb.Inode, float] | None:
         kept = self._attributes.get(inode)
@@ -137,11 +151,14 @@ class EntryCache:
             self._directories.popitem(last=False)
 
     def entered(self, parent: int, name: bytes, child: int, since: tuple[int, float]) -> None:
-        """A call that was made at `since` found the entry."""
+        """A call that was made at `since` found the entry; `child` 0: found that there is none."""
         directory = self._directories.get(parent)
         if directory is None or self._now() >= directory.until or self._changed.get(parent, self._floor) > since[0]:
             return
-        self._enter(directory, name, child)
+        # The lease must have held when the call was made, or a change after its answer could have been missed; and of an entry that is just
+        # being changed here, nobody knows which answer is the newer.
+        if directory.since <= since[1] and name not in directory.changing:
+            self._enter(directory, name, child)
 
     @staticmethod
     def _enter(directory: _Directory, name: bytes, child: int) -> None:
@@ -154,7 +171,12 @@ class EntryCache:
         """This mount has made the directory, at `since`, and heard its attributes: it is empty, and whatever comes into it comes through here or
         with a revocation."""
         known = self._directories.get(directory.inode)
-        if known is not None and self._changed.get(directory.inode, self._floor) <= since[0] and not known.entries and not known.changes:
+        if (
+            known is not None
+            and self._changed.get(directory.inode, self._floor) <= since[0]
+            and not any(known.entries.values())
+            and not known.changing
+        ):
             known.complete = True
 
     # --- forgetting ---
@@ -183,7 +205,7 @@ class EntryCache:
         child = 0
         if directory is not None:
             child = directory.entries.pop(name, 0)
-            directory.changes += 1
+            directory.changing[name] = directory.changing.get(name, 0) + 1
         if child:
             self.changing(child)
         started_s = self._now()
@@ -199,12 +221,15 @@ class EntryCache:
         directory = change.directory
         if directory is None:
             return
-        directory.changes -= 1
+        if directory.changing[change.name] == 1:
+            del directory.changing[change.name]
+        else:
+            directory.changing[change.name] -= 1
         directory.entries.pop(change.name, None)
         held = self._directories.get(change.parent) is directory and directory.since <= change.begun[1] and self._now() < directory.until
         if entry is None or not held:
             directory.complete = False
-        elif entry:
+        elif entry or not directory.complete:
             self._enter(directory, change.name, entry)
         if held and alone and at_ns:
             directory.mtime_ns = directory.ctime_ns = at_ns

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from kvfs.client import OpenFile, User
-from kvfs.common.errors import BadHandle
+from kvfs.common.errors import BadHandle, DeadlineExceeded
 from kvfs.common.wire import meta_pb2 as pb
 
 CURSOR_NAMES_MAX = 262_144
@@ -30,6 +30,8 @@ class FileHandle:
     file: OpenFile
     strip_privileges: bool
     """The next write must clear setuid and setgid first: the opener is not root, and the kernel does it only for what goes through its page cache."""
+    late: tuple[DeadlineExceeded, float] | None = None
+    """A read ran out of time, and until when that is the answer to others too."""
 
     @property
     def readable(self) -> bool:

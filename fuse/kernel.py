@@ -53,6 +53,17 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
 
 
+def may_allow_other(configuration: Path = Path("/etc/fuse.conf")) -> bool:
+    """Whether fusermount3 lets this user share a mount with others."""
+    if os.geteuid() == 0:
+        return True
+    try:
+        lines = configuration.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
 def check_device() -> None:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -104,18 +115,21 @@ def check_mount_point(path: str) -> str:
 
 def set_read_ahead(device_minor: int, kilobytes: int) -> bool:
     """Root only; True when the kernel took it."""
-    return _write_tunable(Path(f"/sys/class/bdi/0:{device_minor}/read_ahead_kb"), kilobytes)
-
-
-def set_max_background(device_minor: int, requests: int) -> bool:
-    directory = Path(f"/sys/fs/fuse/connections/{device_minor}")
-    return _write_tunable(directory / "max_background", requests) and _write_tunable(directory / "congestion_threshold", max(1, requests * 3 // 4))
-
-
-def _write_tunable(path: Path, value: int) -> bool:
     try:
-        path.write_text(f"{value}\n", encoding="ascii")
+        Path(f"/sys/class/bdi/0:{device_minor}/read_ahead_kb").write_text(f"{kilobytes}\n", encoding="ascii")
     except OSError:
+        return False
+    return True
+
+
+def allow_pages(pages: int) -> bool:
+    """Root only: one request may have that many pages, in every FUSE mount of this machine from now on. True when it may (the kernel's own limit
+    is 256)."""
+    limit = Path("/proc/sys/fs/fuse/max_pages_limit")
+    try:
+        if int(limit.read_text(encoding="ascii")) < pages:
+            limit.write_text(f"{pages}\n", encoding="ascii")
+    except (OSError, ValueError):
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""What the file system operations take and give, in plain types: no pyfuse3 here, and no kernel.
+"""What the file system operations take and give, in plain types: no protocol here, and no kernel.
 
 Invariant: `Attributes.mode` is the whole st_mode (type and permissions), so that whoever calls needs no table of types.
 """
@@ -52,6 +52,8 @@ class Attributes:
     ctime_ns: int
     lease_s: float
     """How long the kernel may trust these; 0: it must ask each time."""
+    entry_lease_s: float = 0.0
+    """How long the kernel may trust that the name under which these were found stands for this inode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ class Changes:
     length: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
-    ctime_ns: int | None = None
+    times_are_now: bool = False
+    """The times that are set are the present: whoever may write the file may set those, and only its owner any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Opened:
     """The kernel's cached pages of the file are still true."""
     direct_io: bool
     """The kernel must not cache pages of this handle."""
+    flush: bool
+    """close(2) has something to wait for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A mount from start to end: checks, the client, pyfuse3's loop, revocations, and the way out.
+"""A mount from start to end: checks, the client, the session, the loop, revocations, and the way out.
 
 Invariants: whatever ends mount() (umount, a signal, a cancel, an error), the mount point is free afterwards and every file that was open has been
 flushed as far as the cluster answers; started() is called only once the kernel and the loop have shaken hands.
@@ -13,16 +13,17 @@ import signal
 import threading
 from functools import partial
 
-import pyfuse3
 import trio
 
 from kvfs.client import AsyncClient, open_client
 from kvfs.common.errors import KvfsError, MountError
-from kvfs.fuse import kernel
+from kvfs.fuse import kernel, session
 from kvfs.fuse.config import MountConfig
 from kvfs.fuse.invalidate import Invalidator
-from kvfs.fuse.loop import KernelOperations
+from kvfs.fuse.loop import Loop
+from kvfs.fuse.names import KernelNames
 from kvfs.fuse.operations import FileSystem
+from kvfs.fuse.requests import Requests
 
 log = logging.getLogger("kvfs.fuse")
 
@@ -31,39 +32,40 @@ UNMOUNT_RETRY_S = 0.1
 FLUSH_AT_END_S = 30.0
 LOOP_END_S = 5.0
 
-_mounted = threading.Lock()
-"""pyfuse3 keeps its session in module variables: one mount a process."""
-
 
 async def mount(config: MountConfig, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
     """Mount and serve until unmounted, signalled (SIGTERM, SIGINT; only in the main thread) or cancelled."""
     kernel.check_device()
     mount_point = kernel.check_mount_point(config.mount_point)
-    if not _mounted.acquire(blocking=False):
-        raise MountError("this process has a mount already: one process serves one mount point")
-    try:
-        async with open_client(config.cluster, role="mount", description=mount_point) as client:
-            await _serve(config, mount_point, client, task_status)
-    finally:
-        _mounted.release()
+    async with open_client(config.cluster, role="mount", description=mount_point) as client:
+        await _serve(config, mount_point, client, task_status)
 
 
 async def _serve(config: MountConfig, mount_point: str, client: AsyncClient, task_status: trio.TaskStatus[str]) -> None:
-    invalidator = Invalidator()
-    file_system = FileSystem(client, invalidate=invalidator, attr_cache=config.attr_cache, data_cache=config.data_cache)
-    operations = KernelOperations(file_system, deadline_s=config.operation_deadline_s)
+    source = f"kvfs#{client.routing.cluster_id}"
+    begin = partial(session.start, mount_point, source=source, allow_other=config.allow_other, read_only=config.read_only)
+    connection = await trio.to_thread.run_sync(begin)
     try:
-        pyfuse3.init(operations, mount_point, _options(config, client.routing.cluster_id))
-    except RuntimeError as error:
-        raise MountError(
-            f"mounting on {mount_point} failed ({error}): run as root, or check that fusermount3 is installed and, with allow_other, that "
-            "user_allow_other is set in /etc/fuse.conf"
-        ) from error
-    try:
-        await _run(config, mount_point, client, file_system, operations, invalidator, task_status)
+        with trio.move_on_after(HANDSHAKE_TIMEOUT_S) as scope:
+            await connection.shake_hands(config.max_background)
+        if scope.cancelled_caught:
+            raise MountError(f"the kernel did not answer the handshake for {mount_point} within {HANDSHAKE_TIMEOUT_S:.0f} s")
+        names = KernelNames(trio.current_time) if connection.takes_names_back() else None
+        invalidator = Invalidator(connection.notify, names)
+        file_system = FileSystem(client, invalidate=invalidator, names=names, attr_cache=config.attr_cache, data_cache=config.data_cache)
+        loop = Loop(
+            connection.fd,
+            Requests(file_system),
+            buffer_bytes=session.READ_BUFFER_BYTES,
+            deadline_s=config.operation_deadline_s,
+            tasks_max=config.max_tasks,
+        )
+        await _run(config, mount_point, client, file_system, loop, invalidator, task_status)
     finally:
         # Only now does no task and no thread use the session any more.
-        pyfuse3.close(unmount=kernel.mount_entry(mount_point) is not None)
+        with trio.CancelScope(shield=True):
+            await _unmount(config, mount_point)
+        connection.close()
         log.info("unmounted %s", mount_point)
 
 
@@ -72,7 +74,7 @@ async def _run(
     mount_point: str,
     client: AsyncClient,
     file_system: FileSystem,
-    operations: KernelOperations,
+    loop: Loop,
     invalidator: Invalidator,
     task_status: trio.TaskStatus[str],
 ) -> None:
@@ -80,10 +82,10 @@ async def _run(
         # The loop is out of reach of the cancel that begins an unmount: the unmount needs its answers. It ends when the kernel says so.
         loop_scope, loop_ended = trio.CancelScope(shield=True), trio.Event()
 
-        async def loop() -> None:
+        async def serve() -> None:
             try:
                 with loop_scope:
-                    await pyfuse3.main(min_tasks=2, max_tasks=config.max_tasks)
+                    await loop.run()
             finally:
                 loop_ended.set()
                 nursery.cancel_scope.cancel()
@@ -92,11 +94,7 @@ async def _run(
             client.on_revoked(file_system.revoked)
             client.on_lost(file_system.lost)
             await nursery.start(invalidator.run, client)
-            nursery.start_soon(loop)
-            with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
-                await operations.ready.wait()
-            if not operations.ready.is_set():
-                raise MountError(f"the kernel did not answer the handshake for {mount_point} within {HANDSHAKE_TIMEOUT_S:.0f} s")
+            nursery.start_soon(serve)
             _tune(config, mount_point)
             log.info("mounted %s on %s", client.routing.cluster_id, mount_point)
             task_status.started(mount_point)
@@ -106,7 +104,7 @@ async def _run(
                 await _unmount(config, mount_point)
                 await _flush(file_system)
                 if not loop_ended.is_set():
-                    pyfuse3.terminate()
+                    loop.stop()
                     with trio.move_on_after(LOOP_END_S):
                         await loop_ended.wait()
                     loop_scope.cancel()
@@ -149,24 +147,9 @@ async def _flush(file_system: FileSystem) -> None:
         log.error("files open at the end could not all be flushed: %s", error)
 
 
-def _options(config: MountConfig, cluster_id: str) -> set[str]:
-    # No max_read: libfuse refuses one that its init() has not been told too, which pyfuse3 cannot. Without it the kernel reads up to 256
-    # pages, 1 MiB.
-    options = {f"fsname=kvfs#{cluster_id}", f"subtype={kernel.SUBTYPE}", "default_permissions"}
-    if os.geteuid() == 0:
-        options |= {"dev", "suid"}
-    if config.allow_other:
-        options.add("allow_other")
-    if config.read_only:
-        options.add("ro")
-    return options
-
-
 def _tune(config: MountConfig, mount_point: str) -> None:
     entry = kernel.mount_entry(mount_point)
     if entry is None or os.geteuid() != 0:
         return
     if config.read_ahead_kb and not kernel.set_read_ahead(entry.device_minor, config.read_ahead_kb):
         log.info("read-ahead stays at the kernel's default: /sys/class/bdi is not writable")
-    if not kernel.set_max_background(entry.device_minor, config.max_background):
-        log.debug("max_background stays at the kernel's default: fusectl is not mounted")

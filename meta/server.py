@@ -74,7 +74,9 @@ async def serve(config: MetaConfig, *, world: World = World(), task_status: trio
 
 async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFile, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
     clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or SystemNet()
-    made_now = await engine.transact(lambda txn: store.prepare(txn, clock.wall_ns(), config.chunk_size_bytes))
+    made_now = await engine.transact(
+        lambda txn: store.prepare(txn, clock.wall_ns(), config.chunk_size_bytes, uid=config.root_uid, gid=config.root_gid)
+    )
     identity = Identity(cluster_id=config.cluster_id or node.cluster_id, client_id=random.bytes(16), role="meta")
     failure: KvfsError | None = None
     async with ChannelPool(net, clock, identity) as pool, trio.open_nursery() as nursery:
@@ -100,7 +102,7 @@ async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFil
             engine_name=config.kv_url.partition(":")[0],
         )
         if not made_now:
-            service.hold_changes(config.attr_lease_ms / 1000)
+            service.changes.hold(config.attr_lease_ms / 1000)
         await service.numbers.ensure()
         server = RpcServer(net, clock, identity)
         server.add("Meta", service)
@@ -144,8 +146,8 @@ def make_pruner(service: MetaService, link: ManagerLink, *, grace_s: float) -> P
         service.chunks,
         service.clock,
         service.open_files,
-        service.root_step,
+        service.changes.root_step,
         partial(list_clients, link),
-        service.committed,
+        service.changes.committed,
         grace_s=grace_s,
     )

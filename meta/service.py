@@ -1,43 +1,56 @@
 """The Meta service object: every RPC of meta.proto over the namespace's operations.
 
-Reads answer inline from one snapshot (and wait only if they saw a commit that is not durable yet). Changes run as one transaction with retries,
-carry out what the transaction noted (cuts, garbage), and are answered when every other holder of a lease on what changed has been told.
-Invariants: a lease is granted inside the transaction whose attributes it covers, so no later change can miss it; a change with a request id is
-applied once; nothing of a lost attempt reaches anyone.
+Reads answer inline from one snapshot (and wait only if they saw a commit that is not durable yet); changes run as changes.py says. Here is what needs
+more than one transaction: opens that truncate, reports whose length only the chains know, sessions that end. Invariant: a read's lease is granted
+before anything can change what it read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import trio
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.routing import Routing
-from kvfs.common.wire import base_pb2, cluster_pb2
+from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.common.wire.server import Call
+from kvfs.meta.changes import Changes, Kind, Outcome, remembered
 from kvfs.meta.gc.chunks import Chunks
 from kvfs.meta.gc.collector import Collector
 from kvfs.meta.gc.cuts import Cuts, measure
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.transaction import Transaction
-from kvfs.meta.namespace import attributes, entries, files, fsck, idempotency, keys, lookup, records, remove, rename, xattrs
-from kvfs.meta.namespace.leases import LeaseTable, settle, watch
+from kvfs.meta.namespace import attributes, entries, files, fsck, keys, lookup, records, remove, rename, xattrs
+from kvfs.meta.namespace.leases import LeaseTable, watch
 from kvfs.meta.namespace.open_files import OpenFiles
 from kvfs.meta.namespace.step import Step, Surroundings
 from kvfs.meta.namespace.store import InodeNumbers, Placement
 
-P = TypeVar("P")
 Q = TypeVar("Q")
+Now: TypeAlias = Q | Awaitable[Q]
+"""A reply, or one that has to be waited for."""
 
 WATCH_WAIT_S_MAX = 30.0
-ROOT = pb.User()
-REMEMBERED = ("create", "append", "make", "link", "remove", "rename", "set_xattr", "remove_xattr", "set_attr", "open", "set_layout")
-NUMBERS = {name: number for number, name in enumerate(REMEMBERED)}
-"""Operations that leave a request record, as the record names them: append only."""
+
+CREATE = remembered("create", files.create, pb.CreateReply)
+OPEN = Kind(files.open_file, pb.InodeReply)
+OPEN_TRUNCATED = remembered("open", files.open_file)
+CLOSE = Kind(files.close, pb.InodeReply)
+APPEND = remembered("append", files.append, pb.AppendReply)
+MAKE = remembered("make", entries.make)
+LINK = remembered("link", entries.link)
+REMOVE = remembered("remove", remove.remove, pb.RemoveReply, grants=False)
+RENAME = remembered("rename", rename.rename, pb.RenameReply, grants=False)
+SET_ATTR = remembered("set_attr", attributes.set_attr)
+SET_XATTR = remembered("set_xattr", xattrs.set_xattr)
+REMOVE_XATTR = remembered("remove_xattr", xattrs.remove_xattr)
+SET_LAYOUT = remembered("set_layout", attributes.set_layout)
 
 
 class MetaService:
@@ -63,7 +76,7 @@ class MetaService:
         self.open_files = OpenFiles()
         self.leases = LeaseTable(epoch or clock.wall_ns(), attr_lease_ms)
         placement = Placement(routing, random)
-        self.around = Surroundings(
+        around = Surroundings(
             new_inode=self.numbers.next,
             place=placement,
             table=placement.table,
@@ -73,43 +86,21 @@ class MetaService:
             gc_delay_ns=int(gc_delay_s * 1e9),
         )
         self.cuts = Cuts(engine, chunks)
-        self.collector = Collector(engine, chunks, clock, self.root_step, self.committed)
-        self.files = 0
-        self.commits = 0
-        self.conflicts = 0
-        self._open_from_s = 0.0
-        self._stamp_ns = 0
+        self.changes = Changes(engine, clock, self.leases, self.numbers, around, self.cuts, lambda: self.collector.wake())
+        self.collector = Collector(engine, chunks, clock, self.changes.root_step, self.changes.committed)
         self._fsck = fsck.Fsck(engine)
 
-    def hold_changes(self, seconds: float) -> None:
-        """After a start: leases of an earlier run may still be trusted for that long."""
-        self._open_from_s = self.clock.monotonic() + seconds
-
-    def root_step(self, txn: Transaction) -> Step:
-        return Step(txn, ROOT, b"", self.now_ns(), self.around)
-
-    def now_ns(self) -> int:
-        """The time for records: of two changes by this process the later has the greater one, whatever the clock does (caches compare ctimes)."""
-        self._stamp_ns = max(self._stamp_ns + 1, self.clock.wall_ns())
-        return self._stamp_ns
-
-    def committed(self, step: Step) -> None:
-        """After a change of our own: what it made stale is told, and nobody waits for it."""
-        self.files += step.files_made - step.files_gone
-        if step.garbage:
-            self.collector.wake()
-        if step.changed:
-            self.leases.revoke(step.changed, b"", self.clock.monotonic())
-
-    # --- the two ways to run an operation
+    # --- reads
 
     def _read(
         self, request: Any, call: Call, operation: Callable[[Step, Any], Q], granted: Callable[[Q], Iterable[pb.Inode]] | None = None
     ) -> Q | Awaitable[Q]:
         """One snapshot. Inline, unless what it saw must become durable first."""
+        if request.context.ended:
+            self._hear(request.context)
         txn = Transaction(self.engine)
         try:
-            step = Step(txn, request.context.user, call.peer.client_id, self.clock.wall_ns(), self.around, True)
+            step = Step(txn, request.context.user, call.peer.client_id, self.clock.wall_ns(), self.changes.around, True)
             reply = operation(step, request)
             if granted is not None:
                 now_s = self.clock.monotonic()
@@ -127,193 +118,149 @@ class MetaService:
         await txn.commit()
         return reply
 
-    async def _change(
-        self,
-        request: Any,
-        call: Call,
-        operation: Callable[[Step, Any], Q],
-        *,
-        remember: str = "",
-        reply_class: type[Any] | None = None,
-        granted: Callable[[Any], pb.Inode] | None = None,
-    ) -> tuple[Q, Step]:
-        """One transaction, its consequences, and the leases of others."""
-        if self._open_from_s:
-            await self._wait_open()
-        client_id = call.peer.client_id
-        request_id = request.context.request_id if remember else b""
-        tries = 0
-
-        def attempt(txn: Transaction) -> tuple[Q, Step]:
-            nonlocal tries
-            tries += 1
-            step = Step(txn, request.context.user, client_id, self.now_ns(), self.around)
-            if request_id:
-                assert reply_class is not None
-                earlier = idempotency.recall(step, request_id, NUMBERS[remember], reply_class)
-                if earlier is not None:
-                    return earlier, step
-            reply = operation(step, request)
-            if step.measure:
-                return reply, step
-            if request_id:
-                idempotency.remember(step, request_id, NUMBERS[remember], reply)  # type: ignore[arg-type]
-            if granted is not None:
-                self.leases.grant(granted(reply), client_id, self.clock.monotonic())
-            return reply, step
-
-        if self.numbers.short():
-            await self.numbers.ensure()
-        try:
-            reply, step = await self.engine.transact(attempt)
-        finally:
-            self.commits += 1
-            self.conflicts += tries - 1
-        self.files += step.files_made - step.files_gone
-        for number in step.cuts:
-            await self.cuts.carry_out(number)
-        if step.garbage:
-            self.collector.wake()
-        if step.changed:
-            waits = self.leases.revoke(step.changed, client_id, self.clock.monotonic())
-            if waits:
-                await settle(waits, self.clock.monotonic)
-        return reply, step
-
-    async def _wait_open(self) -> None:
-        left_s = self._open_from_s - self.clock.monotonic()
-        if left_s > 0:
-            await self.clock.sleep(left_s)
-        self._open_from_s = 0.0
-
-    # --- reads
-
-    def lookup(self, request: pb.LookupRequest, call: Call) -> pb.LookupReply | Awaitable[pb.LookupReply]:
+    def lookup(self, request: pb.LookupRequest, call: Call) -> Now[pb.LookupReply]:
         return self._read(request, call, lookup.lookup, lambda reply: reply.inodes)
 
-    def get_attr(self, request: pb.GetAttrRequest, call: Call) -> pb.GetAttrReply | Awaitable[pb.GetAttrReply]:
+    def get_attr(self, request: pb.GetAttrRequest, call: Call) -> Now[pb.GetAttrReply]:
         return self._read(request, call, lookup.get_attr, lambda reply: reply.inodes)
 
-    def read_dir(self, request: pb.ReadDirRequest, call: Call) -> pb.ReadDirReply | Awaitable[pb.ReadDirReply]:
+    def read_dir(self, request: pb.ReadDirRequest, call: Call) -> Now[pb.ReadDirReply]:
         return self._read(request, call, lookup.read_dir, lambda reply: (entry.attributes for entry in reply.entries) if request.attributes else ())
 
-    def get_xattr(self, request: pb.XattrRequest, call: Call) -> pb.XattrReply | Awaitable[pb.XattrReply]:
+    def get_xattr(self, request: pb.XattrRequest, call: Call) -> Now[pb.XattrReply]:
         return self._read(request, call, xattrs.get_xattr)
 
-    def list_xattr(self, request: pb.XattrRequest, call: Call) -> pb.XattrReply | Awaitable[pb.XattrReply]:
+    def list_xattr(self, request: pb.XattrRequest, call: Call) -> Now[pb.XattrReply]:
         return self._read(request, call, xattrs.list_xattr)
 
     # --- changes
 
-    async def set_attr(self, request: pb.SetAttrRequest, call: Call) -> pb.InodeReply:
-        if not request.HasField("length"):
-            return await self._set_attr(request, call)
+    def set_attr(self, request: pb.SetAttrRequest, call: Call) -> Now[pb.InodeReply]:
+        if request.HasField("length"):
+            return self._set_length(request, call)
+        return self._change(SET_ATTR, request, call)
+
+    async def _set_length(self, request: pb.SetAttrRequest, call: Call) -> pb.InodeReply:
+        self._hear(request.context)
         async with self.cuts.exclusive(request.inode):
             await self.cuts.carry_out(request.inode)  # what a service that died left undone, or an earlier try of this request
-            return await self._set_attr(request, call)
+            reply: pb.InodeReply = (await _outcome(self.changes.run(SET_ATTR, request, call)))[0]
+            return reply
 
-    async def _set_attr(self, request: pb.SetAttrRequest, call: Call) -> pb.InodeReply:
-        reply, _ = await self._change(request, call, attributes.set_attr, remember="set_attr", reply_class=pb.InodeReply, granted=_inode)
-        return reply
+    def create(self, request: pb.CreateRequest, call: Call) -> Now[pb.CreateReply]:
+        return self._open_or_cut(CREATE, request, call)
 
-    async def create(self, request: pb.CreateRequest, call: Call) -> pb.CreateReply:
-        if request.truncate and not request.exclusive:
-            number = self._peek_entry(request.parent, request.name)
-            if number:
-                async with self.cuts.exclusive(number):
-                    await self.cuts.carry_out(number)
-                    return await self._create(request, call)
-        return await self._create(request, call)
-
-    async def _create(self, request: pb.CreateRequest, call: Call) -> pb.CreateReply:
-        reply, _ = await self._change(request, call, files.create, remember="create", reply_class=pb.CreateReply, granted=_inode)
-        self._opened(reply.inode, request.read, request.write, request.session, call)
-        return reply
-
-    def _peek_entry(self, parent: int, name: bytes) -> int:
-        with Transaction(self.engine) as txn:
-            data = txn.snapshot_get(keys.entry(parent, name)) if 0 < len(name) <= 255 else None
-            return records.decode_entry(data).inode if data is not None else 0
-
-    def open(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
-        if request.write or request.truncate:
-            return self._open_to_change(request, call)
-        reply = self._read(request, call, files.open_file, lambda reply: (reply.inode,))
-        # Open from here on, also when the answer has to wait: should the wait fail, the client closes or is pruned.
-        if request.read and request.session:
-            self.open_files.open_reader(request.inode, request.session, call.peer.client_id, self.clock.wall_ns())
-        return reply
-
-    async def _open_to_change(self, request: pb.OpenRequest, call: Call) -> pb.InodeReply:
+    def open(self, request: pb.OpenRequest, call: Call) -> Now[pb.InodeReply]:
         if request.truncate:
-            async with self.cuts.exclusive(request.inode):
-                await self.cuts.carry_out(request.inode)
-                reply, _ = await self._change(request, call, files.open_file, remember="open", reply_class=pb.InodeReply, granted=_inode)
-        else:
-            reply, _ = await self._change(request, call, files.open_file, granted=_inode)
-        self._opened(reply.inode, request.read, request.write, request.session, call)
-        return reply
+            return self._open_or_cut(OPEN_TRUNCATED, request, call)
+        if request.write:
+            return self._open_or_cut(OPEN, request, call)
 
-    def _opened(self, inode: pb.Inode, read: bool, write: bool, session: bytes, call: Call) -> None:
-        if read and not write and session and inode.type == pb.FILE:
-            self.open_files.open_reader(inode.inode, session, call.peer.client_id, self.clock.wall_ns())
+        def opened(reply: pb.InodeReply) -> Iterable[pb.Inode]:
+            # Open from here on, also when the answer has to wait: should the wait fail, the client closes or is pruned.
+            self._opened(reply.inode, request, call)
+            return (reply.inode,)
 
-    def close(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply | Awaitable[pb.InodeReply]:
+        return self._read(request, call, files.open_file, opened)
+
+    def _open_or_cut(self, kind: Kind, request: pb.CreateRequest | pb.OpenRequest, call: Call) -> Now[Any]:
+        self._hear(request.context)
+        outcome = self.changes.run(kind, request, call)
+        if isinstance(outcome, tuple) and not outcome[1].wants_cut and not (outcome[1].recalled and request.truncate):
+            self._opened(outcome[0].inode, request, call)
+            return outcome[0]
+        return self._open_when_cut(outcome, kind, request, call)
+
+    async def _open_when_cut(
+        self, outcome: Outcome | Awaitable[Outcome], kind: Kind, request: pb.CreateRequest | pb.OpenRequest, call: Call
+    ) -> pb.CreateReply | pb.InodeReply:
+        """One that turned out to truncate a file is run again, with no other truncation of that file under way."""
+        reply, step = await self._after_cuts(outcome, kind, request, call)
+        if step.recalled and request.truncate:
+            async with self.cuts.exclusive(reply.inode.inode):
+                await self.cuts.carry_out(reply.inode.inode)  # the earlier try of this request may have failed there
+        self._opened(reply.inode, request, call)
+        answered: pb.CreateReply | pb.InodeReply = reply
+        return answered
+
+    async def _after_cuts(self, outcome: Outcome | Awaitable[Outcome], kind: Kind, request: Any, call: Call) -> Outcome:
+        """Run an operation again that has to follow a truncation that was left undone (its service died, or a chain did not serve), or makes one."""
+        reply, step = await _outcome(outcome)
+        while step.wants_cut:
+            async with self.cuts.exclusive(step.wants_cut):
+                await self.cuts.carry_out(step.wants_cut)
+                reply, step = await _outcome(self.changes.run(kind, request, call, cutting=step.wants_cut))
+        return reply, step
+
+    def _opened(self, inode: pb.Inode, request: pb.CreateRequest | pb.OpenRequest, call: Call) -> None:
+        if request.read and not request.write and request.session and inode.type == pb.FILE:
+            self.open_files.open_reader(inode.inode, request.session, call.peer.client_id, self.clock.wall_ns(), nameless=inode.nlink == 0)
+
+    def close(self, request: pb.CloseRequest, call: Call) -> Now[pb.InodeReply]:
         if request.wrote or request.uncertain:
             return self._report(request, call)
         if request.session and not request.still_open:
             self.open_files.close(request.inode, request.session)
-        return self._read(request, call, self._attributes_after_close, lambda reply: (reply.inode,))
+        return self._read(request, call, lookup.get_one, _granted_one)
 
-    def _attributes_after_close(self, step: Step, request: pb.CloseRequest) -> pb.InodeReply:
-        inode = step.peek(request.inode)
-        if inode is None:
-            return pb.InodeReply(inode=pb.Inode(inode=request.inode))
-        if inode.nlink == 0 and request.session and not request.still_open:
-            self.open_files.clear_later(inode.inode, request.session)
-        return pb.InodeReply(inode=lookup.with_writers(step, step.full(inode)))
+    def end_sessions(self, request: pb.EndSessionsRequest, call: Call) -> base_pb2.Empty:
+        self._hear(request.context)
+        return base_pb2.Empty()
+
+    def _hear(self, context: pb.Context) -> None:
+        """Sessions that were closed with nothing to report: from now on they do not count; what is stored of them is cleared in the background."""
+        for ended in context.ended:
+            self.open_files.close(ended.inode, ended.session)
 
     async def _report(self, request: pb.CloseRequest, call: Call) -> pb.InodeReply:
-        reply, step = await self._change(request, call, files.close, granted=_inode)
+        self._hear(request.context)
+        reply, step = await _outcome(self.changes.run(CLOSE, request, call))
         if step.measure:
-            inode = await self.engine.transact(lambda txn: self.root_step(txn).peek(step.measure))
+            async with self.cuts.exclusive(step.measure):
+                await self.cuts.carry_out(step.measure)  # or what is to be cut off would be measured
+            inode = await self.engine.transact(lambda txn: self.changes.root_step(txn).peek(step.measure))
             measured = await measure(self.chunks, inode) if inode is not None else 0
-            reply, step = await self._change(request, call, lambda again, asked: files.close(again, asked, measured=measured), granted=_inode)
+            kind = replace(CLOSE, operation=partial(files.close, measured=measured))
+            reply, step = await _outcome(self.changes.run(kind, request, call))
         if request.session and not request.still_open:
             self.open_files.forget(request.inode, request.session)
-        return reply
+        answered: pb.InodeReply = reply
+        return answered
 
-    async def append(self, request: pb.AppendRequest, call: Call) -> pb.AppendReply:
-        reply, _ = await self._change(request, call, files.append, remember="append", reply_class=pb.AppendReply, granted=_inode)
-        return reply
+    def append(self, request: pb.AppendRequest, call: Call) -> Now[pb.AppendReply]:
+        self._hear(request.context)
+        outcome = self.changes.run(APPEND, request, call)
+        if isinstance(outcome, tuple) and not outcome[1].wants_cut:
+            reply: pb.AppendReply = outcome[0]
+            return reply
+        return _reply(self._after_cuts(outcome, APPEND, request, call))
 
-    async def make(self, request: pb.MakeRequest, call: Call) -> pb.InodeReply:
-        reply, _ = await self._change(request, call, entries.make, remember="make", reply_class=pb.InodeReply, granted=_inode)
-        return reply
+    def make(self, request: pb.MakeRequest, call: Call) -> Now[pb.InodeReply]:
+        return self._change(MAKE, request, call)
 
-    async def link(self, request: pb.LinkRequest, call: Call) -> pb.InodeReply:
-        reply, _ = await self._change(request, call, entries.link, remember="link", reply_class=pb.InodeReply, granted=_inode)
-        return reply
+    def link(self, request: pb.LinkRequest, call: Call) -> Now[pb.InodeReply]:
+        return self._change(LINK, request, call)
 
-    async def remove(self, request: pb.RemoveRequest, call: Call) -> pb.RemoveReply:
-        reply, _ = await self._change(request, call, remove.remove, remember="remove", reply_class=pb.RemoveReply)
-        return reply
+    def remove(self, request: pb.RemoveRequest, call: Call) -> Now[pb.RemoveReply]:
+        return self._change(REMOVE, request, call)
 
-    async def rename(self, request: pb.RenameRequest, call: Call) -> pb.RenameReply:
-        reply, _ = await self._change(request, call, rename.rename, remember="rename", reply_class=pb.RenameReply)
-        return reply
+    def rename(self, request: pb.RenameRequest, call: Call) -> Now[pb.RenameReply]:
+        return self._change(RENAME, request, call)
 
-    async def set_xattr(self, request: pb.XattrRequest, call: Call) -> pb.InodeReply:
-        reply, _ = await self._change(request, call, xattrs.set_xattr, remember="set_xattr", reply_class=pb.InodeReply, granted=_inode)
-        return reply
+    def set_xattr(self, request: pb.XattrRequest, call: Call) -> Now[pb.InodeReply]:
+        return self._change(SET_XATTR, request, call)
 
-    async def remove_xattr(self, request: pb.XattrRequest, call: Call) -> pb.InodeReply:
-        reply, _ = await self._change(request, call, xattrs.remove_xattr, remember="remove_xattr", reply_class=pb.InodeReply, granted=_inode)
-        return reply
+    def remove_xattr(self, request: pb.XattrRequest, call: Call) -> Now[pb.InodeReply]:
+        return self._change(REMOVE_XATTR, request, call)
 
-    async def set_layout(self, request: pb.SetLayoutRequest, call: Call) -> pb.InodeReply:
-        reply, _ = await self._change(request, call, attributes.set_layout, remember="set_layout", reply_class=pb.InodeReply, granted=_inode)
-        return reply
+    def set_layout(self, request: pb.SetLayoutRequest, call: Call) -> Now[pb.InodeReply]:
+        return self._change(SET_LAYOUT, request, call)
+
+    def _change(self, kind: Kind, request: Any, call: Call) -> Now[Any]:
+        if request.context.ended:
+            self._hear(request.context)
+        outcome = self.changes.run(kind, request, call)
+        return outcome[0] if isinstance(outcome, tuple) else _reply(outcome)
 
     # --- leases
 
@@ -324,22 +271,24 @@ class MetaService:
     # --- the whole
 
     def stat_fs(self, request: pb.StatFsRequest, call: Call) -> pb.StatFsReply:
+        self._hear(request.context)
         capacity, free = space(self.routing())
-        files_count = max(0, self.files)
+        files_count = max(0, self.changes.files)
         return pb.StatFsReply(capacity_bytes=capacity, free_bytes=free, files=files_count, free_files=(1 << 32) - 1, block_size=4096)
 
     async def fsck(self, request: pb.FsckRequest, call: Call) -> pb.FsckReply:
+        self._hear(request.context)
         return await self._fsck.page(request)
 
     async def status(self, request: base_pb2.Empty, call: Call) -> pb.MetaStatusReply:
         garbage = await self._count(keys.span(keys.GARBAGE))
         sessions = await self._count(keys.span(keys.SESSION))
         return pb.MetaStatusReply(
-            files=max(0, self.files),
+            files=max(0, self.changes.files),
             gc_pending=garbage,
             sessions=sessions + self.open_files.count(),
-            commits=self.commits,
-            conflicts=self.conflicts,
+            commits=self.changes.commits,
+            conflicts=self.changes.conflicts,
             engine=self.engine_name,
         )
 
@@ -363,8 +312,8 @@ class MetaService:
 
     async def count_files(self) -> None:
         """How many inodes there are, once after the start; from then on changes are counted along."""
-        before = self.files
-        self.files = before + await self._count(keys.span(keys.INODE))
+        before = self.changes.files
+        self.changes.files = before + await self._count(keys.span(keys.INODE))
 
     async def clear_closed(self) -> int:
         """Clear sessions whose close had nothing to report; a file that waited for its last one goes on its way."""
@@ -373,15 +322,15 @@ class MetaService:
             return 0
 
         def attempt(txn: Transaction) -> Step:
-            step = self.root_step(txn)
+            step = self.changes.root_step(txn)
             for inode, session in taken:
-                files.close(step, pb.CloseRequest(inode=inode, session=session))
+                files.end_session(step, inode, session)
             return step
 
         step = await self.engine.transact(attempt)
         for inode, session in taken:
             self.open_files.cleared(inode, session)
-        self.committed(step)
+        self.changes.committed(step)
         return len(taken)
 
     async def store_readers(self) -> None:
@@ -399,18 +348,21 @@ class MetaService:
         await self.engine.transact(attempt)
 
 
-def _inode(reply: Any) -> pb.Inode:
-    found: pb.Inode = reply.inode
-    return found
+async def _outcome(outcome: Outcome | Awaitable[Outcome]) -> Outcome:
+    return outcome if isinstance(outcome, tuple) else await outcome
+
+
+async def _reply(outcome: Awaitable[Outcome]) -> Any:
+    return (await outcome)[0]
+
+
+def _granted_one(reply: pb.InodeReply) -> Iterable[pb.Inode]:
+    return (reply.inode,)
 
 
 def space(routing: Routing) -> tuple[int, int]:
-    """Usable (capacity, free) of the whole: disks counted once, divided by the replication of the default table."""
-    disks: dict[tuple[int, int], cluster_pb2.Target] = {}
-    for target in routing.targets:
-        disks.setdefault((target.node_id, target.disk), target)
-    capacity = sum(target.capacity_bytes for target in disks.values())
-    free = sum(target.free_bytes for target in disks.values())
+    """Usable (capacity, free) of the whole: divided by the replication of the default table."""
+    capacity, free, _ = routing.space()
     replicas = 1
     for table in routing.tables:
         replicas = max(1, table.replicas)

@@ -25,6 +25,8 @@ class StorageConfig:
     """For disk work, shared by all disks."""
     inline_read_bytes: int = _MIB if (os.cpu_count() or 1) <= 4 else 0
     """Requests up to this are read without a thread if they are cached: on few cores the hop costs more than it brings. 0: only small ones are."""
+    direct_reads: bool = True
+    """Clients of this machine that run as this process's user, or as root, may read the data files themselves: they are told where bytes lie."""
     in_flight_bytes: int = 256 * _MIB
     """Bytes of client requests being worked on; more of them wait their turn."""
     buffer_bytes: int = 128 * _MIB

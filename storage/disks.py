@@ -93,7 +93,10 @@ class Disks:
             there = superblock.load(disk)
             cluster_id = there.cluster_id if there is not None else ""
         block = Superblock(cluster_id, target_id, bytes.fromhex(self.node.node_uuid)[:16])
-        return ChunkEngine(disk, self._clock, block, EngineConfig(capacity_bytes=self._config.target_capacity_bytes))
+        try:
+            return ChunkEngine(disk, self._clock, block, EngineConfig(capacity_bytes=self._config.target_capacity_bytes))
+        except SetupError as error:
+            raise type(error)(f"{self.path_of(directory, target_id)}: {error.message}") from error
 
     def close(self) -> None:
         for directory in self.directories:

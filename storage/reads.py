@@ -1,4 +1,5 @@
-"""Reads: straight into the caller's memory, inline when small and cached, else in worker threads; and the question to the tail when a chunk is dirty.
+"""Reads: straight into the caller's memory, inline when small and cached, else in worker threads; or the places of bytes, for callers who may
+read the data files themselves; and the question to the tail when a chunk is dirty.
 
 Invariants: only a serving target answers, and only while this node's lease is good; what is answered was committed by the chain when the read began
 or later (CRAQ 2.3): a chunk with an update under way or a pending version is read only after the last target of the path told its committed version.
@@ -14,6 +15,7 @@ import trio
 from kvfs.common.errors import ChunkNotFound, InternalError, InvalidArgument, KvfsError, TargetNotServing, TargetOffline
 from kvfs.common.ids import CHUNK_ID_BYTES
 from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.lending import Lender
 from kvfs.common.wire.server import Call
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import ReadOutcome
@@ -33,11 +35,11 @@ SPREAD_MAX = 4
 
 
 class Wanted:
-    """One read that could not be answered inline."""
+    """One read that could not be answered inline. Without a view, its place is asked for."""
 
     __slots__ = ("io", "place", "result", "target", "view")
 
-    def __init__(self, place: int, io: pb.ReadIO, target: Target, view: memoryview) -> None:
+    def __init__(self, place: int, io: pb.ReadIO, target: Target, view: memoryview | None) -> None:
         self.place = place
         self.io = io
         self.target = target
@@ -50,18 +52,16 @@ class Reader:
         self._host = host
         self._versions = versions
 
-    def target_for(self, io: pb.ReadIO) -> Target:
+    def target_for(self, target_id: int) -> Target:
         """The target, if it may answer."""
-        target = self._host.target(io.target_id)
+        target = self._host.target(target_id)
         replica = target.replica
         if not replica.serving:
             if not target.opened:
                 raise TargetOffline(replica.problem)
-            raise TargetNotServing(f"target {io.target_id} is {replica.public.name.lower()}, {replica.phase.value}: read another replica")
+            raise TargetNotServing(f"target {target_id} is {replica.public.name.lower()}, {replica.phase.value}: read another replica")
         if not self._host.link.lease_valid():
             raise TargetNotServing(f"node {self._host.link.node_id} has not reached a manager for half a lease: read another replica")
-        if len(io.chunk_id) != CHUNK_ID_BYTES:
-            raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(io.chunk_id)}")
         return target
 
     def begin(self, request: pb.ReadRequest, call: Call) -> tuple[list[pb.ReadResult | None], list[Wanted]]:
@@ -79,7 +79,8 @@ class Reader:
         for place, (io, view) in enumerate(zip(request.reads, views, strict=True)):
             result: pb.ReadResult | None = None
             try:
-                target = self.target_for(io)
+                target = self.target_for(io.target_id)
+                _check_id(io.chunk_id)
                 if io.length > len(view):
                     raise InvalidArgument(f"a read of {io.length} bytes came with a span of {len(view)}")
                 if io.length <= largest and inline_left > 0 and io.chunk_id not in target.replica.flights:
@@ -91,6 +92,60 @@ class Reader:
                 result = _refused(error)
             results.append(result)
         return results, wanted
+
+    def begin_places(self, request: pb.ReadRequest, files: Lender) -> tuple[list[pb.ReadResult | None], list[Wanted]]:
+        """As `begin`, for a reader who fetches the bytes himself: wanted is only what has an update under way."""
+        results: list[pb.ReadResult | None] = []
+        wanted: list[Wanted] = []
+        allowed: dict[int, Target] = {}
+        for place, io in enumerate(request.reads):
+            result: pb.ReadResult | None = None
+            try:
+                target_id = io.target_id
+                target = allowed.get(target_id) or allowed.setdefault(target_id, self.target_for(target_id))
+                chunk_id = io.chunk_id
+                _check_id(chunk_id)
+                if chunk_id not in target.replica.flights:
+                    result = self._place(target, io, files)
+                if result is None:
+                    wanted.append(Wanted(place, io, target, None))
+            except KvfsError as error:
+                result = _refused(error)
+            results.append(result)
+        return results, wanted
+
+    def _place(self, target: Target, io: pb.ReadIO, files: Lender, *, settled: bool = False) -> pb.ReadResult | None:
+        """None: an update may be under way. `settled`: the chain was asked, what is committed here is the truth."""
+        try:
+            found = target.engine.place(io.chunk_id, io.offset, io.length)
+        except ChunkNotFound:
+            if not settled and target.engine.get(io.chunk_id) is not None:
+                return None
+            raise
+        except KvfsError as error:
+            self._host.note_error(target, error)
+            raise
+        if found.pending_version and not settled:
+            return None
+        return pb.ReadResult(
+            length=found.length,
+            checksums=found.checksums,
+            version=found.version,
+            chunk_length=found.chunk_length,
+            file=files.number(found.file) if found.file is not None else 0,
+            file_offset=found.file_offset,
+            stored=found.stored,
+        )
+
+    async def finish_places(self, wanted: Sequence[Wanted], files: Lender, deadline: float) -> None:
+        """Every wanted place has a result afterwards."""
+        await self._settle_dirty(wanted, deadline)
+        for want in wanted:
+            if want.result is None:
+                try:
+                    want.result = self._place(want.target, want.io, files, settled=True)
+                except KvfsError as error:
+                    want.result = _refused(error)
 
     def _inline(self, target: Target, io: pb.ReadIO, view: memoryview) -> pb.ReadResult | None:
         try:
@@ -110,6 +165,16 @@ class Reader:
 
     async def finish(self, wanted: Sequence[Wanted], deadline: float) -> None:
         """Every wanted read has a result afterwards."""
+        await self._settle_dirty(wanted, deadline)
+        ready = [want for want in wanted if want.result is None]
+        groups = _spread(ready)
+        jobs = [self._host.workers.submit(lambda group=group: _read_all(group)) for group in groups]  # type: ignore[misc]
+        for job in jobs:
+            for want, error in await job.wait():
+                self._host.note_error(want.target, error)
+
+    async def _settle_dirty(self, wanted: Sequence[Wanted], deadline: float) -> None:
+        """Afterwards what is committed here is the truth about each, or its result is the reason why not."""
         dirty: dict[Target, list[Wanted]] = {}
         for want in wanted:
             if self._versions.whom(want.target, want.io.chunk_id):
@@ -121,12 +186,6 @@ class Reader:
             async with trio.open_nursery() as nursery:
                 for target, group in dirty.items():
                     nursery.start_soon(self._settle, target, group, deadline)
-        ready = [want for want in wanted if want.result is None]
-        groups = _spread(ready)
-        jobs = [self._host.workers.submit(lambda group=group: _read_all(group)) for group in groups]  # type: ignore[misc]
-        for job in jobs:
-            for want, error in await job.wait():
-                self._host.note_error(want.target, error)
 
     async def _settle(self, target: Target, group: Sequence[Wanted], deadline: float) -> None:
         try:
@@ -160,6 +219,7 @@ def _read_all(group: Sequence[Wanted]) -> list[tuple[Wanted, KvfsError]]:
         io = want.io
         engine: ChunkEngine = want.target.engine
         try:
+            assert want.view is not None
             outcome = engine.read(io.chunk_id, io.offset, io.length, want.view)
             assert outcome is not None
             want.result = _placed(outcome)
@@ -172,6 +232,11 @@ def _read_all(group: Sequence[Wanted]) -> list[tuple[Wanted, KvfsError]]:
             log.exception("reading chunk %s failed in an unforeseen way", io.chunk_id.hex())
             want.result = _refused(InternalError(f"reading chunk {io.chunk_id.hex()}: {error}"))
     return failed
+
+
+def _check_id(chunk_id: bytes) -> None:
+    if len(chunk_id) != CHUNK_ID_BYTES:
+        raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(chunk_id)}")
 
 
 def _placed(outcome: ReadOutcome) -> pb.ReadResult:

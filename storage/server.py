@@ -142,7 +142,7 @@ class _Process:
                 for directory in self._disks.directories:
                     for target_id in directory.target_ids:
                         await self._open(directory, target_id, 0, fresh=False)
-                server = RpcServer(self._net, self._clock, identity)
+                server = RpcServer(self._net, self._clock, identity, lends_files=config.direct_reads)
                 server.add("Storage", StorageService(host))
                 await nursery.start(self._follow, link)
                 addresses = await nursery.start(self._serve, server)

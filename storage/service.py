@@ -19,18 +19,20 @@ from kvfs.common.errors import (
     InternalError,
     InvalidArgument,
     KvfsError,
+    NotPermitted,
     TargetNotServing,
 )
 from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_space
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.lending import Lender
 from kvfs.common.wire.server import Call
 from kvfs.storage.chain.messages import Incoming, Result, TagKey, refusal
 from kvfs.storage.engine.requests import Tag, UpdateKind
 from kvfs.storage.forwards import MAX_CHUNK_BYTES
 from kvfs.storage.host import Host
-from kvfs.storage.reads import Reader
+from kvfs.storage.reads import Reader, Wanted
 from kvfs.storage.retention.calls import RetentionCalls, check_block, note_blocks
 from kvfs.storage.retention.evict import BATCH
 from kvfs.storage.target import Target
@@ -103,26 +105,38 @@ class StorageService:
         return note_blocks(self._host, request, self._read(request, call))
 
     def _read(self, request: pb.ReadRequest, call: Call) -> pb.ReadReply | Awaitable[pb.ReadReply]:
+        if request.places:
+            return self._places(request, call)
         results, wanted = self._reader.begin(request, call)
         if not wanted:
             call.bulk.placed([result.length for result in results if result is not None])
             return pb.ReadReply(results=results)  # type: ignore[arg-type]
         return self._read_rest(results, wanted, call)
 
-    async def _read_rest(self, results: list[pb.ReadResult | None], wanted: list, call: Call) -> pb.ReadReply:  # type: ignore[type-arg]
+    async def _read_rest(self, results: list[pb.ReadResult | None], wanted: list[Wanted], call: Call) -> pb.ReadReply:
         count = sum(want.io.length for want in wanted)
         await self._budget.take(count, call.remaining_s())
         try:
             await self._reader.finish(wanted, call.deadline - MARGIN_S)
         finally:
             self._budget.give(count)
-        for want in wanted:
-            results[want.place] = want.result
-        done = [result for result in results if result is not None]
-        if len(done) != len(results):
-            raise InternalError("a read was left without a result")
+        done = _all_of(results, wanted)
         call.bulk.placed([result.length for result in done])
         return pb.ReadReply(results=done)
+
+    def _places(self, request: pb.ReadRequest, call: Call) -> pb.ReadReply | Awaitable[pb.ReadReply]:
+        if call.files is None:
+            raise NotPermitted("this service tells no places to this caller: ask for the bytes")
+        if call.bulk.count:
+            raise InvalidArgument("a read asks either for places or for bytes")
+        results, wanted = self._reader.begin_places(request, call.files)
+        if not wanted:
+            return pb.ReadReply(results=results)  # type: ignore[arg-type]
+        return self._places_later(results, wanted, call.files, call.deadline - MARGIN_S)
+
+    async def _places_later(self, results: list[pb.ReadResult | None], wanted: list[Wanted], files: Lender, deadline: float) -> pb.ReadReply:
+        await self._reader.finish_places(wanted, files, deadline)
+        return pb.ReadReply(results=_all_of(results, wanted))
 
     def version(self, request: pb.VersionRequest, call: Call) -> pb.VersionReply | Awaitable[pb.VersionReply]:
         """Asked of the last serving target: what has it committed?"""
@@ -366,6 +380,16 @@ async def drop_leftovers(host: Host, target: Target, deadline: float) -> None:
             target.engine.drop_pending([chunk])
         finally:
             host.unlock(ticket)
+
+
+def _all_of(results: list[pb.ReadResult | None], wanted: Sequence[Wanted]) -> list[pb.ReadResult]:
+    """The results with those that came later in their places."""
+    for want in wanted:
+        results[want.place] = want.result
+    done = [result for result in results if result is not None]
+    if len(done) != len(results):
+        raise InternalError("a read was left without a result")
+    return done
 
 
 def _to_wire(result: Result) -> pb.WriteResult:

@@ -10,13 +10,16 @@ of every handle once; a handle that was closed stays closed, also when closing f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import trio
 
 from kvfs.client.file.fetch import fetch_block, fetch_into
 from kvfs.client.file.memory import bytes_of, size_of
+from kvfs.client.file.places import Reach
 from kvfs.client.file.readahead import Stream, Window
 from kvfs.client.file.state import FileState, Held, let_go
+from kvfs.client.file.stretch import Stretch
 from kvfs.client.peers import Buffer
 from kvfs.client.storage_writes import ChunkWrite
 from kvfs.client.user import User
@@ -25,6 +28,8 @@ from kvfs.common.transport.region import Span
 from kvfs.common.wire import meta_pb2 as pb
 
 _EMPTY = memoryview(b"")
+INLINE_BYTES = 1 << 20
+"""Read from the page cache in the client's thread before others get their turn."""
 
 
 class OpenFile:
@@ -39,6 +44,7 @@ class OpenFile:
         self._append = append
         self._on_close = on_close
         self._stream = Stream(state.shared.config)
+        self._reach = Reach()
         self._errors_seen = state.errors
         self._closed = False
         self.inode = state.number
@@ -87,15 +93,22 @@ class OpenFile:
         if end <= offset:
             return _EMPTY
         state = self._state
+        if state.windows.at(offset) is None:
+            block = state.shared.memory.allocate(end - offset)
+            try:
+                if await self._read_places(offset, block.view) == block.size:
+                    return block.lend(0, block.size)
+            finally:
+                block.release()
+        await self._read_ahead(offset, end)
         held = state.hold_unacknowledged(offset, end)
         try:
             window = state.windows.at(offset)
             if window is not None and not held and window.end >= end:
                 window.hold()
                 try:
-                    if not window.ready.is_set():
-                        await window.ready.wait()
-                    if window.block is not None:
+                    if await window.wait(state.shared.clock, state.shared.config.deadline_s) is not None:
+                        assert window.block is not None
                         state.shared.storage.counters.window_hits += 1
                         lent = window.block.lend(offset - window.start, end - window.start)
                         state.windows.consumed(window, end - offset)
@@ -118,9 +131,21 @@ class OpenFile:
         """Fill writable views (or Spans of a RegisteredBuffer, which the storage fills without a copy) in order. The count is short only at the end
         of the file."""
         total = sum(map(size_of, views))
-        end = await self._range(offset, total, ahead=not (views and isinstance(views[0], Span)))
+        end = await self._range(offset, total)
         if end <= offset:
             return 0
+        if self._state.windows.at(offset) is None:
+            start = offset
+            for view in views:
+                into = bytes_of(view)[: end - start]
+                done = await self._read_places(start, into)
+                start += done
+                if done < len(into):
+                    break
+            if start == end:
+                return end - offset
+        if not isinstance(views[0], Span):
+            await self._read_ahead(offset, end)
         held = self._state.hold_unacknowledged(offset, end)
         try:
             start = offset
@@ -143,8 +168,65 @@ class OpenFile:
             let_go(held)
         return end - offset
 
-    async def _range(self, offset: int, length: int, *, ahead: bool = True) -> int:
-        """Where the read ends; starts reading ahead."""
+    def read_now(self, offset: int, into: memoryview) -> int:
+        """Bytes that could be read in the caller's own thread, whichever that is, because their places are known (`find_places`). Waits for the disk
+        only. Fewer than there is room for: `pread` knows the rest."""
+        return self._state.places.read(offset, into, self._state.token) if self._read and not self._closed else 0
+
+    async def find_places(self, offset: int, length: int) -> int:
+        """Learn where the bytes from `offset` on lie, for `read_now`: these and, as reading goes on, more and more around them. Gives where a read of
+        that length ends, as `pread` would."""
+        end = await self._range(offset, length)
+        if offset < end:
+            await self._state.find_places(*self._reach.next(self._state.places, offset, end, self._state.token))
+        return end
+
+    def wants_more(self, offset: int) -> bool:
+        """Whether a reader who has got so far should have `find_more` run, not waiting for it. True once, until that has run."""
+        if offset < self._reach.more_at:
+            return False
+        self._reach.more_at = inf
+        return offset < self._state.length
+
+    async def find_more(self, offset: int) -> None:
+        """As `find_places`, for what a reader who has got to `offset` will want next."""
+        start, stop = self._reach.more(self._state.places, offset)
+        await self._range(offset, 0)
+        await self._state.find_places(start, stop)
+
+    def places_until(self, offset: int, end: int) -> float:
+        """Until when bytes that `read_now` gave may be used."""
+        return self._state.places.until(offset, end)
+
+    @property
+    def tells_places(self) -> bool:
+        """Whether it is worth asking for places: not when none were told a moment ago."""
+        return not self._state.places.resting
+
+    async def _read_places(self, offset: int, into: memoryview) -> int:
+        """As `read_now`, in the client's thread: asks for places where none are known, and never waits for the disk."""
+        state = self._state
+        places = state.places
+        done = 0
+        asked = False
+        while done < len(into) and not places.resting:
+            step = into[done : done + INLINE_BYTES]
+            count = places.read(offset + done, step, state.token, nowait=True)
+            done += count
+            if count:
+                asked = False
+            if count == len(step):
+                if done < len(into):
+                    await trio.lowlevel.checkpoint()
+                continue
+            if asked or places.covers(offset + done, state.token):
+                break  # it would wait for the disk, or the bytes have been replaced
+            asked = True
+            await state.find_places(*self._reach.next(places, offset + done, offset + len(into), state.token))
+        return done
+
+    async def _range(self, offset: int, length: int) -> int:
+        """Where the read ends."""
         if self._closed or not self._read:
             raise BadHandle("the file is not open for reading")
         if offset < 0 or length < 0:
@@ -152,11 +234,14 @@ class OpenFile:
         state = self._state
         if not state.leased:
             await state.fresh(self.user)
-        end = min(offset + length, state.length)
+        return min(offset + length, state.length)
+
+    async def _read_ahead(self, offset: int, end: int) -> None:
+        """[offset, end) is about to be read from the service."""
+        state = self._state
         # A read of more than the read-ahead is a batch by itself.
-        if ahead and offset < end < offset + state.shared.config.read_ahead_bytes and self._stream.advance(state.windows, offset, end, state.length):
+        if end < offset + state.shared.config.read_ahead_bytes and self._stream.advance(state.windows, offset, end, state.length):
             await trio.lowlevel.checkpoint()  # the fetches' turn: a reader that finds all it wants would keep them from starting
-        return end
 
     async def _gather(self, offset: int, into: Span | memoryview, held: list[Held]) -> None:
         """Fill `into` from our own unacknowledged writes, from what was read ahead, and from the storage for the rest."""
@@ -173,13 +258,13 @@ class OpenFile:
             direct = _without(missing, [(window.start, window.end) for window in windows])
             await self._fetch_parts(offset, into, direct)
             for window in windows:
-                await window.ready.wait()
+                block = await window.wait(state.shared.clock, state.shared.config.deadline_s)
                 parts = _within(missing, window.start, window.end)
-                if window.block is None:
+                if block is None:
                     await self._fetch_parts(offset, into, parts)
                     continue
                 for start, stop in parts:
-                    view[start - offset : stop - offset] = window.block.view[start - window.start : stop - window.start]
+                    view[start - offset : stop - offset] = block.view[start - window.start : stop - window.start]
                     state.windows.consumed(window, stop - start)
         finally:
             for window in windows:
@@ -211,6 +296,16 @@ class OpenFile:
         await self._state.fresh_for_writing(self.user)
         return await self._put(offset, buffers)
 
+    async def stretch(self, offset: int) -> Stretch | None:
+        """For a thread that writes on from `offset`: memory that it fills by itself, instead of calling pwrite each time; what pwrite promises is
+        true of it too. None: use pwrite."""
+        self._check_writable(offset)
+        if self._append:
+            return None
+        await self._state.fresh_for_writing(self.user)
+        self._raise_pending()
+        return await self._state.stretch(offset, self.session, self.user)
+
     async def append(self, buffers: Sequence[Buffer]) -> int:
         """Write at the end of the file, whoever else appends; gives the offset."""
         self._check_writable(0)
@@ -218,7 +313,7 @@ class OpenFile:
         total = sum(map(size_of, buffers))
         if not total:
             return state.length
-        if state.unreported_end > state.attributes.length:
+        if state.written_end > state.attributes.length:
             # The end that the metadata service knows must be the true one before it gives out what is behind it.
             await self._flush_and_report()
         reply = await state.shared.meta.append(self.inode, self.session, total, user=self.user)
@@ -234,7 +329,7 @@ class OpenFile:
             count = size_of(buffer)
             if not count:
                 continue
-            async with state.writing(start, count):
+            async with state.writing(start, count, self.session, self.user):
                 if isinstance(buffer, Span):
                     await self._send_now(start, buffer)
                 else:
@@ -306,17 +401,25 @@ class OpenFile:
         return await self._state.truncate(length, self.session, self.user)
 
     async def close(self) -> None:
-        """flush, report, end the session. The handle is closed even when this raises; a second close does nothing."""
+        """flush, report, end the session. The handle is closed even when this raises; a second close does nothing.
+
+        Returns when the metadata service knows what was written; where there is nothing to report, nobody waits for the end of the session.
+        """
         if self._closed:
             return
         self._closed = True
+        state = self._state
         try:
+            if self._write and state.dirty:
+                await state.flush()
+            if self._write and state.must_report:
+                await state.report(self.session, self.user, still_open=False)
+            elif self.session:
+                state.shared.meta.end_session(self.inode, self.session)
             if self._write:
-                await self._state.flush()
-                await self._state.report(self.session, self.user, still_open=False)
                 self._raise_pending()
         finally:
-            self._on_close(self, self._state)
+            self._on_close(self, state)
 
     async def _flush_and_report(self) -> None:
         await self.flush()

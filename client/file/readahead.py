@@ -6,7 +6,8 @@ and keeps the sum bounded. Invariants:
   - windows of a file never overlap, and each holds the bytes as one fetch found them;
   - a window is dropped as soon as a local write, a truncate or news from another client touches it, also while its fetch is under way;
   - a window that was read through is dropped; memory lent out of it stays right until the reader lets go;
-  - a failed fetch is dropped without a word: the reader asks the storage itself and gets the error first-hand.
+  - a failed fetch is dropped without a word: the reader asks the storage itself and gets the error first-hand. Only who has waited for the fetch to
+    run out of time gets its error (`Window.wait`): asking again would take as long again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from kvfs.client.file.memory import Block, Memory
 from kvfs.client.peers import Counters
 from kvfs.client.placement import Placement
 from kvfs.client.storage_client import StorageClient
-from kvfs.common.errors import KvfsError
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.errors import DeadlineExceeded, KvfsError
 
 log = logging.getLogger("kvfs.client")
 
@@ -33,7 +35,7 @@ SLACK_BYTES = 4 << 20
 class Window:
     """[start, end) of a file. Once `ready`, `block` has the bytes, or is None if they could not be fetched."""
 
-    __slots__ = ("_users", "block", "consumed", "dropped", "end", "owner", "ready", "start")
+    __slots__ = ("_users", "block", "consumed", "dropped", "end", "late", "owner", "ready", "start")
 
     def __init__(self, owner: Windows, start: int, end: int) -> None:
         self.owner = owner
@@ -41,9 +43,19 @@ class Window:
         self.end = end
         self.block: Block | None = None
         self.ready = trio.Event()
+        self.late: DeadlineExceeded | None = None
         self.dropped = False
         self.consumed = 0
         self._users = 0
+
+    async def wait(self, clock: Clock, deadline_s: float) -> Block | None:
+        """Its bytes, or None if they could not be fetched. Raises DeadlineExceeded if that took about as long as the caller may take at all."""
+        if not self.ready.is_set():
+            began = clock.monotonic()
+            await self.ready.wait()
+            if self.late is not None and clock.monotonic() - began > deadline_s / 2:
+                raise self.late
+        return self.block
 
     def hold(self) -> None:
         """Someone reads from it: dropped or not, the bytes stay until `let_go`. (A read that found the window before it was dropped began before
@@ -109,6 +121,8 @@ class ReadAhead:
         got: Block | None = None
         try:
             got = await fetch_block(self._storage, self._memory, window.owner.placement, window.start, block)
+        except DeadlineExceeded as error:
+            window.late = error
         except KvfsError:
             pass  # the reader will ask the storage itself
         except Exception:

@@ -12,6 +12,7 @@ It must never change attributes by itself: those are the metadata service's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ import trio
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.memory import Block, Memory
+from kvfs.client.file.places import Places, PlaceTable
 from kvfs.client.file.readahead import ReadAhead, Windows
+from kvfs.client.file.stretch import Stretch
 from kvfs.client.file.writeback import DirtyChunks, WriteBack
 from kvfs.client.meta_client import MetaClient
 from kvfs.client.placement import MAX_FILE_BYTES, Placement
@@ -43,6 +46,7 @@ class Shared:
     storage: StorageClient
     memory: Memory
     ahead: ReadAhead
+    places: PlaceTable
     back: WriteBack
     clock: Clock
     config: ClientConfig
@@ -64,10 +68,11 @@ class FileState:
         self.number = inode.inode
         self.placement = Placement.of(inode)
         self.attributes = inode
-        self.length = inode.length
+        self._length = inode.length
         self.handles = 0
         self.windows = Windows(shared.ahead, self.placement)
-        self.dirty = DirtyChunks(shared.back, self.placement, shared.clock, self._written)
+        self.dirty = DirtyChunks(shared.back, self.placement, shared.clock, self._written, self._stretched)
+        self.places = Places(shared.places, self.placement, self.dirty)
         self.mtime_ns = 0
         self.unreported_end = 0
         self.unreported = False
@@ -76,17 +81,34 @@ class FileState:
         self._uncertain = False
         """A write failed that may have been applied."""
         self._serial = 0
+        self._tokens = itertools.count(1)
         self.token = 0
-        """Changes whenever bytes read earlier may no longer be true. Any thread may look."""
+        """Changes whenever bytes read earlier may no longer be true, to what it never was. Any thread may look, and touch."""
         self._lease_end = float("-inf")
         self._heard = float("-inf")
         self._asking: trio.Event | None = None
         self._resizing: trio.Event | None = None
         self._writers = 0
         self._writers_gone = trio.Event()
+        self._cut_open = False
+        """A truncate, ours that failed or another client's, may still wait for its chains."""
         self.errors = 0
         self.last_error: KvfsError | None = None
         self.adopt(inode)
+
+    @property
+    def length(self) -> int:
+        """As this client sees it. Any thread may look."""
+        return max(self._length, self._stretched_end)
+
+    @property
+    def _stretched_end(self) -> int:
+        """Where the bytes end that writers' threads have put down and this one has not heard of yet."""
+        stretches = self.dirty.stretches
+        return max((stretch.end for stretch in stretches if stretch.end > stretch.start), default=0) if stretches else 0
+
+    def touch(self) -> None:
+        self.token = next(self._tokens)
 
     # --- attributes ------------------------------------------------------------------------------------------------------------------
 
@@ -104,27 +126,26 @@ class FileState:
         self._lease_end = now + LEASE_USE * inode.attr_lease_ms / 1000 if self.shared.config.watch else float("-inf")
         cut = inode.truncate_version != known.truncate_version
         if cut and not own:
+            self.dirty.stop_stretches()
             self._acknowledged_end = self._hinted_end = 0
             self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
+            self._cut_open = True
         if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
-            self._drop_read()
+            self.forget_read()
         self.attributes = inode
-        self.length = max(inode.length, self.unreported_end)
+        self._length = max(inode.length, self.unreported_end)
 
     def revoke(self) -> None:
         """The lease is over: ask before anything cached is used again."""
-        self.token += 1
+        self.touch()
         self._lease_end = float("-inf")
         self._heard = float("-inf")
-
-    def _drop_read(self) -> None:
-        self.token += 1
-        self.windows.drop_all()
+        self.dirty.stop_stretches()
 
     def lose_all(self) -> None:
         """The metadata service was restarted: nothing cached is known to be true."""
         self.revoke()
-        self._drop_read()
+        self.forget_read()
 
     @property
     def leased(self) -> bool:
@@ -157,45 +178,77 @@ class FileState:
     def view(self, inode: pb.Inode | None = None) -> pb.Inode:
         """Attributes with our unreported writes on top: of `inode` (newer ones, say), or as last heard."""
         base = self.attributes if inode is None else inode
-        if not self.unreported or base.truncate_version < self.attributes.truncate_version:
+        end = self.written_end
+        if (not end and not self.unreported) or base.truncate_version < self.attributes.truncate_version:
             return base
+        mtime_ns = max((stretch.mtime_ns for stretch in self.dirty.stretches), default=0)
         shown = pb.Inode()
         shown.CopyFrom(base)
-        shown.length = max(base.length, self.unreported_end)
-        shown.mtime_ns = max(base.mtime_ns, self.mtime_ns)
-        shown.ctime_ns = max(base.ctime_ns, self.mtime_ns)
+        shown.length = max(base.length, end)
+        shown.mtime_ns = max(base.mtime_ns, self.mtime_ns, mtime_ns)
+        shown.ctime_ns = max(base.ctime_ns, self.mtime_ns, mtime_ns)
         return shown
 
     # --- writing ---------------------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def writing(self, offset: int, size: int) -> AsyncIterator[None]:
-        """Around a write of [offset, offset + size): keeps truncates out, and what was read ahead true."""
+    async def writing(self, offset: int, size: int, session: bytes, user: User) -> AsyncIterator[None]:
+        """Around a write of [offset, offset + size): keeps truncates out and waits for those under way, keeps what was read ahead true."""
         end = offset + size
         if end > MAX_FILE_BYTES:
             raise FileTooBig(f"a file ends at {MAX_FILE_BYTES} bytes")
-        while self._resizing is not None:
-            await self._resizing.wait()
-        self._writers += 1
-        try:
+        async with self._no_resizing(session, user):
             self.windows.drop_range(offset, end)
-            self.token += 1
+            self.touch()
             self._serial += 1
             try:
                 yield
             except BaseException:
                 self._uncertain = True  # some of it may go out all the same
                 raise
-            self.token += 1
-            self._serial += 1
-            self.unreported = True
-            self.unreported_end = max(self.unreported_end, end)
-            self.length = max(self.length, end)
-            self.mtime_ns = self.shared.clock.wall_ns()
+            self._wrote(end, self.shared.clock.wall_ns())
+
+    async def stretch(self, offset: int, session: bytes, user: User) -> Stretch | None:
+        """For a writer's thread that goes on at `offset`; see DirtyChunks.stretch. Heed `fresh_for_writing` first."""
+        if offset + self.shared.back.stretch_bytes_max > MAX_FILE_BYTES:
+            return None
+        async with self._no_resizing(session, user):
+            stretch = await self.dirty.stretch(offset, self.touch)
+        if stretch is not None:
+            stretch.until = max(self._lease_end, self._heard + WRITER_REFRESH_S)
+        return stretch
+
+    @asynccontextmanager
+    async def _no_resizing(self, session: bytes, user: User) -> AsyncIterator[None]:
+        while self._resizing is not None or self._cut_open:
+            if self._resizing is not None:
+                await self._resizing.wait()
+            else:
+                await self._settle(session, user)
+        self._writers += 1
+        try:
+            yield
         finally:
             self._writers -= 1
             if not self._writers:
                 self._writers_gone.set()
+
+    def _stretched(self, stretch: Stretch) -> None:
+        if stretch.end > stretch.start:
+            self._wrote(stretch.end, stretch.mtime_ns)
+
+    def _wrote(self, end: int, now_ns: int) -> None:
+        self.touch()
+        self._serial += 1
+        self.unreported = True
+        self.unreported_end = max(self.unreported_end, end)
+        self._length = max(self._length, end)
+        self.mtime_ns = max(self.mtime_ns, now_ns)
+
+    @property
+    def written_end(self) -> int:
+        """The highest end of what the metadata service does not know of."""
+        return max(self.unreported_end, self._stretched_end)
 
     def _written(self, start: int, end: int, error: KvfsError | None) -> None:
         self.windows.drop_range(start, end)  # fetched while the bytes were on their way
@@ -212,6 +265,7 @@ class FileState:
         self.errors += 1
         self.last_error = error
         self._uncertain = True
+        self.dirty.stop_stretches()  # the next write is to raise it
 
     async def flush(self) -> None:
         await self.dirty.flush()
@@ -267,15 +321,36 @@ class FileState:
             await self.flush()
             if self.must_report:
                 await self.report(session, user, still_open=True)
-            reply = await self.shared.meta.set_attr(self.number, user=user, length=length, session=session)
-            self._drop_read()
+            try:
+                reply = await self.shared.meta.set_attr(self.number, user=user, length=length, session=session)
+            except BaseException:
+                self._cut_open = True
+                raise
+            self._cut_open = False
+            self.forget_read()
             self.adopt(reply, own=True)
             return reply
         finally:
             self._resizing.set()
             self._resizing = None
 
+    async def _settle(self, session: bytes, user: User) -> None:
+        """No truncate that we have heard of can cut what is written from now on. Raises what keeps one from its chains."""
+        reply = await self.shared.meta.append(self.number, session, 0, user=user)
+        self._cut_open = False
+        self.adopt(reply.inode)
+
     # --- reading ---------------------------------------------------------------------------------------------------------------------
+
+    async def find_places(self, start: int, stop: int) -> None:
+        """Ask where these bytes lie on this machine's disks."""
+        await self.places.fetch(start, stop, self.length, lambda: self.token)
+
+    def forget_read(self) -> None:
+        """What is read from now on is asked for anew."""
+        self.touch()
+        self.windows.drop_all()
+        self.places.clear()
 
     def hold_unacknowledged(self, start: int, end: int) -> list[Held]:
         """Our own bytes in [start, end) that the storage may not show yet, in the order in which they were written. `let_go` them."""

@@ -20,11 +20,8 @@ log = logging.getLogger("kvfs.client")
 
 
 class FileTable:
-    def __init__(self, shared: Shared, nursery: trio.Nursery) -> None:
+    def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._nursery = nursery
-        self._ending = 0
-        self._ended = trio.Event()
         self._states: dict[int, FileState] = {}
         self._handles: set[OpenFile] = set()
 
@@ -46,25 +43,11 @@ class FileTable:
 
     def _closed(self, handle: OpenFile, state: FileState) -> None:
         self._handles.discard(handle)
-        if handle.session and not handle.writable:
-            self._ending += 1
-            self._nursery.start_soon(self._end_reader, handle)
         state.handles -= 1
         if state.handles == 0:
-            state.windows.drop_all()
+            state.forget_read()
             if self._states.get(state.number) is state:
                 del self._states[state.number]
-
-    async def _end_reader(self, handle: OpenFile) -> None:
-        """Nobody waits for the end of a reader's session: nothing depends on it but when a removed file's space is freed."""
-        try:
-            await self._shared.meta.close(handle.inode, handle.session, user=handle.user)
-        except KvfsError as error:
-            log.debug("the session of a closed file stays until this client is gone: %s", error.message)
-        finally:
-            self._ending -= 1
-            if not self._ending:
-                self._ended.set()
 
     async def hint_lengths(self) -> None:
         """For ever: tell the lengths of files that are being written."""
@@ -116,8 +99,5 @@ class FileTable:
                 await handle.close()
             except KvfsError as error:
                 first = first or error
-        while self._ending:
-            self._ended = trio.Event()
-            await self._ended.wait()
         if first is not None:
             raise first

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 
-class DiskFile(ABC):
+class ReadableFile(ABC):
     @abstractmethod
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Bytes placed; fewer than the buffers hold only at the end of the file."""
@@ -20,6 +20,22 @@ class DiskFile(ABC):
     @abstractmethod
     def try_read_into(self, buffers: Sequence[memoryview], offset: int) -> int | None:
         """The same without waiting for a device: None when some of the bytes are not in memory (the buffers may then hold a part)."""
+
+
+class LentFile(ReadableFile):
+    """A file of another process, which lent it for reading (`DiskFile.lend`). What is read may be anything by now: whoever reads checks it. It is
+    closed when nobody refers to it any more, so that a thread that still reads never meets a descriptor that became another file."""
+
+    @abstractmethod
+    def will_need(self, offset: int, length: int) -> None:
+        """The device may begin to bring this range into memory; returns at once."""
+
+
+class DiskFile(ReadableFile):
+    def lend(self) -> int | None:
+        """A new descriptor of this file, for reading only, to be passed to another process; the caller owns it. None where files have none
+        (simulation)."""
+        return None
 
     @abstractmethod
     def write(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:

@@ -45,9 +45,7 @@ def check_lmdb_file(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise from_os(error, f"read {path}") from error
     except (_Damaged, struct.error) as error:
-        raise IndexCorrupt(
-            f"index {path} is damaged ({error}). Nothing was changed; restore its directory from a copy, or empty it and let the replicas refill it"
-        ) from error
+        raise IndexCorrupt(f"index {path} is damaged ({error}). {IndexCorrupt.ADVICE}") from error
 
 
 class _Walk:

@@ -15,12 +15,14 @@ import errno
 import os
 import socket
 import stat
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final
 
 import trio
 
+from kvfs.common.boundary.readiness import ReadWatch
 from kvfs.common.errors import AddressInUse, ConfigError, ConnectionLost, Unreachable, from_os
 
 ReadBuffer = bytes | bytearray | memoryview
@@ -29,6 +31,7 @@ ReadBuffer = bytes | bytearray | memoryview
 MAX_FDS: Final = 16
 _IOV_MAX: Final = 1024
 _BACKLOG: Final = 512
+_CREDENTIALS: Final = struct.Struct("iII")
 _FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
@@ -36,6 +39,8 @@ class ByteStream(ABC):
     peer: str
     carries_fds: bool
     """Whether file descriptors can travel (unix sockets and their simulated kin)."""
+    trusted: bool
+    """Whether the kernel says that the other end is a process of this machine that may do what this one may: of the same user, or of root."""
 
     @abstractmethod
     def send_now(self, buffers: Sequence[ReadBuffer], fds: Sequence[int] = ()) -> int:
@@ -50,6 +55,18 @@ class ByteStream(ABC):
 
     @abstractmethod
     async def wait_readable(self) -> None: ...
+
+    def take_over(self, task: trio.lowlevel.Task) -> bool:
+        """Wakes `task`, which is about to wait, in place of the task in `wait_readable`: see ReadWatch. False: not here, or nobody waits now."""
+        return False
+
+    def give_back(self) -> bool:
+        """Undoes `take_over`. False: its task was woken already."""
+        return True
+
+    def hand_back(self, error: BaseException | None = None) -> None:
+        """Ends the reader's wait, with an error if there is one. For the task in its place, once woken."""
+        raise NotImplementedError
 
     @abstractmethod
     def taken_fds(self) -> list[int]:
@@ -189,7 +206,11 @@ class SocketStream(ByteStream):
         self._sock = sock
         self.peer = peer
         self.carries_fds = sock.family is socket.AF_UNIX
+        self.trusted = self.carries_fds and _peer_uid(sock) in (0, os.geteuid())
         self._fds: list[int] = []
+        self._watch = ReadWatch(sock.fileno())
+        self._write_fd = -1
+        """A second descriptor of the socket: trio arms a descriptor for reading and writing together, and reading is the watch's."""
 
     def send_now(self, buffers: Sequence[ReadBuffer], fds: Sequence[int] = ()) -> int:
         try:
@@ -228,15 +249,26 @@ class SocketStream(ByteStream):
 
     async def wait_writable(self) -> None:
         try:
-            await trio.lowlevel.wait_writable(self._sock)
+            if self._write_fd < 0:
+                self._write_fd = os.dup(self._sock.fileno())
+            await trio.lowlevel.wait_writable(self._write_fd)
         except (trio.ClosedResourceError, OSError, ValueError) as error:
             raise self._lost(error) from None
 
     async def wait_readable(self) -> None:
         try:
-            await trio.lowlevel.wait_readable(self._sock)
+            await self._watch.wait()
         except (trio.ClosedResourceError, OSError, ValueError) as error:
             raise self._lost(error) from None
+
+    def take_over(self, task: trio.lowlevel.Task) -> bool:
+        return self._watch.take_over(task)
+
+    def give_back(self) -> bool:
+        return self._watch.give_back()
+
+    def hand_back(self, error: BaseException | None = None) -> None:
+        self._watch.hand_back(error)
 
     def taken_fds(self) -> list[int]:
         fds, self._fds = self._fds, []
@@ -248,7 +280,11 @@ class SocketStream(ByteStream):
 
     def close(self) -> None:
         if self._sock.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._sock)
+            self._watch.close()
+            if self._write_fd >= 0:
+                trio.lowlevel.notify_closing(self._write_fd)
+                os.close(self._write_fd)
+                self._write_fd = -1
             self._sock.close()
         for fd in self.taken_fds():
             os.close(fd)
@@ -296,6 +332,12 @@ class SocketListener(Listener):
                     if os.stat(self._path).st_ino == self._inode:  # not the socket of a successor that took the path
                         os.unlink(self._path)
         await trio.lowlevel.checkpoint()
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    """Of the process that connected, or listened, at the other end."""
+    _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(uid)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 import lmdb
 
-from kvfs.common.boundary.disk import Disk, DiskFile, OrderedMap
+from kvfs.common.boundary.disk import Disk, DiskFile, LentFile, OrderedMap, ReadableFile
 from kvfs.common.boundary.lmdb_check import check_lmdb_file
 from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, KvfsError, NoSpace, from_os
 
@@ -137,7 +138,9 @@ class RealDisk(Disk):
             self._lock_fd = -1
 
 
-class RealFile(DiskFile):
+class _Readable(ReadableFile):
+    """An open descriptor, as far as reading goes."""
+
     def __init__(self, fd: int, path: str) -> None:
         self._fd = fd
         self._path = path
@@ -145,8 +148,14 @@ class RealFile(DiskFile):
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         total = 0
-        rest = list(buffers)
         try:
+            if len(buffers) == 1:  # hardly ever does this take a second call
+                total = os.preadv(self._fd, buffers, offset)
+                if total == buffers[0].nbytes:
+                    return total
+                rest = [buffers[0][total:]]
+            else:
+                rest = list(buffers)
             while rest:
                 batch = rest[:_IOV_MAX]
                 count = os.preadv(self._fd, batch, offset + total)
@@ -177,6 +186,12 @@ class RealFile(DiskFile):
                 self._nowait = False
                 return None
             raise from_os(error, f"read {self._path}") from error
+
+
+class RealFile(_Readable, DiskFile):
+    def lend(self) -> int | None:
+        with _typed(f"open {self._path}"):
+            return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
         rest: list[Any] = list(buffers)
@@ -230,6 +245,22 @@ class RealFile(DiskFile):
             fd, self._fd = self._fd, -1
             with _typed(f"close {self._path}"):
                 os.close(fd)
+
+
+class RealLentFile(_Readable, LentFile):
+    """Takes the descriptor over, also on failure. Refuses what is no file: reading it could wait for ever."""
+
+    def __init__(self, fd: int, lender: str) -> None:
+        super().__init__(fd, f"a file lent by {lender}")
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidArgument(f"{lender} lent a descriptor that is no file")
+
+    def will_need(self, offset: int, length: int) -> None:
+        with _typed(f"read ahead {self._path}"):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self) -> None:
+        os.close(self._fd)
 
 
 class LmdbMap(OrderedMap):
@@ -300,10 +331,7 @@ class LmdbMap(OrderedMap):
 
     def _translated(self, error: Any, what: str) -> KvfsError:
         if isinstance(error, _CORRUPT):
-            return IndexCorrupt(
-                f"{what} index {self._path}: damaged ({error}). Nothing was changed; restore this directory from a copy, "
-                "or empty it and let the replicas refill it"
-            )
+            return IndexCorrupt(f"{what} index {self._path}: damaged ({error}). {IndexCorrupt.ADVICE}")
         if isinstance(error, lmdb.MapFullError):
             return NoSpace(f"{what} index {self._path}: its configured size is full")
         if isinstance(error, lmdb.BadValsizeError):

@@ -166,6 +166,7 @@ class SimStream(ByteStream):
         self.host = host
         self.peer = peer
         self.carries_fds = carries_fds
+        self.trusted = carries_fds  # a simulated machine has one user
         self._parcels: deque[_Parcel] = deque()
         self._queued = 0
         self._last_at = 0.0

@@ -23,7 +23,6 @@ from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.net import ByteStream, Net
 from kvfs.common.errors import (
     ConnectionLost,
-    DeadlineExceeded,
     KvfsError,
     MalformedFrame,
     MessageTooBig,
@@ -33,10 +32,12 @@ from kvfs.common.errors import (
 )
 from kvfs.common.transport.region import BufferPool
 from kvfs.common.wire import base_pb2 as pb
-from kvfs.common.wire.connection import Connection, Entry, Receive
+from kvfs.common.wire.calls import Calls, Pending
+from kvfs.common.wire.connection import Connection, Receive
 from kvfs.common.wire.frame import Header, Kind, Limits, decode_table, encode, table_bytes
 from kvfs.common.wire.identity import Identity
-from kvfs.common.wire.outgoing import Buffer, Memory, Named
+from kvfs.common.wire.lending import BorrowedFiles
+from kvfs.common.wire.outgoing import Buffer, Memory
 from kvfs.common.wire.service import Method
 
 log = logging.getLogger("kvfs.wire.channel")
@@ -44,21 +45,6 @@ log = logging.getLogger("kvfs.wire.channel")
 DEFAULT_LIMITS: Final = Limits()
 _MAX_DEADLINE_MS: Final = 86_400_000
 _LINGER_S: Final = 3600.0
-
-
-class _Pending:
-    """A call under way. `alive` until its caller has an outcome; it stays in the channel's table until the service has answered."""
-
-    __slots__ = ("alive", "began", "deadline", "entry", "method", "named", "task")
-
-    def __init__(self, method: Method, deadline: float, began: int) -> None:
-        self.method = method
-        self.deadline = deadline
-        self.began = began
-        self.task: trio.lowlevel.Task | None = None
-        self.named: Named | None = None
-        self.entry: Entry | None = None
-        self.alive = True
 
 
 class Channel:
@@ -73,21 +59,16 @@ class Channel:
         self.address = stream.peer
         self.peer = Identity(host_id="", pid=0, hostname="", software="")
         """Who answers; true once `open` has returned."""
-        self.ended: KvfsError | None = None
-        """Why no call can be made any more."""
-        self.suspect = False
-        """A call ran out of time while nothing at all came: the peer or the network may hang."""
-        self._pending: dict[int, _Pending] = {}
-        self._live = 0
+        self.files = BorrowedFiles(stream.peer, limits.files)
+        """What the service has lent."""
+        self._calls = Calls(self._connection, limits.in_flight)
         self._next_id = 1
-        self._room = trio.lowlevel.ParkingLot()
         self._greeted = trio.Event()
         self._scope = trio.CancelScope()
         self._alarm = trio.Event()
         self._alarm_at = math.inf
         self._used_at = clock.monotonic()
         self._seen = -1
-        self._retired = False
         self._goodbye = False
         self.paused = False
 
@@ -114,7 +95,7 @@ class Channel:
             stream.close()
             raise Unreachable(error.message) from None
         nursery.start_soon(channel._run)
-        with trio.move_on_after(until - clock.monotonic()):
+        with trio.move_on_after(max(0.0, until - clock.monotonic())):
             await channel._greeted.wait()
         if channel.ended is not None:
             if isinstance(channel.ended, ConnectionLost):
@@ -129,11 +110,12 @@ class Channel:
         """The reply message. `send` or `receive` name memory whose bytes go with the request or come with the reply; the request's `bulk` field is
         filled in here. Raises what the service raised, or a TransportError."""
         now = self._clock.monotonic()
-        if len(self._pending) >= self._limits.in_flight:
-            await self._wait_for_room(timeout_s)
-        if self.ended is not None:
-            raise ConnectionLost(f"channel to {self.address} is closed: {self.ended.message}")
-        pending = _Pending(method, now + timeout_s, self._connection.received)
+        calls = self._calls
+        if len(calls.table) >= self._limits.in_flight:
+            await calls.wait_for_room(timeout_s)
+        if calls.ended is not None:
+            raise ConnectionLost(f"channel to {self.address} is closed: {calls.ended.message}")
+        pending = Pending(method, now + timeout_s, self._connection.received)
         request_id = self._next_id
         self._next_id += 1
         payload: Sequence[bytes | memoryview] = ()
@@ -161,26 +143,28 @@ class Channel:
             if isinstance(error, ConnectionLost):
                 self._fail(error)
             raise
-        self._pending[request_id] = pending
-        self._live += 1
         if pending.deadline < self._alarm_at:
             self._alarm.set()
-        pending.task = trio.lowlevel.current_task()
+        return await calls.answer(request_id, pending, self)
 
-        def abandon(_raise: object) -> trio.lowlevel.Abort:
-            self._abandon(request_id, pending)
-            return trio.lowlevel.Abort.SUCCEEDED
+    @property
+    def ended(self) -> KvfsError | None:
+        """Why no call can be made any more."""
+        return self._calls.ended
 
-        return await trio.lowlevel.wait_task_rescheduled(abandon)
+    @property
+    def suspect(self) -> bool:
+        """A call ran out of time while nothing at all came: the peer or the network may hang."""
+        return self._calls.suspect
 
     @property
     def idle(self) -> bool:
-        return self._live == 0
+        return self._calls.live == 0
 
     def retire(self) -> None:
         """Takes no more calls; ends when those under way have."""
-        self._retired = True
-        if self._live == 0:
+        self._calls.when_idle = self.close
+        if self.idle:
             self.close()
 
     def close(self) -> None:
@@ -188,71 +172,9 @@ class Channel:
         self._fail(ConnectionLost("it was closed on this side"))
         self._scope.cancel()
 
-    async def _wait_for_room(self, timeout_s: float) -> None:
-        with trio.move_on_after(timeout_s):
-            while len(self._pending) >= self._limits.in_flight and self.ended is None:
-                await self._room.park()
-            return
-        raise DeadlineExceeded(f"{self._limits.in_flight} calls to {self.address} are under way already, and none ended in {timeout_s:g} s")
-
-    # --- how a call ends ---
-
-    def _finish(self, request_id: int, pending: _Pending, result: outcome.Outcome[Any], *, held: bool = False) -> None:
-        """The service has answered."""
-        named = pending.named
-        if named is not None:
-            if pending.alive:
-                named.arrived()
-            if not held:
-                named.done()
-        if not held:
-            del self._pending[request_id]
-            if self._room:
-                self._room.unpark()
-        self._resolve(pending, result)
-
-    def _resolve(self, pending: _Pending, result: outcome.Outcome[Any]) -> None:
-        """The caller gets its outcome, if it is still there."""
-        if pending.alive:
-            pending.alive = False
-            self._live -= 1
-            if pending.task is not None:
-                trio.lowlevel.reschedule(pending.task, result)
-                pending.task = None
-            if self._retired and self._live == 0:
-                self.close()
-
-    def _abandon(self, request_id: int, pending: _Pending) -> None:
-        """The caller gives up before an answer: frees what it lent, as far as that can be."""
-        pending.alive = False
-        pending.task = None
-        self._live -= 1
-        if pending.entry is not None and self._connection.withdraw(pending.entry):
-            if pending.named is not None:
-                pending.named.done()
-            del self._pending[request_id]
-            if self._room:
-                self._room.unpark()
-        if self._retired and self._live == 0:
-            self.close()
-
     def _fail(self, error: KvfsError) -> None:
-        """No further call; those under way end."""
-        if self.ended is None:
-            self.ended = error
+        self._calls.fail(error)
         self._greeted.set()
-        for pending in list(self._pending.values()):
-            if pending.alive:
-                lost = ConnectionLost(f"{pending.method.full_name} at {self.address}: {error.message}")
-                self._resolve(pending, outcome.Error(lost))
-        self._room.unpark_all()
-
-    def _let_go(self) -> None:
-        """The service has ended the connection: nobody touches our memory any more."""
-        pending, self._pending = self._pending, {}
-        for entry in pending.values():
-            if entry.named is not None:
-                entry.named.done()
 
     # --- tasks ---
 
@@ -266,7 +188,7 @@ class Channel:
                 with self._scope:
                     ended_there = await self._read()
                 nursery.cancel_scope.cancel()
-            if not ended_there and any(entry.named is not None and entry.named.pins for entry in self._pending.values()):
+            if not ended_there and self._calls.holds_memory:
                 stream.close_sending()
                 with trio.move_on_after(_LINGER_S):
                     ended_there = await self._await_end()
@@ -274,8 +196,9 @@ class Channel:
             self._fail(ConnectionLost("the channel's pool was closed"))
             self._connection.close()
             self._memory.close()
+            self.files.close()
             if ended_there or not stream.carries_fds:
-                self._let_go()
+                self._calls.let_go()
 
     async def _read(self) -> bool:
         """Whether the service ended the connection."""
@@ -313,15 +236,8 @@ class Channel:
         idle_s = self._limits.idle_s * 2 / 3
         while True:
             now = self._clock.monotonic()
-            first = now + idle_s
-            for request_id, pending in list(self._pending.items()):
-                if not pending.alive:
-                    continue
-                if pending.deadline <= now:
-                    self._expire(request_id, pending)
-                elif pending.deadline < first:
-                    first = pending.deadline
-            if self._pending or self._connection.received != self._seen:
+            first = min(now + idle_s, self._calls.end_overdue(now))
+            if self._calls.table or self._connection.received != self._seen:
                 self._seen = self._connection.received
                 self._used_at = now
             elif now - self._used_at >= idle_s:
@@ -331,15 +247,6 @@ class Channel:
             self._alarm_at = first
             with trio.move_on_after(first - now):
                 await self._alarm.wait()
-
-    def _expire(self, request_id: int, pending: _Pending) -> None:
-        task = pending.task
-        if pending.began == self._connection.received:
-            self.suspect = True
-        self._abandon(request_id, pending)
-        if task is not None:
-            late = DeadlineExceeded(f"{pending.method.full_name} at {self.address}: no answer in time")
-            trio.lowlevel.reschedule(task, outcome.Error(late))
 
     # --- what arrives ---
 
@@ -352,16 +259,14 @@ class Channel:
             pending = self._asked(header)
             if pending.alive and header.status == 0 and pending.named is not None and pending.named.inline_receive:
                 raise MalformedFrame(f"{pending.method.full_name}: the reply lacks its payload")
-            self._finish(header.request_id, pending, self._outcome(header, message, pending), held=kind == Kind.REPLY_HELD)
+            self._calls.finish(header.request_id, pending, self._outcome(header, message, pending), held=kind == Kind.REPLY_HELD)
         elif kind == Kind.RELEASE:
             pending = self._asked(header)
             if pending.alive:
                 raise MalformedFrame("memory was released before the call was answered")
-            if pending.named is not None:
-                pending.named.done()
-            del self._pending[header.request_id]
-            if self._room:
-                self._room.unpark()
+            self._calls.release(header.request_id, pending)
+        elif kind == Kind.FILE and self.peer.lends_files:
+            self.files.arrived(header.request_id, self._connection.stream.taken_fds())
         elif kind == Kind.HELLO and not self._greeted.is_set():
             if header.status:
                 raise _error_of(header, message)
@@ -393,15 +298,15 @@ class Channel:
             await receive.into([view[:size] for view, size in zip(named.destinations(), placed, strict=True)], lambda: pending.alive)
         else:
             await receive.drop()
-        self._finish(header.request_id, pending, result, held=header.kind == Kind.REPLY_HELD)
+        self._calls.finish(header.request_id, pending, result, held=header.kind == Kind.REPLY_HELD)
 
-    def _asked(self, header: Header) -> _Pending:
+    def _asked(self, header: Header) -> Pending:
         try:
-            return self._pending[header.request_id]
+            return self._calls.table[header.request_id]
         except KeyError:
             raise MalformedFrame(f"an answer to request {header.request_id}, which is not under way") from None
 
-    def _outcome(self, header: Header, message: memoryview, pending: _Pending) -> outcome.Outcome[Any]:
+    def _outcome(self, header: Header, message: memoryview, pending: Pending) -> outcome.Outcome[Any]:
         if header.status:
             return outcome.Error(_error_of(header, message))
         if not pending.alive:

@@ -21,6 +21,7 @@ from kvfs.common.transport.region import BufferPool
 from kvfs.common.wire.caller import DEFAULT_LIMITS, Channel
 from kvfs.common.wire.frame import Limits
 from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.lending import BorrowedFiles
 from kvfs.common.wire.outgoing import Buffer
 from kvfs.common.wire.service import Method
 
@@ -120,6 +121,11 @@ class ChannelPool:
                 attempt.ended.set()
         raise Unreachable(f"no connection with {' or '.join(key)} within {timeout_s:g} s")
 
+    async def borrowed(self, addresses: Sequence[str], *, timeout_s: float) -> BorrowedFiles | None:
+        """What the peer lends on the channel of now, opened if need be; None: nothing. Raises Unreachable."""
+        channel = await self.channel(addresses, timeout_s=timeout_s)
+        return channel.files if channel.peer.lends_files else None
+
     def forget(self, addresses: Sequence[str]) -> None:
         """The next call connects anew; calls under way go on."""
         channel = self._channels.get(tuple(addresses))
@@ -144,7 +150,7 @@ class ChannelPool:
                     continue
                 if self._staging is None:
                     self._staging = BufferPool(self._staging_bytes, name="kvfs-staging")
-            left = until - self.clock.monotonic()
+            left = max(0.0, until - self.clock.monotonic())
             try:
                 channel = await Channel.open(
                     self._nursery,

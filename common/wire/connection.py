@@ -91,6 +91,9 @@ class Connection:
         self._end = 0
         self._out: deque[Entry] = deque()
         self._corked = False
+        self._resting = False
+        """The reader waits for the next frame, and not for the rest of one."""
+        self._handed_back = False
         self._writer: trio.lowlevel.Task | None = None
         self._writer_told = False
 
@@ -215,47 +218,26 @@ class Connection:
     async def read_loop(self, face: Face) -> None:
         """Hands every frame to `face`, until the end of the stream (returns) or an error (MalformedFrame, MessageTooBig, VersionMismatch,
         ConnectionLost). While the frames of one receive are handled, what they cause to be sent is gathered."""
-        view = self._view
-        limits = self.limits
         in_a_row = 0
         while True:
             self.burst = 0
             try:
-                while self._end - self._start >= HEADER_BYTES:
-                    if face.paused:
-                        self._uncork()
-                        await face.resumed()
-                    start = self._start
-                    header = decode_header(view, start, limits)
-                    stop = start + HEADER_BYTES + header.message_bytes
-                    if stop > self._end:
-                        if stop - start <= _BUFFER_BYTES:
-                            break
-                        self._start = start + HEADER_BYTES
-                        message = memoryview(bytearray(header.message_bytes))
-                        self._uncork()
-                        await self._fill([message], None)
-                    else:
-                        message = view[start + HEADER_BYTES : stop]
-                        self._start = stop
-                    check_message(header, message)
-                    self.burst += 1
-                    if stop < self._end:
-                        self._corked = True  # more frames follow: what they cause to be sent leaves together
-                    if header.payload_bytes:
-                        self._uncork()
-                        receive = Receive(self, header.payload_bytes)
-                        await face.on_payload(header, message, receive)
-                        if receive.left:
-                            await receive.drop()
-                    else:
-                        face.on_frame(header, message)
+                while (header := self._take_whole(face)) is not None:
+                    self._uncork()
+                    await self._take_slowly(face, header)
             finally:
                 self._uncork()
             count = self._refill() if self.burst > 1 else None  # after a lone frame there is hardly ever another one to be had without waiting
             if count is None:
                 in_a_row = 0
-                await self.stream.wait_readable()
+                self._resting = True
+                try:
+                    await self.stream.wait_readable()
+                finally:
+                    self._resting = False
+                if self._handed_back:
+                    self._handed_back = False
+                    continue
                 count = self._refill()
             elif count:
                 in_a_row += 1
@@ -266,6 +248,79 @@ class Connection:
                 if self._end > self._start:
                     raise ConnectionLost(f"{self.stream.peer} closed the connection in the middle of a frame")
                 return
+
+    def take_over(self, task: trio.lowlevel.Task) -> bool:
+        """Wakes `task`, which is about to wait, in place of the one in `read_loop`, to call `read_in_place`. False: it cannot be done now."""
+        return self._resting and self.stream.take_over(task)
+
+    def read_in_place(self, face: Face) -> bool:
+        """For a task that was woken in place of the one in `read_loop`, which waits: hands over what can be had at once. False: that task must go on,
+        for the rest must be waited for, or the connection ends; it has been woken."""
+        if not self._resting:  # it was cancelled meanwhile: nothing more is to be read
+            self.stream.give_back()
+            return False
+        try:
+            count = self._refill()
+            if count is None:
+                return True
+            if count:
+                self.burst = 0
+                if self._take_whole(face) is None:
+                    return True
+            self._handed_back = True
+            self.stream.hand_back()
+        except Exception as error:
+            self.stream.hand_back(error)
+        finally:
+            self._uncork()
+        return False
+
+    def _take_whole(self, face: Face) -> Header | None:
+        """Hands over the frames that are here whole, up to one that must be waited for, whose header it gives."""
+        view = self._view
+        limits = self.limits
+        while self._end - self._start >= HEADER_BYTES:
+            start = self._start
+            header = decode_header(view, start, limits)
+            stop = start + HEADER_BYTES + header.message_bytes
+            if face.paused:
+                return header
+            if stop > self._end:
+                return header if stop - start > _BUFFER_BYTES else None
+            message = view[start + HEADER_BYTES : stop]
+            check_message(header, message)
+            if header.payload_bytes:
+                return header
+            self._start = stop
+            self.burst += 1
+            if stop < self._end:
+                self._corked = True  # more frames follow: what they cause to be sent leaves together
+            face.on_frame(header, message)
+        return None
+
+    async def _take_slowly(self, face: Face, header: Header) -> None:
+        """The frame that must be waited for, or the wait before it."""
+        if face.paused:
+            await face.resumed()
+            return
+        start = self._start + HEADER_BYTES
+        stop = start + header.message_bytes
+        self.burst += 1
+        if stop > self._end:
+            self._start = start
+            message = memoryview(bytearray(header.message_bytes))
+            await self._fill([message], None)
+            check_message(header, message)
+        else:
+            self._start = stop
+            message = self._view[start:stop]
+        if header.payload_bytes:
+            receive = Receive(self, header.payload_bytes)
+            await face.on_payload(header, message, receive)
+            if receive.left:
+                await receive.drop()
+        else:
+            face.on_frame(header, message)
 
     def _uncork(self) -> None:
         if self._corked:

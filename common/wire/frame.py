@@ -60,6 +60,8 @@ class Kind(IntEnum):
     """The region of this request id will not be named again."""
     GOODBYE = 8
     """Why the sender closes: status and ErrorReply."""
+    FILE = 9
+    """From the server: lends a file for reading, under the request id as its number; a file descriptor comes with the first byte."""
 
 
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
@@ -73,6 +75,8 @@ class Limits:
     """Requests under way on one connection: beyond it the server stops reading, and a channel makes callers wait."""
     spans: int = 8192
     regions: int = 64
+    files: int = 128
+    """Files lent to one caller."""
     connections: int = 4096
     handshake_s: float = 5.0
     idle_s: float = 900.0

@@ -39,8 +39,10 @@ class Identity:
     credentials: bytes = field(default=b"", repr=False)
     pid: int = field(default_factory=os.getpid)
     hostname: str = field(default_factory=socket.gethostname)
+    lends_files: bool = False
+    """A server: to this caller."""
 
-    def hello(self) -> bytes:
+    def hello(self, *, lends_files: bool = False) -> bytes:
         return pb.Hello(
             version_min=PROTOCOL_MIN,
             version_max=PROTOCOL_MAX,
@@ -53,6 +55,7 @@ class Identity:
             credentials=self.credentials,
             pid=self.pid,
             hostname=self.hostname,
+            lends_files=lends_files,
         ).SerializeToString()
 
     def meet(self, hello: pb.Hello) -> Identity:
@@ -74,4 +77,5 @@ class Identity:
             credentials=hello.credentials,
             pid=hello.pid,
             hostname=hello.hostname,
+            lends_files=hello.lends_files,
         )

@@ -15,6 +15,7 @@ from kvfs.common.errors import ConnectionLost, InvalidArgument, MessageTooBig, O
 from kvfs.common.transport.region import BufferPool, Region, Span
 from kvfs.common.wire.connection import Connection
 from kvfs.common.wire.frame import Kind, Limits, encode
+from kvfs.common.wire.lending import send_descriptor
 
 Buffer = Span | memoryview | bytes | bytearray
 
@@ -130,7 +131,7 @@ class Memory:
             number = self._next
             self._next += 1
             fd = os.dup(region.fd)  # of its own: the frame may still wait to be sent when the region is closed
-            self._connection.send([encode(Kind.REGION, number, region.size.to_bytes(8, "little"))], fds=(fd,), on_sent=lambda: os.close(fd))
+            send_descriptor(self._connection, encode(Kind.REGION, number, region.size.to_bytes(8, "little")), fd)
             self._numbers[region] = number
             region.on_close(self._closed)
         return number

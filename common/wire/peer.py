@@ -36,6 +36,7 @@ from kvfs.common.wire.bulk import ServerBulk, build
 from kvfs.common.wire.connection import Connection, Receive
 from kvfs.common.wire.frame import Header, Kind, encode
 from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.lending import Lender
 from kvfs.common.wire.service import Method
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ _REGION_SIZE_BYTES: Final = 8
 class Call:
     """What a handler gets beside the request."""
 
-    __slots__ = ("_clock", "bulk", "deadline", "method", "peer")
+    __slots__ = ("_clock", "bulk", "deadline", "files", "method", "peer")
 
-    def __init__(self, peer: Identity, deadline: float, bulk: ServerBulk, method: Method, clock: Clock) -> None:
+    def __init__(self, peer: Identity, deadline: float, bulk: ServerBulk, method: Method, clock: Clock, files: Lender | None = None) -> None:
         self.peer = peer
+        self.files = files
+        """Lends files to this caller; None: this one gets none."""
         self.deadline = deadline
         """On the service's own monotonic clock."""
         self.bulk = bulk
@@ -77,10 +80,13 @@ class Peer:
         self._regions: dict[int, Region] = {}
         self._retired: list[Region] = []
         self._fds: list[int] = []
+        self._files = Lender(self._connection, server.limits.files) if server.lends_files and stream.trusted else None
         self._handlers = 0
         self._held = 0
         """Requests answered, but with memory of the caller still in use."""
         self._moved = trio.Event()
+        self.listener: trio.lowlevel.Task | None = None
+        """The worker that waits in the reader's place."""
         self._seen = -1
         self.paused = False
 
@@ -156,6 +162,21 @@ class Peer:
         self._moved = trio.Event()
         await self._moved.wait()
 
+    # --- a worker in the reader's place ---
+
+    def take_over(self, task: trio.lowlevel.Task) -> bool:
+        return self._connection.take_over(task)
+
+    def read_in_place(self) -> None:
+        self._connection.read_in_place(self)
+
+    def give_back(self) -> None:
+        self._connection.stream.give_back()
+
+    def leave(self, _raise: object) -> trio.lowlevel.Abort:
+        self.give_back()
+        return trio.lowlevel.Abort.SUCCEEDED
+
     # --- what arrives ---
 
     def on_frame(self, header: Header, message: memoryview) -> None:
@@ -202,7 +223,7 @@ class Peer:
             raise ConnectionLost(error.message) from None
         except Exception:
             raise MalformedFrame("the first message is no Hello") from None
-        self._connection.send([encode(Kind.HELLO, 0, self._server.identity.hello())])
+        self._connection.send([encode(Kind.HELLO, 0, self._server.identity.hello(lends_files=self._files is not None))])
 
     def _register(self, header: Header, message: memoryview) -> None:
         self._fds += self._connection.stream.taken_fds()
@@ -243,7 +264,7 @@ class Peer:
                 bulk = ServerBulk([], [], server.payload_pool)
             else:
                 raise BadRequest(f"{method.full_name} takes no payload")
-            call = Call(cast(Identity, self.identity), server.clock.monotonic() + header.deadline_ms / 1000, bulk, method, server.clock)
+            call = Call(cast(Identity, self.identity), server.clock.monotonic() + header.deadline_ms / 1000, bulk, method, server.clock, self._files)
             self._handlers += 1
         except Exception as error:
             if payload is not None:

@@ -32,7 +32,9 @@ __all__ = ["Call", "RpcServer"]
 
 
 class RpcServer:
-    def __init__(self, net: Net, clock: Clock, identity: Identity, *, limits: Limits = Limits()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, net: Net, clock: Clock, identity: Identity, *, limits: Limits = Limits(), lends_files: bool = False) -> None:  # noqa: B008
+        """`lends_files`: handlers may lend files to callers whom the kernel vouches for (lending.py)."""
+        self.lends_files = lends_files
         self.net = net
         self.clock = clock
         self.identity = identity
@@ -43,6 +45,8 @@ class RpcServer:
         self._workers: trio.Nursery | None = None
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
+        self._reading: _Worker | None = None
+        """Reads in place of a connection's reader, at this very moment, and may take a job."""
         self.peers: set[Peer] = set()
 
     def add(self, service: str, handler: object, methods: dict[str, Method] | None = None) -> None:
@@ -107,9 +111,11 @@ class RpcServer:
                 peer.close_if_idle()
 
     def run(self, peer: Peer, method: Method, request_id: int, call: Call, awaitable: Awaitable[Any]) -> None:
-        """Hands an awaitable to a worker task."""
+        """Hands an awaitable to a worker task: the one that reads just now, if one does."""
         job = (peer, method, request_id, call, awaitable)
-        if self._idle:
+        if self._reading is not None and self._reading.job is None:
+            self._reading.job = job
+        elif self._idle:
             worker = self._idle.pop()
             worker.job = job
             trio.lowlevel.reschedule(worker.task)
@@ -136,11 +142,42 @@ class RpcServer:
                     raise
                 finally:
                     self._busy.discard(worker)
-                worker.job = job = peer = call = awaitable = reply = None  # type: ignore[assignment]  # an idle worker keeps nothing alive
-                if len(self._idle) >= self.limits.in_flight or worker.overdue:
+                worker.job = job = call = awaitable = reply = None  # type: ignore[assignment]  # an idle worker keeps nothing alive
+                if worker.overdue:
                     return
-                self._idle.append(worker)
-                await trio.lowlevel.wait_task_rescheduled(worker.give_up(self._idle))
+                if not await self._listen(worker, peer):
+                    del peer
+                    if not await self._rest(worker):
+                        return
+
+    async def _listen(self, worker: _Worker, peer: Peer) -> bool:
+        """Reads in the place of the connection's reader, until that brings the worker a job: a turn of the loop earlier than if the reader woke it.
+        False: the reader is at work itself, or another worker listens, or the connection is over."""
+        while peer.listener is None and peer.take_over(worker.task):
+            peer.listener = worker.task
+            try:
+                await trio.lowlevel.wait_task_rescheduled(peer.leave)
+            except trio.ClosedResourceError:
+                return False
+            finally:
+                peer.listener = None
+            self._reading = worker
+            try:
+                peer.read_in_place()
+            finally:
+                self._reading = None
+            if worker.job is not None:
+                peer.give_back()
+                return True
+        return False
+
+    async def _rest(self, worker: _Worker) -> bool:
+        """Until the worker is given a job. False: there are enough idle ones."""
+        if len(self._idle) >= self.limits.in_flight:
+            return False
+        self._idle.append(worker)
+        await trio.lowlevel.wait_task_rescheduled(worker.give_up(self._idle))
+        return True
 
     async def _end_overdue(self) -> None:
         """Cancels handlers past their deadline and the grace. One look at all of them now and then: a timer for each would cost a tenth of a call."""

@@ -1,4 +1,4 @@
-"""The file system operations by inode number: plain async methods, no kernel and no pyfuse3.
+"""The file system operations by inode number: plain async methods, no kernel and no protocol.
 
 base         what all families share: the client, users, attributes as a mount shows them
 attributes   getattr, setattr, access, statfs

@@ -7,15 +7,12 @@ its writes.
 from __future__ import annotations
 
 import stat
-import time
 
 from kvfs.client import User
 from kvfs.common.errors import AccessDenied, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.model import Attributes, Caller, Changes, Statistics
 from kvfs.fuse.operations.base import Base
-
-NOW_MARGIN_NS = 5_000_000_000
 
 
 class AttributeOperations(Base):
@@ -73,20 +70,13 @@ class AttributeOperations(Base):
         try:
             return await self._as(caller, change)
         except (AccessDenied, NotPermitted):
-            if not self._means_now(changes):
+            only_times = changes.mode is None and changes.uid is None and changes.gid is None
+            if not (only_times and changes.times_are_now):
                 raise
-        # Anyone who may write the file may set its times to now. FUSE says "now", pyfuse3 turns it into the time, and a given time is for the
-        # owner only.
         return await self._as(
             caller,
             lambda user: self._meta.set_attr(inode, user=user, atime_now=changes.atime_ns is not None, mtime_now=changes.mtime_ns is not None),
         )
-
-    @staticmethod
-    def _means_now(changes: Changes) -> bool:
-        times = [time_ns for time_ns in (changes.atime_ns, changes.mtime_ns) if time_ns is not None]
-        only_times = changes.mode is None and changes.uid is None and changes.gid is None
-        return only_times and bool(times) and all(abs(time_ns - time.time_ns()) < NOW_MARGIN_NS for time_ns in times)
 
     async def access(self, inode: int, mask: int, caller: Caller) -> bool:
         """Not called under default_permissions; here for mounts without."""

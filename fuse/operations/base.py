@@ -6,6 +6,7 @@ here is bounded. It must never know the kernel: invalidations go through the cal
 
 from __future__ import annotations
 
+import stat
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
@@ -17,11 +18,12 @@ from kvfs.client.user import ROOT
 from kvfs.common.errors import AccessDenied, NotFound, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.allocation import Allocation
-from kvfs.fuse.entry_cache import EntryCache
+from kvfs.fuse.entry_cache import EntryCache, EntryChange
 from kvfs.fuse.groups import supplementary_groups
 from kvfs.fuse.handles import DirectoryHandle, FileHandle, HandleTable
 from kvfs.fuse.look_ahead import LookAhead
 from kvfs.fuse.model import BLOCK_BYTES, TYPE_BITS, Attributes, Caller
+from kvfs.fuse.names import KernelNames
 
 T = TypeVar("T")
 
@@ -44,6 +46,9 @@ class Invalidate(Protocol):
     async def data_now(self, inode: int) -> None:
         """The same, and returns when the kernel has."""
 
+    def all_names(self) -> None:
+        """No name may be used without asking again. At once."""
+
 
 Tick = tuple[int, float]
 """When a call was made, as EntryCache counts."""
@@ -60,13 +65,25 @@ class NoKernel:
 
     async def data_now(self, inode: int) -> None: ...
 
+    def all_names(self) -> None: ...
+
 
 class Base:
-    def __init__(self, client: AsyncClient, *, invalidate: Invalidate | None = None, attr_cache: bool = True, data_cache: bool = True) -> None:
+    def __init__(
+        self,
+        client: AsyncClient,
+        *,
+        invalidate: Invalidate | None = None,
+        names: KernelNames | None = None,
+        attr_cache: bool = True,
+        data_cache: bool = True,
+    ) -> None:
+        """`names`: the kernel can be made to forget names, and so may keep them."""
         self._client = client
         self._meta = client.meta
         self._invalidate = invalidate or NoKernel()
         self._cache = EntryCache(trio.current_time, enabled=attr_cache and client.config.watch)
+        self._names = names
         self._data_cache = data_cache
         self._users: dict[tuple[int, int], User] = {}
         self._files: HandleTable[FileHandle] = HandleTable()
@@ -116,6 +133,8 @@ class Base:
         """The metadata service has restarted: no lease holds, and what the kernel has cached of open files is unsure too."""
         self._cache.lose_all()
         self._seen.clear()
+        if self._names is not None and self._names.lose_all():
+            self._invalidate.all_names()
         for inode in {opened.inode for opened in self._files}:
             self._invalidate.data(inode)
 
@@ -134,7 +153,27 @@ class Base:
 
     def kept_entry(self, parent: int, name: bytes) -> Attributes | None:
         """lookup without a call, when what is known suffices; None: call it."""
-        return self._kept(self._cache.lookup(parent, name))
+        kept = self._kept(self._cache.lookup(parent, name))
+        return None if kept is None else self._named(parent, name, kept)
+
+    def known_absent(self, parent: int, name: bytes) -> float:
+        """For how long the kernel may take it that there is no such entry; negative: nobody knows."""
+        left_s = self._cache.absent(parent, name)
+        if left_s <= 0 or self._cache.ending(parent):
+            return -1.0  # `lookup` renews the lease, or the creation that may follow would end it
+        return 0.0 if self._names is None else self._names.grant(parent, name, left_s, is_directory=False)
+
+    def _begin_entry(self, parent: int, name: bytes) -> EntryChange:
+        if self._names is not None:
+            self._names.changing(parent)
+        return self._cache.begin_entry(parent, name)
+
+    def _named(self, parent: int, name: bytes, shown: Attributes) -> Attributes:
+        """With the time for which the kernel may keep the name, if what is known of it says so. The kernel is answered with this at once."""
+        if self._names is not None:
+            left_s = self._cache.names_last(parent) if self._cache.entry(parent, name) == shown.inode else 0.0
+            shown.entry_lease_s = self._names.grant(parent, name, left_s, is_directory=stat.S_ISDIR(shown.mode))
+        return shown
 
     def kept_attributes(self, inode: int) -> Attributes | None:
         """getattr without a call, when what is known suffices; None: call it."""

@@ -6,6 +6,7 @@ meanwhile: an entry that is there from beginning to end is listed once.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 
 from kvfs.client.user import ROOT
@@ -20,8 +21,8 @@ PAGE_ENTRIES_FIRST = 128
 """A small first page: most directories are small, and some programs read only the start."""
 DOT, DOT_DOT = 1, 2
 
-Emit = Callable[[bytes, Attributes, int], bool]
-"""(name, attributes, position after it) -> False when the kernel's buffer is full and the entry was not taken."""
+Emit = Callable[[bytes, int, int, Attributes | None, int], bool]
+"""(name, inode, mode, attributes if asked for and known, position after it) -> False when the kernel's buffer is full and it was not taken."""
 
 
 class DirectoryOperations(Base):
@@ -29,18 +30,19 @@ class DirectoryOperations(Base):
         """Local: the kernel has checked the permission, and the first page finds a directory that is gone."""
         return self._directories.add(DirectoryHandle(inode, self._user(caller)))
 
-    async def readdir(self, handle: int, position: int, emit: Emit) -> None:
+    async def readdir(self, handle: int, position: int, emit: Emit, *, attributes: bool = True) -> None:
+        """`attributes`: the kernel takes them along, as of a lookup of every entry but the dots."""
         directory = self._directories.get(handle)
         if position == 0:
             directory.rewind()
         try:
             if position < DOT_DOT and not await self._dots(directory, position, emit):
                 return
-            await self._list(directory, max(position, DOT_DOT), emit)
+            await self._list(directory, max(position, DOT_DOT), emit, attributes)
         except NotFound:
             return  # removed while it was open: an empty listing, without the dots
 
-    async def _list(self, directory: DirectoryHandle, position: int, emit: Emit) -> None:
+    async def _list(self, directory: DirectoryHandle, position: int, emit: Emit, with_attributes: bool) -> None:
         if position != directory.page_position:
             directory.page, directory.page_position, directory.page_more = [], position, True
         while True:
@@ -51,9 +53,8 @@ class DirectoryOperations(Base):
                 continue
             taken = 0
             for entry in directory.page:
-                # Without a lease: names are looked up again anyway, and a listing of thousands would fill the caches.
-                attributes = self._attributes(entry.attributes, 0.0) if entry.HasField("attributes") else _bare(entry)
-                if not emit(entry.name, attributes, position + 1):
+                shown = self._shown(directory.inode, entry) if with_attributes else None
+                if not emit(entry.name, entry.inode, TYPE_BITS.get(entry.type, 0), shown, position + 1):
                     break
                 position += 1
                 taken += 1
@@ -64,6 +65,13 @@ class DirectoryOperations(Base):
             if full:
                 return
 
+    def _shown(self, parent: int, entry: pb.DirEntry) -> Attributes | None:
+        """The page may be older than what is known now: it counts only without a lease."""
+        kept = self.kept_entry(parent, entry.name)
+        if kept is not None and kept.inode == entry.inode:
+            return kept
+        return self._attributes(entry.attributes, 0.0) if entry.HasField("attributes") else None
+
     async def _dots(self, directory: DirectoryHandle, position: int, emit: Emit) -> bool:
         if directory.self_inode is None or directory.parent_inode is None:
             since = self._cache.tick()
@@ -73,9 +81,9 @@ class DirectoryOperations(Base):
             self._lease(found, since)
             directory.self_inode = found
             directory.parent_inode = pb.Inode(inode=found.parent or found.inode, type=pb.DIRECTORY)
-        if position < DOT and not emit(b".", self._attributes(directory.self_inode, 0.0), DOT):
+        if position < DOT and not emit(b".", directory.self_inode.inode, stat.S_IFDIR, None, DOT):
             return False
-        return emit(b"..", self._attributes(directory.parent_inode, 0.0), DOT_DOT)
+        return emit(b"..", directory.parent_inode.inode, stat.S_IFDIR, None, DOT_DOT)
 
     async def _next_page(self, directory: DirectoryHandle, position: int) -> None:
         limit = PAGE_ENTRIES if position > DOT_DOT else PAGE_ENTRIES_FIRST
@@ -93,8 +101,3 @@ class DirectoryOperations(Base):
     async def fsyncdir(self, handle: int, datasync: bool) -> None:
         """Nothing to do: a change of a directory is acknowledged only when the metadata service has synced it."""
         self._directories.get(handle)
-
-
-def _bare(entry: pb.DirEntry) -> Attributes:
-    """An entry whose inode went away while it was listed: its name and type, and no lease."""
-    return Attributes(entry.inode, TYPE_BITS.get(entry.type, 0), 1, 0, 0, 0, 0, 0, 4096, 0, 0, 0, 0.0)

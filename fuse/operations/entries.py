@@ -1,7 +1,7 @@
 """lookup, mknod, mkdir, symlink, link, unlink, rmdir, rename, readlink: the names.
 
-Invariants: each is one transaction of the metadata service; nothing about names is remembered here, so another mount's change is seen by the next
-call.
+Invariants: each is one transaction of the metadata service; what is remembered of names is true under a lease (entry_cache.py), also where the kernel
+remembers it (names.py), so another mount's change is seen by the next call.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class EntryOperations(Base):
 
         reply = await self._as(caller, look)
         if not reply.inodes:
+            self._cache.entered(parent, name, 0, since)
             raise NotFound("no such entry")
         found = reply.inodes[0]
         lease_s = self._lease(found, since)
@@ -43,7 +44,7 @@ class EntryOperations(Base):
         after = self._ahead.missed(parent)
         if after is not None:
             await self._look_ahead(parent, after)
-        return await self._present(found, lease_s)
+        return self._named(parent, name, await self._present(found, lease_s))
 
     async def _look_ahead(self, parent: int, after: bytes) -> None:
         """Somebody looks at one entry of the directory after another: fetch a page of them in one call."""
@@ -72,7 +73,7 @@ class EntryOperations(Base):
         self, parent: int, name: bytes, kind: pb.InodeType, mode: int, caller: Caller, *, rdev: int = 0, symlink: bytes = b""
     ) -> Attributes:
         since = self._cache.tick()
-        change = self._cache.begin_entry(parent, name)
+        change = self._begin_entry(parent, name)
         made: pb.Inode | None = None
         try:
             made = await self._as(caller, lambda user: self._meta.make(parent, name, kind, mode, user=user, rdev=rdev, symlink=symlink))
@@ -84,10 +85,10 @@ class EntryOperations(Base):
         lease_s = self._lease(made, since)
         if kind == pb.DIRECTORY:
             self._cache.made(made, since)
-        return await self._present(made, lease_s)
+        return self._named(parent, name, await self._present(made, lease_s))
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, caller: Caller) -> Attributes:
-        change = self._cache.begin_entry(new_parent, new_name)
+        change = self._begin_entry(new_parent, new_name)
         begun = self._cache.changing(inode), change.begun[1]
         found: pb.Inode | None = None
         try:
@@ -95,7 +96,7 @@ class EntryOperations(Base):
         finally:
             self._cache.end_entry(change, entry=found.inode if found else None, at_ns=found.ctime_ns if found else 0)
             since = self._cache.changed(inode, begun)
-        return await self._present(found, self._lease(found, since) if since else 0.0)
+        return self._named(new_parent, new_name, await self._present(found, self._lease(found, since) if since else 0.0))
 
     async def unlink(self, parent: int, name: bytes, caller: Caller) -> None:
         await self._remove(parent, name, caller, directory=False)
@@ -104,7 +105,7 @@ class EntryOperations(Base):
         await self._remove(parent, name, caller, directory=True)
 
     async def _remove(self, parent: int, name: bytes, caller: Caller, *, directory: bool) -> None:
-        change = self._cache.begin_entry(parent, name)
+        change = self._begin_entry(parent, name)
         removed: pb.Inode | None = None
         try:
             removed = await self._as(caller, lambda user: self._meta.remove(parent, name, user=user, directory=directory))
@@ -121,7 +122,7 @@ class EntryOperations(Base):
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller) -> None:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
             raise InvalidArgument(f"rename flags {flags:#x} are not known")
-        changes = self._cache.begin_entry(parent, name), self._cache.begin_entry(new_parent, new_name)
+        changes = self._begin_entry(parent, name), self._begin_entry(new_parent, new_name)
         try:
             reply = await self._as(
                 caller,
@@ -138,6 +139,8 @@ class EntryOperations(Base):
         finally:
             for change in changes:
                 self._cache.end_entry(change)
+        if self._names is not None:
+            self._names.moved(parent, name, new_parent, new_name, exchanged=bool(flags & RENAME_EXCHANGE))
         for moved in (reply.moved.inode, reply.replaced.inode):
             self._cache.revoked(moved)
 

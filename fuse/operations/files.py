@@ -15,9 +15,11 @@ from __future__ import annotations
 import os
 import stat
 
+import trio
+
 from kvfs.client import OpenFile, User
 from kvfs.client.user import ROOT
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import DeadlineExceeded, KvfsError
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.handles import FileHandle
 from kvfs.fuse.model import Attributes, Caller, Opened
@@ -25,6 +27,10 @@ from kvfs.fuse.operations.base import SEEN_MAX, Base
 
 FMODE_EXEC = 0x20
 """The kernel opens a program to run it: execute permission suffices, which it has checked."""
+
+
+ASKED_AGAIN_S = 0.25
+"""After a read that failed, the kernel's read-ahead mostly, the kernel asks once more before read(2) returns: that must not take another deadline."""
 
 
 class FileOperations(Base):
@@ -67,7 +73,7 @@ class FileOperations(Base):
             )
 
         since = self._cache.tick()
-        change = self._cache.begin_entry(parent, name)
+        change = self._begin_entry(parent, name)
         done: tuple[User, pb.CreateReply] | None = None
         try:
             done = await self._as(caller, creating)
@@ -86,7 +92,7 @@ class FileOperations(Base):
             except BaseException:
                 await self.release(opened.handle)
                 raise
-        return opened, await self._present(inode, self._lease(inode, since))
+        return opened, self._named(parent, name, await self._present(inode, self._lease(inode, since)))
 
     def _opened(self, inode: pb.Inode, file: OpenFile, flags: int, user: User) -> Opened:
         privileged = inode.mode & stat.S_ISUID or inode.mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP
@@ -95,7 +101,7 @@ class FileOperations(Base):
             self._writing.setdefault(inode.inode, []).append(handle)
         if not handle.direct:
             self._cached_opens[handle.inode] = self._cached_opens.get(handle.inode, 0) + 1
-        return Opened(self._files.add(handle), keep_cache=self._keep_cache(inode), direct_io=handle.direct)
+        return Opened(self._files.add(handle), keep_cache=self._keep_cache(inode), direct_io=handle.direct, flush=handle.writable)
 
     def _keep_cache(self, inode: pb.Inode) -> bool:
         same = self._seen.get(inode.inode) == inode.data_version
@@ -107,9 +113,17 @@ class FileOperations(Base):
 
     async def read(self, handle: int, offset: int, size: int) -> memoryview:
         """Exactly `size` bytes, fewer only at the end of the file: the kernel takes a short answer for the end."""
-        return await self._file(handle).pread(offset, size)
+        opened = self._files.get(handle)
+        late = opened.late
+        if late is not None and trio.current_time() < late[1]:
+            raise late[0]
+        try:
+            return await opened.file.pread(offset, size)
+        except DeadlineExceeded as error:
+            opened.late = (error, trio.current_time() + ASKED_AGAIN_S)
+            raise
 
-    async def write(self, handle: int, offset: int, data: bytes) -> int:
+    async def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         opened = self._files.get(handle)
         if opened.strip_privileges and opened.direct:
             await self._strip_privileges(opened)
@@ -161,9 +175,7 @@ class FileOperations(Base):
                     del self._writing[opened.inode]
                 self._cache.changing(opened.inode)
         else:
-            # The client closes its side without a word; the session that keeps a removed file alive for this reader is the mount's own.
             await opened.file.close()
-            await self._meta.close(opened.inode, opened.file.session, user=ROOT)
 
     async def close(self) -> None:
         """The end of the mount: flush and close whatever is still open. Raises the first error, after all were tried."""

@@ -7,6 +7,7 @@ The virtual ones are not listed, so that copying tools (cp -a, rsync -X, shutil.
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from kvfs.common.errors import InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
@@ -31,12 +32,14 @@ class XattrOperations(Base):
             return await self._virtual(inode, name)
         return await self._as(caller, lambda user: self._meta.get_xattr(inode, name, user=user))
 
-    async def setxattr(self, inode: int, name: bytes, value: bytes, caller: Caller) -> None:
+    async def setxattr(self, inode: int, name: bytes, value: bytes, caller: Caller, *, flags: int = 0) -> None:
+        """`flags`: XATTR_CREATE, XATTR_REPLACE."""
+        create, replace = bool(flags & os.XATTR_CREATE), bool(flags & os.XATTR_REPLACE)
         _check_namespace(name)
         _check_writable(name)
         self._cache.changing(inode)
         try:
-            await self._as(caller, lambda user: self._meta.set_xattr(inode, name, value, user=user))
+            await self._as(caller, lambda user: self._meta.set_xattr(inode, name, value, user=user, create=create, replace=replace))
         finally:
             self._cache.changing(inode)
 

@@ -1,8 +1,10 @@
 """Truncations on the chains: after the transaction that shortened a file, its chunks behind the new end are cut off.
 
 An intent record (TRNC) is written with the new length and cleared when the chains are done, so that a truncation whose service died is carried out by
-the next. Invariant: of one file at most one truncation is under way in this process (`exclusive`); the answer to a truncate comes after its cut, so
-that bytes behind the end can never come back when the file grows again.
+the next, and one whose chains did not serve is tried again in the background (`undone`). Invariants: of one file at most one truncation is under way
+in this process (`exclusive`); the answer to a truncate comes after its cut, and while an intent is there nobody opens the file for writing or is
+given an end to append at (`Step.must_settle`): bytes behind the end can never come back when the file grows again, and what is written then is never
+cut.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ class Cuts:
         self._engine = engine
         self._chunks = chunks
         self._locks: dict[int, tuple[trio.Lock, list[int]]] = {}
+        self.undone = trio.Event()
+        """Set when a truncation may be left to carry out: at first, and after one failed."""
+        self.undone.set()
 
     @asynccontextmanager
     async def exclusive(self, inode: int) -> AsyncIterator[None]:
@@ -44,6 +49,13 @@ class Cuts:
 
     async def carry_out(self, inode: int) -> None:
         """Do what the intent record of this file asks for, if there is one. The caller is in `exclusive`."""
+        try:
+            await self._carry_out(inode)
+        except BaseException:
+            self.undone.set()
+            raise
+
+    async def _carry_out(self, inode: int) -> None:
         while True:
             intent, found = await self._engine.transact(lambda txn: _load(txn, inode))
             if intent is None:
@@ -54,7 +66,8 @@ class Cuts:
                 return
 
     async def redo_all(self) -> int:
-        """At start: carry out what an earlier run left."""
+        """Carry out what an earlier run, or chains that did not serve, left. Gives how many there were."""
+        self.undone = trio.Event()
         begin, end = keys.span(keys.CUT)
         done = 0
         more = True

@@ -26,6 +26,7 @@ STORE_READERS_S = 0.5
 SWEEP_LEASES_S = 2.0
 SWEEP_REQUESTS_S = 30.0
 PRUNE_S = 2.0
+REDO_CUTS_S = 1.0
 
 
 async def repeat(name: str, every_s: float, job: Callable[[], Awaitable[object]]) -> None:
@@ -53,17 +54,17 @@ async def run(service: MetaService, pruner: Pruner | None) -> None:
 
 
 async def _redo_cuts(service: MetaService) -> None:
-    """Truncations that an earlier run left; the chains may not serve yet."""
+    """Truncations that an earlier run left, or that failed since; the chains may not serve yet."""
     while True:
+        await service.cuts.undone.wait()
         try:
             done = await service.cuts.redo_all()
         except KvfsError as error:
             log.warning("redoing truncations: %s", error.message)
-            await service.clock.sleep(1.0)
+            await service.clock.sleep(REDO_CUTS_S)
         else:
             if done:
-                log.info("carried out %d truncations of an earlier run", done)
-            return
+                log.info("carried out %d truncations that had been left", done)
 
 
 async def _sweep_leases(service: MetaService) -> None:

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 import trio
 
-from kvfs.common.errors import KvfsError, ServiceStopping, TxnConflict, TxnThrottled, TxnTooOld
+from kvfs.common.errors import KvfsError, ServiceStopping, TxnConflict, TxnError, TxnThrottled, TxnTooOld
 from kvfs.meta.kv.conflicts import CommitLog, ReadSet
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.limits import LIFETIME_S
-from kvfs.meta.kv.transaction import Row, Snapshot, overlay, versionstamp
+from kvfs.meta.kv.transaction import Row, Snapshot, Transaction, overlay, versionstamp
 from kvfs.meta.kv.versions import VersionedMap
 from kvfs.meta.kv.writes import WriteSet
 
 Changes = dict[bytes, bytes | None]
+T = TypeVar("T")
 
 MAX_LIVE_SNAPSHOTS = 10_000
 """More open transactions than this are refused (TxnThrottled)."""
@@ -86,6 +88,10 @@ class Receipt:
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             await self.done.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Once it is done."""
         if self.error is not None:
             raise type(self.error)(self.error.message)
 
@@ -150,24 +156,51 @@ class LocalEngine(Engine):
         return snapshot.newest_seen <= self._durable
 
     async def commit(self, snapshot: Snapshot | None, reads: ReadSet, writes: WriteSet) -> int:
-        assert snapshot is None or isinstance(snapshot, LocalSnapshot)
-        if not writes:
-            if snapshot is None:
-                return self._latest
-            if not snapshot.alive:
-                raise TxnTooOld("the transaction's snapshot has ended: start again")
-            self.close_snapshot(snapshot)
-            if snapshot.newest_seen > self._durable:
-                await self._receipt(snapshot.newest_seen).wait()
-            return snapshot.version
         version, receipt = self._submit(snapshot, reads, writes)
-        await receipt.wait()
+        if receipt is not None:
+            await receipt.wait()
         return version
+
+    def transact_at_once(self, body: Callable[[Transaction], T]) -> T | Awaitable[T]:
+        txn = Transaction(self)
+        try:
+            result = body(txn)
+            _, receipt = self._submit(*txn.hand_over())
+            if receipt is None:
+                return result
+            if receipt.done.is_set():
+                receipt.check()
+                return result
+        except TxnError as error:
+            if not error.retryable:
+                raise
+            return self.transact(body)
+        finally:
+            txn.close()
+        return self._durable_or_again(receipt, result, body)
+
+    async def _durable_or_again(self, receipt: Receipt, result: T, body: Callable[[Transaction], T]) -> T:
+        try:
+            await receipt.wait()
+        except TxnError as error:
+            if not error.retryable:
+                raise
+            return await self.transact(body)
+        return result
 
     # --- inside
 
-    def _submit(self, snapshot: LocalSnapshot | None, reads: ReadSet, writes: WriteSet) -> tuple[int, Receipt]:
-        """Check, order and apply one commit. There is no await in here: commits follow each other in one thread."""
+    def _submit(self, snapshot: Snapshot | None, reads: ReadSet, writes: WriteSet) -> tuple[int, Receipt | None]:
+        """Check, order and apply one commit. There is no await in here: commits follow each other in one thread. Without writes: the version that
+        was read, and what must become durable before its reader may answer, if anything."""
+        assert snapshot is None or isinstance(snapshot, LocalSnapshot)
+        if not writes:
+            if snapshot is None:
+                return self._latest, None
+            if not snapshot.alive:
+                raise TxnTooOld("the transaction's snapshot has ended: start again")
+            self.close_snapshot(snapshot)
+            return snapshot.version, self._receipt(snapshot.newest_seen) if snapshot.newest_seen > self._durable else None
         self._check_open()
         if snapshot is not None:
             alive = snapshot.alive

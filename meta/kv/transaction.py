@@ -151,12 +151,16 @@ class Transaction:
 
         One that wrote nothing cannot conflict, but its commit waits until all that it has read is durable: commit it too before you answer anyone.
         """
+        self._version = await self._engine.commit(*self.hand_over())
+
+    def hand_over(self) -> tuple[Snapshot | None, ReadSet, WriteSet]:
+        """For engines: what is to be committed. The transaction ends with it."""
         self._open()
         if self._snapshot is not None and self._writes and self._reads:
             self._check_age(self._snapshot)
         self._closed = True
         snapshot, self._snapshot = self._snapshot, None
-        self._version = await self._engine.commit(snapshot, self._reads, self._writes)
+        return snapshot, self._reads, self._writes
 
     @property
     def settled(self) -> bool:

@@ -10,7 +10,7 @@ from kvfs.common.errors import AlreadyExists, BadHandle, FileTooBig, InvalidArgu
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
 from kvfs.meta.namespace.attributes import check_layout, truncate
-from kvfs.meta.namespace.lookup import with_writers
+from kvfs.meta.namespace.lookup import walk_to_inode, walk_to_place, with_writers
 from kvfs.meta.namespace.step import LENGTH_MAX, Step, check_name
 
 SESSION_BYTES = 16
@@ -18,11 +18,14 @@ APPEND_BYTES_MAX = 1 << 40
 
 
 def create(step: Step, request: pb.CreateRequest) -> pb.CreateReply:
-    parent = step.directory(request.parent, access.EXECUTE)
-    if request.name in (b".", b".."):
+    number, name = request.parent, request.name
+    if request.path:
+        number, name = walk_to_place(step, number, request.path, follow_last=request.follow_last)
+    parent = step.directory(number, access.EXECUTE)
+    if name in (b".", b".."):
         raise AlreadyExists("the name is taken") if request.exclusive else IsDirectory("the name is a directory's")
-    check_name(request.name)
-    existing = step.entry(request.parent, request.name)
+    check_name(name)
+    existing = step.entry(number, name)
     if existing is not None:
         if request.exclusive:
             raise AlreadyExists("the name is taken")
@@ -35,8 +38,8 @@ def create(step: Step, request: pb.CreateRequest) -> pb.CreateReply:
     access.require_room(parent)
     inode = new_file(step, parent, request.mode, request.layout if request.HasField("layout") else None)
     step.put(inode)
-    step.put_entry(request.parent, request.name, inode)
-    step.touch_directory(request.parent)
+    step.put_entry(number, name, inode)
+    step.touch_directory(number)
     if request.write:
         _check_session(request.session)
         step.put_session(inode.inode, request.session, write=True)
@@ -72,7 +75,10 @@ def new_file(step: Step, parent: pb.Inode, mode: int, layout: pb.Layout | None) 
 
 
 def open_file(step: Step, request: pb.OpenRequest) -> pb.InodeReply:
-    inode = step.inode(request.inode)
+    if request.path:
+        inode = walk_to_inode(step, request.inode, request.path, follow_last=request.follow_last)
+    else:
+        inode = step.inode(request.inode)
     _open(step, inode, read=request.read, write=request.write, cut=request.truncate, session=request.session)
     return pb.InodeReply(inode=with_writers(step, inode))
 
@@ -89,8 +95,13 @@ def _open(step: Step, inode: pb.Inode, *, read: bool, write: bool, cut: bool, se
         step.full(inode)
         return
     if cut:
+        if step.cutting != inode.inode:
+            step.wants_cut = inode.inode
+            return
         truncate(step, inode, 0)
         step.put(inode)
+    elif write and step.must_settle(inode.inode):
+        return
     if write:
         _check_session(session)
         step.put_session(inode.inode, session, write=True)
@@ -131,19 +142,33 @@ def close(step: Step, request: pb.CloseRequest, *, measured: int | None = None) 
         if step.user.uid != 0:
             inode.mode = access.without_privileges(inode)
         changed = True
-    gone = False
-    if request.session and not request.still_open:
-        step.txn.clear(keys.session(inode.inode, request.session))
-        if inode.nlink == 0 and inode.type == pb.FILE and not step.has_sessions(inode.inode) and not step.around.readers(inode.inode):
-            step.release(inode)
-            gone = True
+    gone = bool(request.session) and not request.still_open and _end(step, inode, request.session)
     if changed and not gone:
         step.put(inode)
     return pb.InodeReply(inode=with_writers(step, step.full(inode)))
 
 
+def end_session(step: Step, number: int, session: bytes) -> None:
+    """A file was closed with nothing to report, or its reader is gone."""
+    inode = step.peek(number)
+    if inode is None:  # removed, and freed after its sessions were pruned
+        step.txn.clear(keys.session(number, session))
+    else:
+        _end(step, inode, session)
+
+
+def _end(step: Step, inode: pb.Inode, session: bytes) -> bool:
+    """Clear the session. True: it was the last of a removed file, which goes."""
+    step.txn.clear(keys.session(inode.inode, session))
+    if inode.nlink or inode.type != pb.FILE or step.has_sessions(inode.inode) or step.around.readers(inode.inode):
+        return False
+    step.release(inode)
+    return True
+
+
 def append(step: Step, request: pb.AppendRequest) -> pb.AppendReply:
-    """Reserve the next bytes of the file for the caller: appends of many clients never overlap."""
+    """Reserve the next bytes of the file for the caller: appends of many clients never overlap. None are asked for by who must only know that no
+    truncation is still under way."""
     inode = step.inode(request.inode)
     if inode.type != pb.FILE:
         raise InvalidArgument("only a regular file can be appended to")
@@ -155,6 +180,8 @@ def append(step: Step, request: pb.AppendRequest) -> pb.AppendReply:
         access.require(inode, step.user, access.WRITE)
     if request.length > APPEND_BYTES_MAX or inode.length + request.length > LENGTH_MAX:
         raise FileTooBig(f"an append of {request.length} bytes at {inode.length}")
+    if step.must_settle(inode.inode):
+        return pb.AppendReply()
     offset = inode.length
     if request.length:
         inode.length += request.length

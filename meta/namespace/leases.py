@@ -64,6 +64,10 @@ class Watcher:
         advanced.set()
 
 
+Waits = list[tuple[Watcher, int, float]]
+"""What to wait for: (watcher, sequence that it must acknowledge, when the lease ends anyway)."""
+
+
 class LeaseTable:
     def __init__(self, epoch: int, lease_ms: int) -> None:
         self.epoch = epoch
@@ -95,9 +99,9 @@ class LeaseTable:
         holders[client_id] = (now_s + self.lease_ms / 1000, 0)
         inode.attr_lease_ms = self.lease_ms
 
-    def revoke(self, inodes: Iterable[int], changer: bytes, now_s: float) -> list[tuple[Watcher, int, float]]:
-        """Tell every holder but the changer. What to wait for: (watcher, sequence that it must acknowledge, when the lease ends anyway)."""
-        waits: list[tuple[Watcher, int, float]] = []
+    def revoke(self, inodes: Iterable[int], changer: bytes, now_s: float) -> Waits:
+        """Tell every holder but the changer."""
+        waits: Waits = []
         for inode in inodes:
             holders = self._held.get(inode)
             if not holders:
@@ -133,7 +137,7 @@ class LeaseTable:
         return len(self._held)
 
 
-async def settle(waits: list[tuple[Watcher, int, float]], now: Callable[[], float]) -> None:
+async def settle(waits: Waits, now: Callable[[], float]) -> None:
     """Wait until every holder has acknowledged, or its lease has run out."""
     for watcher, sequence, expiry_s in waits:
         with trio.move_on_after(max(0.0, expiry_s - now())):

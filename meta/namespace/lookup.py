@@ -6,6 +6,9 @@ root is the root. A listing page costs one range read and one read for each entr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from kvfs.common.errors import NotDirectory, NotFound, SymlinkLoop
 from kvfs.common.ids import ROOT_INODE
 from kvfs.common.wire import meta_pb2 as pb
@@ -19,18 +22,37 @@ PAGE_ENTRIES_MAX = 4096
 GET_ATTR_MAX = 4096
 
 
+@dataclass(slots=True)
+class Walk:
+    """Where a walk of path components ended."""
+
+    found: list[pb.Inode]
+    """The inode of each component that is there, after following, as it is stored. Fewer than components: the next one is missing."""
+    parent: int
+    """The directory that holds, or would hold, the last component; 0 when an earlier one is missing."""
+    name: bytes
+    """The last component's name there."""
+
+
 def lookup(step: Step, request: pb.LookupRequest) -> pb.LookupReply:
-    reply = pb.LookupReply()
-    directory = step.peek(request.parent)
+    ended = walk(step, request.parent, request.names, follow=request.follow, follow_last=request.follow_last)
+    reply = pb.LookupReply(final_parent=ended.parent, final_name=ended.name)
+    for found in ended.found:
+        reply.inodes.append(step.full(found))
+    return reply
+
+
+def walk(step: Step, parent: int, names: Sequence[bytes], *, follow: bool, follow_last: bool) -> Walk:
+    directory = step.peek(parent)
     if directory is None:
-        raise NotFound(f"directory {request.parent} is gone")
+        raise NotFound(f"directory {parent} is gone")
     left = SYMLINKS_MAX
-    last = len(request.names) - 1
+    last = len(names) - 1
     if last >= PATH_COMPONENTS_MAX:
         raise SymlinkLoop(f"a path of {last + 1} components: the limit is {PATH_COMPONENTS_MAX}")
-    reply.final_parent = request.parent
-    for index, component in enumerate(request.names):
-        follow = request.follow and (index < last or request.follow_last)
+    ended = Walk([], parent, b"")
+    for index, component in enumerate(names):
+        follows = follow and (index < last or follow_last)
         # A symbolic link puts the components of its target in place of itself.
         waiting = [component]
         found: pb.Inode | None = None
@@ -39,14 +61,14 @@ def lookup(step: Step, request: pb.LookupRequest) -> pb.LookupReply:
             if directory is None or directory.type != pb.DIRECTORY:
                 raise NotDirectory("a component of the path is not a directory")
             access.require(directory, step.user, access.EXECUTE)
-            reply.final_parent = directory.inode
-            reply.final_name = name
+            ended.parent = directory.inode
+            ended.name = name
             found = _child(step, directory, name)
             if found is None:
                 if waiting:
                     raise NotFound("a symbolic link on the path leads nowhere")
                 break
-            if found.type == pb.SYMLINK and (follow or waiting):
+            if found.type == pb.SYMLINK and (follows or waiting):
                 left -= 1
                 if left < 0:
                     raise SymlinkLoop(f"more than {SYMLINKS_MAX} symbolic links on the path")
@@ -58,7 +80,7 @@ def lookup(step: Step, request: pb.LookupRequest) -> pb.LookupReply:
                     parts.append(b".")
                 if not parts:
                     found = directory
-                    reply.final_parent, reply.final_name = directory.inode, b"."
+                    ended.parent, ended.name = directory.inode, b"."
                     if not waiting:
                         break
                     continue
@@ -69,11 +91,27 @@ def lookup(step: Step, request: pb.LookupRequest) -> pb.LookupReply:
             directory = found
         if found is None:
             if index < last:
-                reply.final_parent, reply.final_name = 0, b""
+                ended.parent, ended.name = 0, b""
             break
         directory = found
-        reply.inodes.append(step.full(found))
-    return reply
+        ended.found.append(found)
+    return ended
+
+
+def walk_to_place(step: Step, parent: int, path: Sequence[bytes], *, follow_last: bool) -> tuple[int, bytes]:
+    """The directory that holds, or would hold, the last component of a path, and the name there. What the walk read is read by the operation."""
+    ended = walk(step, parent, path, follow=True, follow_last=follow_last)
+    if not ended.parent:
+        raise NotFound("a directory on the path is not there")
+    return ended.parent, ended.name
+
+
+def walk_to_inode(step: Step, start: int, path: Sequence[bytes], *, follow_last: bool) -> pb.Inode:
+    """The inode that a path leads to, as it is stored."""
+    ended = walk(step, start, path, follow=True, follow_last=follow_last)
+    if len(ended.found) < len(path):
+        raise NotFound("no such file or directory")
+    return ended.found[-1]
 
 
 def _child(step: Step, directory: pb.Inode, name: bytes) -> pb.Inode | None:
@@ -89,9 +127,19 @@ def _child(step: Step, directory: pb.Inode, name: bytes) -> pb.Inode | None:
 def get_attr(step: Step, request: pb.GetAttrRequest) -> pb.GetAttrReply:
     reply = pb.GetAttrReply()
     for number in request.inodes[:GET_ATTR_MAX]:
-        found = step.peek(number)
-        reply.inodes.append(pb.Inode(inode=number) if found is None else with_writers(step, step.full(found)))
+        reply.inodes.append(_attributes(step, number))
     return reply
+
+
+def get_one(step: Step, request: pb.CloseRequest) -> pb.InodeReply:
+    """What the close of a file with nothing to report answers."""
+    return pb.InodeReply(inode=_attributes(step, request.inode))
+
+
+def _attributes(step: Step, number: int) -> pb.Inode:
+    """An inode that is gone has no type."""
+    found = step.peek(number)
+    return pb.Inode(inode=number) if found is None else with_writers(step, step.full(found))
 
 
 def with_writers(step: Step, inode: pb.Inode) -> pb.Inode:

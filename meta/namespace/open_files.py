@@ -24,23 +24,25 @@ class OpenFiles:
         self._closing: dict[int, set[bytes]] = {}
         self._count = 0
 
-    def open_reader(self, inode: int, session: bytes, client_id: bytes, now_ns: int) -> None:
+    def open_reader(self, inode: int, session: bytes, client_id: bytes, now_ns: int, *, nameless: bool = False) -> None:
+        """`nameless`: the file has no name any more. Then the end of the session is looked at in the background, for it may be the last."""
         if self._count >= OPEN_MAX:
             raise Overloaded(f"{OPEN_MAX} files are open for reading")
         by_session = self._readers.setdefault(inode, {})
         if session not in by_session:
             self._count += 1
             self._young[session] = inode
-        by_session[session] = Reader(session, client_id, now_ns)
+        by_session[session] = Reader(session, client_id, now_ns, nameless)
 
     def close(self, inode: int, session: bytes) -> None:
         """A session ends: nothing is stored of it, or it will be cleared in the background."""
         by_session = self._readers.get(inode)
-        if by_session is not None and by_session.pop(session, None) is not None:
+        reader = by_session.pop(session, None) if by_session is not None else None
+        if reader is not None:
             self._count -= 1
             if not by_session:
                 del self._readers[inode]
-            if self._young.pop(session, None) is not None:
+            if self._young.pop(session, None) is not None and not reader.nameless:
                 return
         self._closing.setdefault(inode, set()).add(session)
 
@@ -65,10 +67,6 @@ class OpenFiles:
         for session in self._readers.get(inode, ()):
             self._young.pop(session, None)
         return self.readers(inode)
-
-    def clear_later(self, inode: int, session: bytes) -> None:
-        """A session ended that may be the last of a removed file: look at the file in the background."""
-        self._closing.setdefault(inode, set()).add(session)
 
     def due_to_store(self, now_ns: int, limit: int) -> list[tuple[int, Reader]]:
         """Readers that have been open long enough to be worth a record."""

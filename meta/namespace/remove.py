@@ -10,6 +10,7 @@ from __future__ import annotations
 from kvfs.common.errors import InvalidArgument, IsDirectory, NotDirectory, NotEmpty, TooManyLinks
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
+from kvfs.meta.namespace.lookup import walk_to_inode
 from kvfs.meta.namespace.spaces import drop_space
 from kvfs.meta.namespace.step import Step, check_name
 
@@ -18,14 +19,15 @@ WALK_ENTRIES_MAX = 200_000
 
 
 def remove(step: Step, request: pb.RemoveRequest) -> pb.RemoveReply:
-    parent = step.directory(request.parent, access.EXECUTE)
+    number = walk_to_inode(step, request.parent, request.path, follow_last=True).inode if request.path else request.parent
+    parent = step.directory(number, access.EXECUTE)
     name = request.name
     if name in (b".", b".."):
         if not (request.directory or request.recursive):
             raise IsDirectory("a directory is not removed by unlink")
         raise InvalidArgument("'.' cannot be removed") if name == b"." else NotEmpty("'..' cannot be removed")
     check_name(name)
-    _, inode = step.linked(request.parent, name)
+    _, inode = step.linked(number, name)
     may_take_away(step, parent, inode)
     if inode.type != pb.DIRECTORY:
         if request.directory:
@@ -45,8 +47,8 @@ def remove(step: Step, request: pb.RemoveRequest) -> pb.RemoveReply:
         after.nlink = 0
     else:
         raise IsDirectory("a directory is not removed by unlink")
-    step.txn.clear(keys.entry(request.parent, name))
-    step.touch_directory(request.parent)
+    step.txn.clear(keys.entry(number, name))
+    step.touch_directory(number)
     return pb.RemoveReply(inode=after)
 
 

@@ -28,6 +28,8 @@ class Reader:
     session: bytes
     client_id: bytes
     opened_ns: int
+    nameless: bool = False
+    """The file had no name any more when it was opened."""
 
 
 def _nobody(inode: int) -> Sequence[Reader]:
@@ -64,6 +66,8 @@ class Step:
     now_ns: int
     around: Surroundings
     read_only: bool = False
+    cutting: int = 0
+    """The inode that an open may truncate: the caller keeps other truncations of it away."""
     changed: set[int] = field(default_factory=set)
     cuts: list[int] = field(default_factory=list)
     """Inodes with a truncation to carry out on the chains."""
@@ -71,8 +75,20 @@ class Step:
     """Something went into the garbage queue."""
     measure: int = 0
     """An inode whose length only the chains know; the operation stopped before it changed anything."""
+    wants_cut: int = 0
+    """An inode, not the one in `cutting`, that an open would truncate, or that has a truncation to be carried out before anything else is written to
+    it; the operation stopped before it changed anything."""
+    recalled: bool = False
+    """The request had been applied before: nothing was done now."""
     files_made: int = 0
     files_gone: int = 0
+
+    def must_settle(self, number: int) -> bool:
+        """Whether a truncation of the file has not reached its chains: it would cut off what is written from now on. `wants_cut` is set then."""
+        if self.cutting == number or self.txn.get(keys.cut(number)) is None:
+            return False
+        self.wants_cut = number
+        return True
 
     # --- loads
 

@@ -24,8 +24,8 @@ STRIPE = 16
 TABLE = 1
 
 
-def prepare(txn: Transaction, now_ns: int, chunk_size_bytes: int = CHUNK_BYTES) -> bool:
-    """Check the format, or make an empty file system. True: it was made now."""
+def prepare(txn: Transaction, now_ns: int, chunk_size_bytes: int = CHUNK_BYTES, *, uid: int = 0, gid: int = 0) -> bool:
+    """Check the format, or make an empty file system whose root belongs to `uid` and `gid`. True: it was made now."""
     stored = txn.get(keys.FORMAT)
     if stored is not None:
         version = records.decode_number(stored)
@@ -34,7 +34,7 @@ def prepare(txn: Transaction, now_ns: int, chunk_size_bytes: int = CHUNK_BYTES) 
                 f"the metadata store has format {version}, this kvfs knows formats up to {records.FORMAT_VERSION}: upgrade it; nothing was touched"
             )
         return False
-    root = pb.Inode(inode=ROOT_INODE, type=pb.DIRECTORY, mode=0o755, nlink=2, parent=ROOT_INODE)
+    root = pb.Inode(inode=ROOT_INODE, type=pb.DIRECTORY, mode=0o755, nlink=2, parent=ROOT_INODE, uid=uid, gid=gid)
     root.atime_ns = root.mtime_ns = root.ctime_ns = root.birth_ns = now_ns
     root.layout.table_id = TABLE
     root.layout.chunk_size = chunk_size_bytes

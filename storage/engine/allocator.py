@@ -1,11 +1,13 @@
 """Which blocks are in use: groups of blocks per class, in memory, rebuilt from the index when the target opens.
 
 Space is taken from the disk one group (16 MiB, or one larger block) at a time with fallocate, so that writing into a block never meets a full
-disk; an empty group is given back to the disk, and any class may take the space.
+disk. Some empty groups are kept (their pages are in the page cache: writing them again costs a fraction of fresh ones), the others are given back to
+the disk; when it is full any class may take the space of all.
 
 Invariants:
 - a block is given out only while it is free, and free only when no chunk, no reader and no state that a power loss could bring back uses it:
-  a freed block first waits in quarantine until a sync has covered the record that freed it, and until its last reader let go;
+  a freed block first waits in quarantine until a sync has covered the record that freed it, and until its last reader let go. Where another block
+  took its place, the sync must cover the bytes there too; where the chunk was removed, the record alone;
 - the sum of groups stays under the capacity, and the disk keeps the reserve.
 Everything here is called under the engine's lock, but for `give_back`. It must never touch the bytes of a block.
 """
@@ -79,6 +81,7 @@ class Allocator:
         self._config = config
         self._classes: dict[int, _Class] = {}
         self._quarantine: deque[tuple[int, Block]] = deque()
+        self._removed: deque[tuple[int, Block]] = deque()
         self._lingering: set[Block] = set()
         """Out of quarantine, but with a reader inside."""
         self._pins: dict[Block, int] = {}
@@ -91,8 +94,11 @@ class Allocator:
         self.group_bytes_total = 0
         self.used_bytes = 0
         self.quarantined_bytes = 0
+        self.removed_bytes = 0
+        """In quarantine for nothing but the journal."""
         capacity, _ = disk.space()
         self._reserve = config.reserve_bytes or min(_MAX_RESERVE_BYTES, max(_MIN_RESERVE_BYTES, capacity // 100))
+        self._keep_bytes = min(config.keep_empty_bytes, capacity // 64)
 
     # --- giving out and taking back ---
 
@@ -160,20 +166,35 @@ class Allocator:
         self.in_flight.discard(block)
         self._free(block)
 
-    def quarantine(self, block: Block, sequence: int) -> None:
-        """The record `sequence` freed this block."""
-        self._quarantine.append((sequence, block))
-        self.quarantined_bytes += block.block_bytes
+    def quarantine(self, block: Block, sequence: int, *, removed: bool = False) -> None:
+        """The record `sequence` freed this block. `removed`: nothing took its place."""
+        if removed:
+            self._removed.append((sequence, block))
+            self.removed_bytes += block.block_bytes
+        else:
+            self._quarantine.append((sequence, block))
+            self.quarantined_bytes += block.block_bytes
 
     def release(self, below: int) -> None:
-        """A sync has covered all records with a sequence under `below`."""
+        """A sync has covered all records with a sequence under `below`, and the bytes that they speak of."""
         while self._quarantine and self._quarantine[0][0] < below:
             _, block = self._quarantine.popleft()
             self.quarantined_bytes -= block.block_bytes
-            if block in self._pins:
-                self._lingering.add(block)
-            else:
-                self._free(block)
+            self._leave_quarantine(block)
+        self.release_removed(below)
+
+    def release_removed(self, below: int) -> None:
+        """The journal is synced under `below`."""
+        while self._removed and self._removed[0][0] < below:
+            _, block = self._removed.popleft()
+            self.removed_bytes -= block.block_bytes
+            self._leave_quarantine(block)
+
+    def _leave_quarantine(self, block: Block) -> None:
+        if block in self._pins:
+            self._lingering.add(block)
+        else:
+            self._free(block)
 
     def pin(self, block: Block) -> None:
         """A reader goes in."""
@@ -206,11 +227,14 @@ class Allocator:
 
     # --- giving space back to the disk ---
 
-    def take_empty_groups(self, keep: int = 1) -> list[_Group]:
-        """Empty groups but `keep` a class, taken out of use: pass them to `give_back` and then to `forget`."""
+    def take_empty_groups(self, *, all_of_them: bool = False) -> list[_Group]:
+        """Empty groups beyond those that are kept, taken out of use: pass them to `give_back` and then to `forget`. A class keeps at least one."""
         taken = []
+        left = self._keep_bytes
         for cls in self._classes.values():
-            for group in list(cls.empty)[keep:]:
+            keep = 0 if all_of_them else min(len(cls.empty), max(1, left // cls.group_bytes))
+            left = max(0, left - keep * cls.group_bytes)
+            for group in list(cls.empty)[: len(cls.empty) - keep]:  # the newest stay: they are the likeliest to be in the page cache
                 del cls.groups[group.file, group.number], cls.spacious[group.file][group], cls.empty[group]
                 taken.append(group)
         return taken
@@ -302,11 +326,11 @@ class Allocator:
 
     def waiting(self) -> set[Block]:
         """Freed, but not free yet."""
-        return {block for _, block in self._quarantine} | self._lingering
+        return {block for queue in (self._quarantine, self._removed) for _, block in queue} | self._lingering
 
     def space(self) -> tuple[int, int]:
         """(bytes in blocks that chunks hold, bytes that blocks may still take)."""
-        held = self.used_bytes - self.quarantined_bytes
+        held = self.used_bytes - self.quarantined_bytes - self.removed_bytes
         _, disk_free = self._disk.space()
         growth = max(0, disk_free - self._reserve)
         if self._config.capacity_bytes:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+from kvfs.common.checksum import CHECKSUM_BYTES
 from kvfs.common.errors import IndexCorrupt, KvfsError
 from kvfs.storage.engine import chunk
-from kvfs.storage.engine.chunk import CHECKSUM_BYTES, ChunkMeta, Content, units_of
+from kvfs.storage.engine.chunk import ChunkMeta, Content, units_of
 from kvfs.storage.engine.classes import Block
 from kvfs.storage.engine.ledger import CHUNK_PREFIX, CHUNKS_END, Ledger
 from kvfs.storage.engine.reader import damaged_units

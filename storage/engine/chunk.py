@@ -13,12 +13,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from kvfs.common.checksum import CHECKSUM_UNIT_BYTES, xxh3_64
+from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, xxh3_64
 from kvfs.common.errors import IndexCorrupt
 from kvfs.storage.engine.classes import BLOCK_ALIGNMENT_BYTES, Block
 from kvfs.storage.engine.requests import Tag, UpdateKind
-
-CHECKSUM_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)

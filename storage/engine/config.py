@@ -16,6 +16,10 @@ class EngineConfig:
     """Disk space never given to blocks, so that the index and the journal can always go on; 0: 1 % of the disk, within 16 MiB .. 1 GiB."""
     group_bytes: int = 16 * _MIB
     """Space is taken from the disk in groups of blocks of this size, and given back when a group is empty."""
+    keep_empty_bytes: int = 512 * _MIB
+    """Empty groups kept for the next writes, at most (and no more than 1/64 of the disk)."""
+    rest_s: float = 10.0
+    """After so long without a change they, too, are given back."""
     files_per_class: int = 4
     """Writes into one file exclude each other in the kernel: several files let them run side by side."""
     index_bytes: int = 64 * _GIB
@@ -28,6 +32,8 @@ class EngineConfig:
     """With this much written since the last sync the engine syncs by itself: it bounds what a restart has to re-read."""
     quarantine_bytes: int = 1 * _GIB
     """The same for freed blocks, which cannot be used again before a sync."""
+    removed_bytes: int = 16 * _MIB
+    """The same for the blocks of removed chunks, for which it is enough to sync the journal."""
     cached_metas: int = 16_384
     tags: int = 65_536
     """Idempotency records kept, the least recently used go first ..."""

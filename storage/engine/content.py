@@ -15,9 +15,9 @@ import threading
 from functools import lru_cache
 
 from kvfs.common.boundary.disk import DiskFile
-from kvfs.common.checksum import CHECKSUM_UNIT_BYTES, checksums, xxh3_64
+from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, checksums, xxh3_64
 from kvfs.common.errors import ChecksumMismatch, InvalidArgument
-from kvfs.storage.engine.chunk import CHECKSUM_BYTES, EMPTY, Content
+from kvfs.storage.engine.chunk import EMPTY, Content
 from kvfs.storage.engine.classes import BLOCK_ALIGNMENT_BYTES, LARGEST_BLOCK_BYTES, Block, block_bytes_for
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.requests import Update, UpdateKind

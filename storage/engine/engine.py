@@ -25,9 +25,9 @@ from kvfs.storage.engine.check import check_target
 from kvfs.storage.engine.chunk import ChunkMeta, Content, PendingMeta
 from kvfs.storage.engine.config import EngineConfig
 from kvfs.storage.engine.ledger import Change
-from kvfs.storage.engine.reader import read_content
+from kvfs.storage.engine.reader import place_of, read_content
 from kvfs.storage.engine.recovery import open_ledger
-from kvfs.storage.engine.requests import CheckReport, LastChunk, ReadOutcome, RemovedRange, Space, Tag, Update, UpdateKind
+from kvfs.storage.engine.requests import CheckReport, LastChunk, Place, ReadOutcome, RemovedRange, Space, Tag, Update, UpdateKind
 from kvfs.storage.engine.staging import Staged, Stager
 from kvfs.storage.engine.superblock import Superblock
 from kvfs.storage.engine.upkeep import Upkeep
@@ -108,6 +108,16 @@ class ChunkEngine:
                 with ledger.lock:
                     ledger.allocator.unpin(block)
         return ReadOutcome(max(0, end - offset), sums, found, content.length, meta.pending.version if meta.pending is not None else 0)
+
+    def place(self, chunk_id: bytes, offset: int, length: int) -> Place:
+        """Where up to `length` committed bytes from `offset` lie. ChunkNotFound: no committed version (a hole). Does not touch the disk."""
+        ledger = self._ledger
+        with ledger.lock:
+            meta = ledger.lookup(chunk_id)
+        if meta is None:
+            raise ChunkNotFound(f"no chunk {chunk_id.hex()}")
+        version, content = _visible(meta, 0)
+        return place_of(ledger.files, content, offset, length, version, meta.pending.version if meta.pending is not None else 0)
 
     def tag(self, client_id: bytes, channel: int) -> Tag | None:
         """The last idempotency record of this channel, if it is still kept."""

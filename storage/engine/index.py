@@ -1,12 +1,14 @@
 """The index of a target: ordered rows, the newest in memory (the overlay), the rest in an OrderedMap (LMDB).
 
-Rows: b"c" + chunk id -> chunk.encode, b"t" + client id + channel -> tags.encode. Everything in the overlay also stands in the journal.
-A checkpoint freezes the overlay, moves it into the map in slices, and drops it; reads look through overlay, frozen overlay and map,
-in this order. Called under the engine's lock, but for `write_frozen`.
+Rows: b"c" + chunk id -> chunk.encode, b"t" + client id + channel -> tags.encode; in the map alone b"s" -> the sequence of the first journal record
+that is not in the map (`floor`). Everything in the overlay also stands in the journal. A checkpoint freezes the overlay, moves it into the map in
+slices, the floor with the last, and drops it; reads look through overlay, frozen overlay and map, in this order. Called under the engine's lock, but
+for `write_frozen`.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from sortedcontainers import SortedDict
@@ -15,6 +17,8 @@ from kvfs.common.boundary.disk import OrderedMap
 
 _SLICE_ROWS = 2000
 _PAGE_ROWS = 256
+_FLOOR_KEY = b"s"
+_FLOOR = struct.Struct("<Q")
 Row = tuple[bytes, bytes]
 Change = tuple[bytes, bytes | None]
 
@@ -24,6 +28,9 @@ class Index:
         self._base = base
         self._overlay: SortedDict = SortedDict()
         self._frozen: SortedDict | None = None
+        floor = base.get(_FLOOR_KEY)
+        self.floor = _FLOOR.unpack(floor)[0] if floor is not None else 1
+        """The journal must have every record from this one on."""
 
     def __len__(self) -> int:
         """Rows of the overlay."""
@@ -68,21 +75,23 @@ class Index:
 
     # --- checkpoint ---
 
-    def freeze(self) -> bool:
-        """False: there is nothing to move. Rows that a failed checkpoint left frozen come first."""
+    def freeze(self) -> None:
+        """Rows that a failed checkpoint left frozen come first."""
         if self._frozen is None:
             self._frozen, self._overlay = self._overlay, SortedDict()
         else:
             self._frozen.update(self._overlay)
             self._overlay = SortedDict()
-        return bool(self._frozen)
 
-    def write_frozen(self) -> None:
-        """Move the frozen rows into the map, synced. In slices: a half-moved overlay is whole again by the journal, which is still there."""
-        frozen = self._frozen or {}
-        items = list(frozen.items())
+    def write_frozen(self, floor: int) -> None:
+        """Move the frozen rows into the map, synced: the journal's records below `floor` are not needed then. In slices: a half-moved overlay is
+        whole again by the journal, which is still there."""
+        items: list[Change] = list((self._frozen or {}).items())
+        if floor != self.floor:
+            items.append((_FLOOR_KEY, _FLOOR.pack(floor)))
         for at in range(0, len(items), _SLICE_ROWS):
             self._base.commit(dict(items[at : at + _SLICE_ROWS]))
+        self.floor = floor
 
     def drop_frozen(self) -> None:
         self._frozen = None

@@ -106,10 +106,7 @@ def replay(disk: Disk) -> tuple[list[Record], int]:
                 at += found[1]
                 expected += 1
         if _proves_durable(data[at:], expected):
-            raise IndexCorrupt(
-                f"record {expected} of the journal is damaged, though it had been synced: nothing was changed; "
-                "restore the target from a copy, or empty its directory and let the replicas refill it"
-            )
+            raise IndexCorrupt(f"record {expected} of the target's journal is damaged, though it had been synced. {IndexCorrupt.ADVICE}")
     return records, expected or 1
 
 

@@ -2,7 +2,8 @@
 
 Every change goes through `record`: first the journal, then memory, so an error leaves both as they were. Blocks that a change leaves behind go
 into quarantine with the change's sequence number. Three steps make things safe, in this order: data files synced, then the journal (with a
-record that says so), then quarantined blocks may be used again. A checkpoint does the same and then moves the overlay into the index map.
+record that says so), then quarantined blocks may be used again. For the blocks of a removed chunk the journal is enough: once the removal cannot be
+undone, nothing refers to them, whatever else is lost. A checkpoint does the same and then moves the overlay into the index map.
 `lock` guards everything; methods marked "locked" expect it to be held. No data I/O happens under it; journal writes do (they go to the page
 cache, and their order is the order of the changes).
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from kvfs.common.boundary.disk import Disk
@@ -150,7 +152,7 @@ class Ledger:
         if left and new is not None:
             left -= new.blocks()
         for block in left:
-            self.allocator.quarantine(block, sequence)
+            self.allocator.quarantine(block, sequence, removed=new is None)
 
     def _append(self, rows: dict[bytes, bytes | None]) -> int:
         try:
@@ -175,13 +177,13 @@ class Ledger:
             with self.lock:
                 return self.allocator.allocate(block_bytes)
         except NoSpace:
-            self._give_back(keep=0)
+            self._give_back(everything=True)
         with self.lock:
             return self.allocator.allocate(block_bytes)
 
-    def _give_back(self, keep: int) -> None:
+    def _give_back(self, *, everything: bool = False) -> None:
         with self.lock:
-            groups = self.allocator.take_empty_groups(keep)
+            groups = self.allocator.take_empty_groups(all_of_them=everything)
         if groups:
             self.allocator.give_back(groups)
             with self.lock:
@@ -241,7 +243,24 @@ class Ledger:
             with self.lock:
                 self._durable = self._synced_to = after
                 self.allocator.release(below)
-        self._give_back(keep=1)
+        self._give_back()
+
+    def release_removed(self) -> None:
+        """Not locked. Sync the journal alone, which makes the blocks of removed chunks free: the next writes find them still in the page cache."""
+        with self._sync_work:
+            with self.lock:
+                below = self.journal.next_sequence
+                journal_files = self.journal.files()
+            try:
+                for file in journal_files:
+                    file.sync()
+            except KvfsError as error:
+                with self.lock:
+                    self.failed = self.failed or error
+                raise
+            with self.lock:
+                self._durable = max(self._durable, below)
+                self.allocator.release_removed(below)
 
     # --- checkpoint ---
 
@@ -255,10 +274,9 @@ class Ledger:
                     self.index.put(expired)
                     self.tags.put(expired)
                 first = self.journal.rotate()
-                moving = self.index.freeze()
+                self.index.freeze()
             self.sync()
-            if moving:
-                self.index.write_frozen()
+            self.index.write_frozen(first)
             with self.lock:
                 self.index.drop_frozen()
                 self.index_full = None
@@ -274,13 +292,33 @@ class Ledger:
             return True
         return self.unsynced_bytes > self.config.unsynced_bytes or waiting > self.config.quarantine_bytes
 
+    def wants_release(self) -> bool:
+        return self.allocator.removed_bytes > self.config.removed_bytes
+
     def maintain(self) -> None:
-        """Not locked. Do what the limits ask for. Errors have marked the target as failed, or will come back at the next change."""
-        try:
+        """Not locked. Do what the limits ask for."""
+        with self._in_the_background():
+            if self.failed is None and self.wants_release():
+                self.release_removed()
             if self.failed is None and self.wants_checkpoint():
                 self.checkpoint()
             if self.failed is None and self.wants_sync():
                 self.sync()
+
+    def rest(self, seen: int) -> int:
+        """Not locked. Called now and then with what it gave the last time: when nothing was changed since, freed blocks and all empty groups go
+        back to the disk. What was kept for the next writes is of no use to them any more."""
+        with self._in_the_background():
+            if self.failed is None and seen == self.journal.next_sequence:
+                self.sync()
+                self._give_back(everything=True)
+        return self.journal.next_sequence
+
+    @contextmanager
+    def _in_the_background(self) -> Iterator[None]:
+        """Errors have marked the target as failed, or will come back at the next change."""
+        try:
+            yield
         except NoSpace as error:
             self.index_full = error
             _log.error("the journal of the target cannot be moved into its index: %s", error.message)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from kvfs.common.checksum import CHECKSUM_UNIT_BYTES, checksums, xxh3_64
+from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, checksums, xxh3_64
 from kvfs.common.errors import ChecksumMismatch
-from kvfs.storage.engine.chunk import CHECKSUM_BYTES, Content
+from kvfs.storage.engine.chunk import Content
 from kvfs.storage.engine.content import fill_zeros
 from kvfs.storage.engine.files import DataFiles
+from kvfs.storage.engine.requests import Place
 
 _UNIT = CHECKSUM_UNIT_BYTES
 _local = threading.local()
@@ -66,6 +67,22 @@ def read_content(files: DataFiles, content: Content, offset: int, end: int, into
         into[last_start - offset : end - offset] = part
         sums += xxh3_64(part).to_bytes(CHECKSUM_BYTES, "little")
     return sums
+
+
+def place_of(files: DataFiles, content: Content, offset: int, length: int, version: int, pending_version: int) -> Place:
+    """Where the units of [offset, offset + length) lie, as far as the content goes."""
+    end = min(offset + length, content.length)
+    if offset >= end:
+        return Place(0, b"", version, content.length, pending_version, None, 0, 0)
+    first, behind = offset // _UNIT, -(-end // _UNIT)
+    start = first * _UNIT
+    sums = content.checksums[first * CHECKSUM_BYTES : behind * CHECKSUM_BYTES]
+    stored = min(behind * _UNIT, content.stored) - start
+    block = content.block
+    if block is None or stored <= 0:
+        return Place(end - offset, sums, version, content.length, pending_version, None, 0, 0)
+    file = files.get(block.block_bytes, block.file)
+    return Place(end - offset, sums, version, content.length, pending_version, file, block.start + start, stored)
 
 
 def _verify_unit(content: Content, unit: int, view: memoryview, what: bytes) -> None:

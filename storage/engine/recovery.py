@@ -1,11 +1,13 @@
 """Opening a target: from what lies in its directory to a ledger, after a clean stop, a killed process or a power loss.
 
-1. Read the journal (nothing is written before everything that can be wrong was looked at).
+1. Read the journal (nothing is written before everything that can be wrong was looked at). It must go on where the index map ends.
 2. Records whose data is known to be synced are taken as they are. Of the later ones a chunk's newest state stands whose bytes have their
    checksums; when none has, the state before them stands. A tag is kept only if everything in its record stands, or a later state does.
 3. Every pending version that is left must have its bytes too, else it is dropped: it was never acknowledged.
 4. The allocator learns all blocks; places without a chunk are given back to the disk.
-5. A checkpoint: data files synced, rows into the index map, old journal segments removed. Doing all this again after a crash in between
+5. What was judged otherwise than the journal has it goes into the journal: the record of the checkpoint's sync, which says that all data before it
+   is settled, must not make the next opening believe what this one found missing.
+6. A checkpoint: data files synced, rows into the index map, old journal segments removed. Doing all this again after a crash in between
    gives the same result.
 """
 
@@ -16,14 +18,14 @@ from dataclasses import replace
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import IndexCorrupt, KvfsError
 from kvfs.storage.engine import chunk, tags
 from kvfs.storage.engine.allocator import Allocator
 from kvfs.storage.engine.chunk import ChunkMeta, Content
 from kvfs.storage.engine.config import EngineConfig
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.index import Index
-from kvfs.storage.engine.journal import Journal, Record, remove_segments_behind, replay
+from kvfs.storage.engine.journal import Journal, Record, remove_segments_behind, replay, segments
 from kvfs.storage.engine.ledger import CHUNK_PREFIX, CHUNKS_END, Ledger
 from kvfs.storage.engine.reader import damaged_units
 
@@ -35,17 +37,22 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
     files = DataFiles(disk)
     index = Index(disk.open_map("index", size_bytes=config.index_bytes))
     try:
+        _check_complete(disk, index)
         settled = max((record.settled for record in records), default=0)
         for record in records:
             if record.sequence < settled:
                 index.put(record.rows)
         judge = _Judge(files)
-        index.put(_standing_rows([record for record in records if record.sequence >= settled], index, judge))
+        tail = [record for record in records if record.sequence >= settled]
+        standing = _standing_rows(tail, judge)
+        corrections = _corrections(tail, standing, index)
+        index.put(standing)
         allocator = Allocator(disk, files, config)
         kept_tags = tags.Tags(clock, config.tags, config.tag_age_s)
         for key, value in index.scan(tags.PREFIX, tags.PREFIX + b"\xff" * 21):
             kept_tags.load(key, value)
-        chunks = _load_chunks(index, allocator, judge)
+        chunks, dropped = _load_chunks(index, allocator, judge)
+        corrections.update(dropped)
         unused, short = allocator.load_done()
     except BaseException:
         index.close()
@@ -56,10 +63,21 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
     allocator.allocate_again(short)
     remove_segments_behind(disk, next_sequence)
     journal = Journal(disk, next_sequence, config.journal_bytes)
+    if corrections:
+        journal.append(corrections, 0, 0)
     files.dirty = set(files.existing())
     ledger = Ledger(disk, files, config, index, journal, allocator, kept_tags, chunks)
     ledger.checkpoint()
     return ledger
+
+
+def _check_complete(disk: Disk, index: Index) -> None:
+    """The journal goes on where the index map ends. A target that was opened before has a segment; one that never was has neither."""
+    first = min(segments(disk), default=None)
+    if first is None and index.floor > 1:
+        raise IndexCorrupt(f"the journal of the target is gone, its index needs it from record {index.floor} on. {IndexCorrupt.ADVICE}")
+    if first is not None and first > index.floor:
+        raise IndexCorrupt(f"the target's index ends at record {index.floor}, its journal begins at {first}: rows are missing. {IndexCorrupt.ADVICE}")
 
 
 class _Judge:
@@ -90,7 +108,16 @@ class _Judge:
         return replace(meta, pending=None) if meta.version else None
 
 
-def _standing_rows(tail: list[Record], index: Index, judge: _Judge) -> Rows:
+def _corrections(tail: list[Record], standing: Rows, index: Index) -> Rows:
+    """The rows that stand otherwise than the last record of the tail has them. `index`: as it is before the tail."""
+    newest: Rows = {}
+    for record in tail:
+        newest.update(record.rows)
+    found = {key: standing[key] if key in standing else index.get(key) for key in newest}
+    return {key: value for key, value in found.items() if value != newest[key]}
+
+
+def _standing_rows(tail: list[Record], judge: _Judge) -> Rows:
     """What stands of records whose data may not have been synced."""
     states: dict[bytes, list[tuple[int, bytes | None]]] = defaultdict(list)
     for record in tail:
@@ -115,8 +142,8 @@ def _standing_rows(tail: list[Record], index: Index, judge: _Judge) -> Rows:
     return rows
 
 
-def _load_chunks(index: Index, allocator: Allocator, judge: _Judge) -> int:
-    """Teach the allocator every block that is held. How many chunks there are."""
+def _load_chunks(index: Index, allocator: Allocator, judge: _Judge) -> tuple[int, Rows]:
+    """Teach the allocator every block that is held. (How many chunks there are, rows of pending versions that were dropped.)"""
     chunks = 0
     dropped: Rows = {}
     for key, value in index.scan(CHUNK_PREFIX, CHUNKS_END):
@@ -132,4 +159,4 @@ def _load_chunks(index: Index, allocator: Allocator, judge: _Judge) -> int:
             for block in meta.blocks():
                 allocator.load_used(block)
     index.put(dropped)
-    return chunks
+    return chunks, dropped

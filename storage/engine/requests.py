@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvfs.common.boundary.disk import DiskFile
 
 
 class UpdateKind(enum.IntEnum):
@@ -72,6 +75,25 @@ class ReadOutcome:
     chunk_length: int
     pending_version: int
     """0: none was pending when the read began; else the reader may have to ask the tail which version is the committed one."""
+
+
+class Place(NamedTuple):
+    """Where the bytes of a range lie, for a reader who fetches them himself. Nothing holds them there: a reader who comes late finds other bytes,
+    which do not have the checksums. (A tuple: hundreds are made for one request.)"""
+
+    length: int
+    """Bytes of the range asked for; less than asked at the chunk's end."""
+    checksums: bytes
+    """As stored: one per unit of the range widened to whole units."""
+    version: int
+    chunk_length: int
+    pending_version: int
+    file: DiskFile | None
+    """None: nothing is stored of the range."""
+    file_offset: int
+    """Of the widened range's first byte."""
+    stored: int
+    """Bytes of the widened range that lie there; the rest are zeros."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""When the journal moves into the index and when the engine syncs by itself: in a thread, or in the call that reaches a limit (simulation).
+"""When the journal moves into the index and when the engine syncs by itself: in a thread, or in the call that reaches a limit (simulation). The
+thread also sees when nothing happens, and gives then back to the disk what was kept for the next writes.
 
 Invariant: writers cannot run away from the upkeep: past several times the limit they do it themselves, and so wait for it.
 """
@@ -23,19 +24,23 @@ class Upkeep:
     def after_change(self) -> None:
         """Not locked. Called after every change."""
         ledger = self._ledger
-        if ledger.wants_checkpoint() or ledger.wants_sync():
+        if ledger.wants_checkpoint() or ledger.wants_sync() or ledger.wants_release():
             if self._thread is None or ledger.backlogged():
                 ledger.maintain()
             else:
                 self._wake.set()
 
     def _run(self) -> None:
+        seen = -1
         while True:
-            self._wake.wait()
+            woken = self._wake.wait(self._ledger.config.rest_s)
             self._wake.clear()
             if self._stopping:
                 return
-            self._ledger.maintain()
+            if woken:
+                self._ledger.maintain()
+            else:
+                seen = self._ledger.rest(seen)
 
     def stop(self) -> None:
         self._stopping = True

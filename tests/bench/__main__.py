@@ -1,6 +1,6 @@
 """`make bench`: the mount and the native client beside the local file system, measured in the same run, printed as ratios.
 
-    python -m tests.bench [--quick] [--replicas 1 --replicas 3] [--json FILE]
+    python -m tests.bench [--quick] [--replicas 1 --replicas 3] [--only WORDS] [--json FILE]
 
 Both sides use the page cache. "cold" reads follow a new mount of the cluster: nothing is cached by the mount, everything by storage. Machines are
 shared and noisy: read the ratios, and the CPU time, which holds better than wall time.
@@ -41,6 +41,32 @@ PLAN: list[tuple[str, str, int, bool]] = [
 ]
 
 
+NEEDS = {
+    "seq_read": "seq_write",
+    "random_read": "seq_write",
+    "stat": "create",
+    "open_close": "create",
+    "unlink": "create",
+    "listing": "fill_listed",
+}
+"""What another workload must have left."""
+
+
+def plan(only: tuple[str, ...]) -> list[tuple[str, str, int, bool]]:
+    """The rows whose label holds one of the words (all, if there are none), and before them, without a label, what they need."""
+    if not only:
+        return PLAN
+    chosen = [row for row in PLAN if row[0] and any(word in row[0] for word in only)]
+    needed = {(NEEDS[workload], 4 if workload == "listing" else streams) for _, workload, streams, _ in chosen if workload in NEEDS}
+    rows = []
+    for row in PLAN:
+        if row in chosen:
+            rows.append(row)
+        elif row[1:3] in needed:
+            rows.append(("", *row[1:]))
+    return rows
+
+
 ROUNDS = 3
 REPEATABLE = {"seq_write", "seq_read", "random_read", "stat", "open_close", "listing"}
 """Workloads that leave things as they found them; the best round of each side counts."""
@@ -58,8 +84,8 @@ def touch_memory(directory: Path, mib: int) -> None:
 
 
 class Bench:
-    def __init__(self, base: Path, replicas: int, scale: Scale) -> None:
-        self.scale, self.replicas = scale, replicas
+    def __init__(self, base: Path, replicas: int, scale: Scale, only: tuple[str, ...] = ()) -> None:
+        self.scale, self.replicas, self.plan = scale, replicas, plan(only)
         self.local, self.mount = base / "local", base / "mnt"
         self.local.mkdir(parents=True)
         self.mount.mkdir()
@@ -87,7 +113,7 @@ class Bench:
         (self.mount / "n").mkdir()
         sides = (("local", str(self.local)), ("mount", str(self.mount / "m")), ("native", str(self.cluster.path)))
         touch_memory(self.local, 4 * self.scale.file_mib)
-        for label, workload, streams, fresh in PLAN:
+        for label, workload, streams, fresh in self.plan:
             best: dict[str, Result] = {}
             for _ in range(ROUNDS if workload in REPEATABLE else 1):  # the sides take turns: a noisy minute hits all of them
                 if fresh:
@@ -125,16 +151,17 @@ def show(replicas: int, results: list[tuple[str, Result]]) -> None:
 @click.command()
 @click.option("--quick", is_flag=True, help="Small sizes: shows that everything runs, not how fast.")
 @click.option("--replicas", multiple=True, type=int, default=(1, 3))
+@click.option("--only", multiple=True, help="Only rows whose label holds this, as 'create' or 'sequential read'; what they need runs too.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), default=None)
 @click.option("--directory", type=click.Path(path_type=Path), default=None, help="Where to work (default: the temporary directory).")
-def main(quick: bool, replicas: tuple[int, ...], json_file: Path | None, directory: Path | None) -> None:
+def main(quick: bool, replicas: tuple[int, ...], only: tuple[str, ...], json_file: Path | None, directory: Path | None) -> None:
     """Print the tables."""
     everything = []
     for count in replicas:
         with ExitStack() as stack:
             base = Path(tempfile.mkdtemp(prefix="kvfs-bench-", dir=directory))
             stack.callback(shutil.rmtree, base, ignore_errors=True)
-            bench = Bench(base, count, QUICK if quick else FULL)
+            bench = Bench(base, count, QUICK if quick else FULL, only)
             stack.callback(bench.close)
             bench.run()
         show(count, bench.results)

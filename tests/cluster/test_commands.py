@@ -71,6 +71,7 @@ def test_admin_lists(cluster: RealCluster) -> None:
 
 
 def test_fsck_of_one_target_reads_its_data(cluster: RealCluster) -> None:
+    assert cluster.json("fsck", "--read-data")["clean"]
     for target in cluster.json("admin", "list-targets"):
         assert cluster.json("fsck", "--target", str(target["id"]), "--read-data")["clean"]
     unknown = cluster.kvfs("fsck", "--target", "999999999", check=False)

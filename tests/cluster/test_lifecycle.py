@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvfs.cli import cluster_dir
 from kvfs.client import Client
 
 if TYPE_CHECKING:
@@ -136,6 +137,52 @@ def test_a_port_in_use_is_said_and_nothing_is_left_running(new_cluster: Callable
     assert cluster.status()["phase"] == "stopped"
 
 
+def test_a_cluster_in_the_foreground_that_cannot_start_ends(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", cluster_dir.load(cluster.path).manager_port))
+        holder.listen()
+        done = cluster.kvfs("up", "--foreground", check=False)
+    assert done.returncode == 2 and "is in use" in done.stderr.splitlines()[-1], done.stderr
+    assert cluster.status()["phase"] == "stopped"
+
+
+def test_two_at_once_start_one_cluster(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    reports: list[dict[str, Any]] = []
+    threads = [threading.Thread(target=lambda: reports.append(cluster.up())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    pids = [[process["pid"] for process in report["processes"]] for report in reports]
+    assert len(pids) == 2 and pids[0] == pids[1]
+
+
+def test_status_names_the_processes_of_a_stopped_cluster_too(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    report = cluster.up("--storage", "1", "--replicas", "1")
+    assert report["capacity_bytes"] >= report["free_bytes"] > 0, "space is known as soon as the cluster is up"
+    stopped = cluster.json("stop", "storage-1")
+    assert (stopped["state"], stopped["pid"]) == ("stopped", None)
+    cluster.kvfs("down")
+    after = cluster.json("status")
+    assert after["phase"] == "stopped"
+    assert [(entry["id"], entry["state"], entry["pid"]) for entry in after["processes"]] == [
+        (name, "stopped", None) for name in ("manager", "storage-1", "meta")
+    ]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(("/proc/none",), "/proc/none"), (("/dev/null/below",), "/dev/null"), ((), "address")])
+def test_places_where_no_cluster_can_be_made(new_cluster: Callable[[], RealCluster], arguments: tuple[str, ...], words: str) -> None:
+    done = new_cluster().kvfs("up", *arguments, check=False, environment={"KVFS_CLUSTER": "127.0.0.1:1234"})
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_more_replicas_than_services_are_refused(new_cluster: Callable[[], RealCluster]) -> None:
     done = new_cluster().kvfs("up", "--storage", "2", "--replicas", "3", check=False)
     assert done.returncode == 2 and "--storage 3" in done.stderr
@@ -212,3 +259,26 @@ def test_fsck_of_a_target_directory_finds_a_flipped_bit(new_cluster: Callable[[]
 
 def files_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size < 1 << 30)
+
+
+@pytest.mark.parametrize("what", ["target", "metadata", "manager"])
+def test_a_damaged_index_page_is_said_at_once_and_left_as_it_is(new_cluster: Callable[[], RealCluster], what: str) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    folder = {
+        "target": next((cluster.path / "storage-1" / "targets").iterdir()) / "index",
+        "metadata": cluster.path / "meta" / "kv" / "map",
+        "manager": cluster.path / "manager" / "kv" / "map",
+    }[what]
+    page = folder / "data.mdb"
+    with open(page, "r+b") as file:
+        file.write(b"\xa5" * 64)
+    before = page.read_bytes()
+    started_s = time.monotonic()
+    done = cluster.kvfs("up", check=False)
+    assert done.returncode == 2 and str(page) in done.stderr and "is damaged" in done.stderr and "Restore" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in cluster.logs()
+    assert page.read_bytes() == before
+    assert time.monotonic() - started_s < 40, "it does not wait for what cannot come"
+    assert cluster.status()["phase"] == "stopped"

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +108,28 @@ def test_the_helper_of_mount_8(cluster: RealCluster, place: Path) -> None:
     cluster.kvfs("umount", str(place))
     assert helper("127.0.0.1:9", str(place)).returncode == 32
     assert helper("only-one").returncode == 1
+
+
+def test_a_refused_mount_point_is_not_in_the_way_of_the_next_start(new_cluster: Callable[[], RealCluster], place: Path, tmp_path: Path) -> None:
+    taken, other = tmp_path / "taken", tmp_path / "other"
+    taken.mkdir()
+    other.mkdir()
+    (taken / "file").touch()
+    cluster = new_cluster()
+    one = ("--storage", "1", "--replicas", "1")
+    refused = cluster.kvfs("up", *one, "--mount", str(taken), check=False)
+    assert refused.returncode == 2 and "not empty" in refused.stderr and not cluster.path.exists()
+    assert [process["state"] for process in cluster.up(*one, "--mount", str(place))["processes"]] == ["running"] * 4
+    refused = cluster.kvfs("up", str(cluster.path), "--mount", str(other), check=False)
+    assert refused.returncode == 2 and str(place) in refused.stderr
+    cluster.kvfs("down")
+    assert kernel.mount_entry(str(place)) is None
+    refused = cluster.kvfs("up", str(cluster.path), "--mount", str(taken), check=False)
+    assert refused.returncode == 2 and "not empty" in refused.stderr
+    cluster.up()
+    (place / "file").write_text("there again")
+    cluster.kvfs("down")
+    assert "mount" not in [process["id"] for process in cluster.up("--no-mount")["processes"]]
 
 
 @pytest.mark.parametrize(

@@ -279,3 +279,128 @@ def outcome(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     return -1 if stat.S_ISDIR(found.st_mode) else found.st_size
+
+
+# --- names that the kernel keeps: it has been shown them, and another mount changes what they stand for
+
+
+@pytest.fixture(params=[0.0, 0.35], ids=["just-seen", "seen-a-while-ago"])
+def seen_ago_s(request: pytest.FixtureRequest) -> float:
+    """A name that was given to the kernel a moment ago is taken back otherwise than one that has settled."""
+    return float(request.param)
+
+
+def test_kept_name_is_gone_when_another_mount_removes_or_moves_it(pair: Pair, seen_ago_s: float) -> None:
+    one, two = pair
+    for number in range(6):
+        name = f"n{number}"
+        (one / name).write_text(name)
+        assert (two / name).read_text() == name and (two / name).exists()
+        time.sleep(seen_ago_s)
+        if number % 2:
+            (one / name).unlink()
+        else:
+            os.rename(one / name, one / f"{name}-moved")
+        assert not (two / name).exists()
+        assert (two / f"{name}-moved").exists() == (number % 2 == 0)
+
+
+def test_kept_name_stands_for_the_new_file_after_a_replacement(pair: Pair, seen_ago_s: float) -> None:
+    one, two = pair
+    (one / "current").write_text("0")
+    for number in range(1, 6):
+        assert (two / "current").stat().st_size > 0
+        time.sleep(seen_ago_s)
+        (one / "new").write_text(str(number))
+        os.replace(one / "new", one / "current")
+        assert (two / "current").read_text() == str(number)
+        assert (two / "current").stat().st_ino == (one / "current").stat().st_ino
+
+
+def test_name_known_to_be_absent_is_there_once_another_mount_makes_it(pair: Pair, seen_ago_s: float) -> None:
+    one, two = pair
+    for number in range(6):
+        name = f"n{number}"
+        for _ in range(3):
+            assert not (two / name).exists()
+        time.sleep(seen_ago_s)
+        if number % 2:
+            (one / name).mkdir()
+        else:
+            (one / name).touch()
+        assert (two / name).is_dir() == bool(number % 2) and (two / name).exists()
+
+
+def test_directory_renamed_above_a_kept_path(pair: Pair, seen_ago_s: float) -> None:
+    one, two = pair
+    (one / "a" / "b" / "c").mkdir(parents=True)
+    (one / "a" / "b" / "c" / "f").write_text("deep")
+    above = "a"
+    for number in range(4):
+        assert (two / above / "b" / "c" / "f").read_text() == "deep" and not (two / above / "b" / "none").exists()
+        time.sleep(seen_ago_s)
+        os.rename(one / above, one / f"r{number}")
+        assert not (two / above / "b" / "c" / "f").exists() and not (two / above).exists()
+        above = f"r{number}"
+        assert (two / above / "b" / "c" / "f").read_text() == "deep"
+    os.rename(one / above / "b", one / "b")
+    assert (two / "b" / "c" / "f").read_text() == "deep" and not (two / above / "b").exists()
+
+
+def test_name_that_this_mount_moved_is_taken_back_where_it_is_now(pair: Pair, seen_ago_s: float) -> None:
+    """The kernel carries the time for which it keeps a name along when the name moves."""
+    one, two = pair
+    for directory in ("from", "to"):
+        (two / directory).mkdir()
+    for number in range(4):
+        (two / "from" / "f").touch()
+        assert (two / "from" / "f").exists()
+        os.rename(two / "from" / "f", two / "to" / "g")
+        time.sleep(seen_ago_s)
+        if number % 2:
+            (one / "to" / "g").unlink()
+        else:
+            os.rename(one / "to" / "g", one / "elsewhere")
+        assert not (two / "to" / "g").exists() and not (two / "from" / "f").exists()
+
+
+def test_programs_inside_a_directory_stay_there_while_others_change_it(pair: Pair, seen_ago_s: float) -> None:
+    one, two = pair
+    (one / "d").mkdir()
+    (one / "d" / "f").write_text("x")
+    with open(two / "d" / "f") as held:
+        script = "import os, sys, time\nfor _ in range(20):\n    os.stat('f'); os.stat('.'); print(os.getcwd()); time.sleep(0.1)"
+        program = subprocess.Popen([sys.executable, "-S", "-c", script], cwd=two / "d", stdout=subprocess.PIPE, text=True)
+        for number in range(3):
+            time.sleep(seen_ago_s)
+            (one / "d" / f"n{number}").touch()
+            (one / f"beside{number}").touch()
+            assert (two / "d" / f"n{number}").exists()
+        out, _ = program.communicate(timeout=60)
+        assert program.returncode == 0 and set(out.split()) == {str(two / "d")}
+        assert os.readlink(f"/proc/self/fd/{held.fileno()}") == str(two / "d" / "f")
+
+
+def test_both_mounts_creating_in_one_directory_do_not_wait_for_leases_to_run_out(pair: Pair) -> None:
+    """Each takes names back from the other while its own kernel holds the directory's lock for a creation."""
+    for turn in range(3):
+        for path in pair:
+            os.listdir(path)
+            assert not (path / f"none{turn}").exists()
+    longest: list[float] = []
+
+    def create(which: int) -> None:
+        for number in range(40):
+            (pair[1 - which] / f"absent{which}-{number}").exists()
+            started = time.monotonic()
+            (pair[which] / f"w{which}-{number}").touch()
+            longest.append(time.monotonic() - started)
+
+    threads = [threading.Thread(target=create, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(longest) == 80
+    assert sorted(longest)[40] < 0.5, "half of the creations took as long as a lease"
+    assert set(os.listdir(pair[0])) == set(os.listdir(pair[1])) and len(os.listdir(pair[0])) == 80

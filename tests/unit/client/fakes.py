@@ -134,6 +134,13 @@ class FakeMeta:
         self.inodes: dict[int, meta_pb2.Inode] = {}
         self.lease_ms = 1000
         self.closes: list[meta_pb2.CloseRequest] = []
+        self.ended: list[tuple[int, bytes]] = []
+        """Sessions that ended with nothing to report, as requests told."""
+        self.end_requests = 0
+        self.cut_fails: KvfsError | None = None
+        self.cuts_left: dict[int, int] = {}
+        """Lengths of truncations that failed and wait to be carried out."""
+        self.fail_ends: KvfsError | None = None
         self.asked = 0
         self.events: dict[bytes, list[int]] = {}
         self.sequence: dict[bytes, int] = {}
@@ -155,7 +162,18 @@ class FakeMeta:
             inode.attr_lease_ms = self.lease_ms
         return inode
 
+    def end_sessions(self, request: meta_pb2.EndSessionsRequest, call: Call) -> base_pb2.Empty:
+        self.end_requests += 1
+        if self.fail_ends is not None:
+            raise self.fail_ends
+        self.hear(request.context)
+        return base_pb2.Empty()
+
+    def hear(self, context: meta_pb2.Context) -> None:
+        self.ended += [(each.inode, each.session) for each in context.ended]
+
     def get_attr(self, request: meta_pb2.GetAttrRequest, call: Call) -> meta_pb2.GetAttrReply:
+        self.hear(request.context)
         self.asked += 1
         return meta_pb2.GetAttrReply(inodes=[self.copy(number) for number in request.inodes])
 
@@ -175,6 +193,7 @@ class FakeMeta:
 
     def append(self, request: meta_pb2.AppendRequest, call: Call) -> meta_pb2.AppendReply:
         inode = self.inodes[request.inode]
+        self.finish_cut(request.inode)
         offset = inode.length
         inode.length += request.length
         inode.data_version += 1
@@ -188,16 +207,26 @@ class FakeMeta:
 
     def cut(self, number: int, length: int) -> None:
         inode = self.inodes[number]
-        size = inode.layout.chunk_size
+        self.cuts_left[number] = length
         inode.truncate_version += 1
+        inode.length = length
+        inode.data_version += 1
+        self.finish_cut(number)
+
+    def finish_cut(self, number: int) -> None:
+        length = self.cuts_left.get(number)
+        if length is None:
+            return
+        if self.cut_fails is not None:
+            raise self.cut_fails
+        del self.cuts_left[number]
+        size = self.inodes[number].layout.chunk_size
         for chunk_id in [key for key in self.chunks if key[:8] == number.to_bytes(8, "big")]:
             start = int.from_bytes(chunk_id[8:], "big") * size
             if start >= length:
                 del self.chunks[chunk_id]
             else:
                 del self.chunks[chunk_id][length - start :]
-        inode.length = length
-        inode.data_version += 1
 
     async def watch(self, request: meta_pb2.WatchRequest, call: Call) -> meta_pb2.WatchReply:
         who = call.peer.client_id

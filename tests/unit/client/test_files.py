@@ -10,7 +10,7 @@ from tests.unit.client.fakes import CHUNK, World, run, world
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.open_file import OpenFile
-from kvfs.common.errors import BadHandle, InputOutput, NoSpace
+from kvfs.common.errors import BadHandle, DeadlineExceeded, InputOutput, NoSpace
 
 
 def opened(place: World, number: int, *, client: int = 0, write: bool = True, append: bool = False) -> OpenFile:
@@ -56,6 +56,34 @@ def test_small_sequential_writes_are_sent_as_whole_chunks_in_batches() -> None:
             sent = [io for request in place.storage[0].writes for io in request.writes]
             assert sorted(io.length for io in sent) == [CHUNK] * 16
             assert len(place.storage[0].writes) < 16
+
+    run(test)
+
+
+def test_while_a_request_is_under_way_the_next_grows_unless_somebody_waits_for_it() -> None:
+    async def test() -> None:
+        async with world(nodes=1, config=ClientConfig(dirty_age_s=60, write_batch_bytes=1 << 20)) as place:
+            place.meta.make(7)
+            place.meta.make(8)
+            service, file, other = place.storage[0], opened(place, 7), opened(place, 8)
+            hold = service.hold = trio.Event()
+            for index in range(5):
+                await file.pwrite(index * CHUNK, [bytes([index]) * CHUNK])
+            await trio.sleep(0.05)
+            assert place.client.counters.write_requests == 1, "the others wait for a batch, or for the end of the first"
+            await other.pwrite(0, [b"x"])
+            with trio.move_on_after(0.05):
+                await other.flush()
+            assert place.client.counters.write_requests == 2
+            for index in range(5, 40):
+                await file.pwrite(index * CHUNK, [bytes([index]) * CHUNK])
+            await trio.sleep(0.05)
+            assert place.client.counters.write_requests == 4, "two full batches"
+            hold.set()
+            await file.close()
+            await other.close()
+            assert place.content(7) == b"".join(bytes([index]) * CHUNK for index in range(40))
+            assert place.client.counters.write_requests <= 6
 
     run(test)
 
@@ -254,6 +282,57 @@ def test_truncate_comes_after_the_writes_before_it_and_before_those_after() -> N
     run(test)
 
 
+@pytest.mark.parametrize("lent", [True, False], ids=["pread", "pread_into"])
+def test_a_read_that_nobody_answers_ends_by_its_deadline(lent: bool) -> None:
+    """The read-ahead in front of it and the read itself do not take a deadline each."""
+
+    async def test() -> None:
+        async with world(config=ClientConfig(deadline_s=1.0, read_attempt_s=0.4)) as place:
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * 3 * CHUNK])
+            await file.fsync()
+            for storage in place.storage:
+                storage.silent = True
+            began = trio.current_time()
+            with pytest.raises(DeadlineExceeded):
+                await (file.pread(0, CHUNK) if lent else file.pread_into(0, [bytearray(CHUNK)]))
+            assert trio.current_time() - began < 1.6
+            for storage in place.storage:
+                storage.silent = False
+            assert bytes(await file.pread(0, 3 * CHUNK)) == b"a" * 3 * CHUNK
+            await file.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["ours", "another client's"])
+def test_nothing_is_written_while_a_truncate_that_failed_is_still_to_come(other: bool) -> None:
+    """It would be cut off when the truncate reaches the chains; and what lies behind the end would come back when the file grows."""
+
+    async def test() -> None:
+        async with world(clients=2) as place:
+            place.meta.lease_ms = 60_000
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * 3 * CHUNK])
+            await file.fsync()
+            place.meta.cut_fails = InputOutput("no chain serves")
+            with pytest.raises(InputOutput):
+                await (place.clients[1].truncate_inode(7, 10) if other else file.truncate(10))
+            if other:
+                await place.meta.revoke(7)
+            with pytest.raises(InputOutput):
+                await file.pwrite(CHUNK + 5, [b"b"])
+            place.meta.cut_fails = None
+            await file.pwrite(CHUNK + 5, [b"b"])
+            await file.close()
+            assert not place.meta.cuts_left
+            assert place.content(7) == b"a" * 10 + bytes(CHUNK - 5) + b"b"
+
+    run(test)
+
+
 def test_a_report_does_not_undo_another_clients_truncate() -> None:
     async def test() -> None:
         async with world(clients=2) as place:
@@ -423,8 +502,78 @@ def test_fsync_syncs_every_serving_target_and_reports_the_length() -> None:
             assert sorted(target for storage in place.storage for target in storage.synced) == [1001, 1002, 2001, 2002]
             assert place.meta.inodes[7].length == 2 * CHUNK
             assert place.meta.closes[-1].still_open
+            await file.pwrite(0, [b"y"])
             await file.close()
             assert not place.meta.closes[-1].still_open
+
+    run(test)
+
+
+def test_the_end_of_a_file_with_nothing_to_report_travels_with_the_next_request() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=60)) as place:
+            place.meta.make(7)
+            written = opened(place, 7)
+            await written.pwrite(0, [b"x"])
+            await written.fsync()
+            sessions = [written.session]
+            await written.close()
+            for _ in range(2):
+                file = opened(place, 7)
+                sessions.append(file.session)
+                await file.close()
+            assert len(place.meta.closes) == 1 and not place.meta.ended  # fsync has told all there was
+            await place.client.meta.get_attr([7])
+            assert place.meta.ended == [(7, session) for session in sessions]
+            await place.client.meta.get_attr([7])
+            assert len(place.meta.ended) == 3 and not place.meta.end_requests
+
+    run(test)
+
+
+def test_ends_that_no_request_takes_along_are_told_together_soon() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=0.05)) as place:
+            place.meta.make(7)
+            files = [opened(place, 7) for _ in range(20)]
+            for file in files:
+                await file.close()
+            assert not place.meta.ended
+            while not place.meta.ended:
+                await trio.sleep(0.01)
+            assert sorted(place.meta.ended) == sorted((7, file.session) for file in files)
+            assert place.meta.end_requests == 1
+
+    run(test)
+
+
+def test_ends_that_a_failed_request_carried_are_told_again() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=0.02)) as place:
+            place.meta.make(7)
+            place.meta.fail_ends = InputOutput("no")
+            file = opened(place, 7)
+            await file.close()
+            while place.meta.end_requests < 2:
+                await trio.sleep(0.01)
+            assert not place.meta.ended
+            place.meta.fail_ends = None
+            while not place.meta.ended:
+                await trio.sleep(0.01)
+            assert place.meta.ended == [(7, file.session)]
+
+    run(test)
+
+
+def test_a_client_tells_what_has_ended_before_it_goes() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=60)) as place:
+            place.meta.make(7)
+            files = [opened(place, 7) for _ in range(1000)]  # more than one request takes
+            for file in files[:-1]:
+                await file.close()
+            await place.client.aclose()
+            assert sorted(place.meta.ended) == sorted((7, file.session) for file in files)
 
     run(test)
 

@@ -112,6 +112,62 @@ def test_sequential_reading_in_small_steps_borrows_what_was_read_ahead(client: C
     client.unlink("/long")
 
 
+def test_a_thread_reads_by_itself_where_the_storage_is_here(client: Client) -> None:
+    data = random.Random(15).randbytes((20 << 20) + 777)
+    client.write_bytes("/here", data)
+    before = client.counters.read_requests
+    with client.open("/here", "rb", buffering=0) as raw:
+        view = memoryview(bytearray(1 << 20))
+        parts = []
+        while count := raw.readinto(view):
+            parts.append(bytes(view[:count]))
+        assert b"".join(parts) == data
+        raw.seek(0)
+        assert raw.read(3 << 20) == data[: 3 << 20]
+        assert raw.read() == data[3 << 20 :]
+        rng = random.Random(16)
+        for _ in range(200):
+            offset, size = rng.randrange(len(data) + 1000), rng.choice([1, 4096, 100_000, 300_000, 2 << 20])
+            raw.seek(offset)
+            assert raw.read(size) == data[offset : offset + size]
+            got = raw.pread(size, offset)
+            assert got.readonly and bytes(got) == data[offset : offset + size]
+            one, other = bytearray(size), bytearray(17)
+            assert raw.preadv([one], offset) == len(data[offset : offset + size])
+            assert one.startswith(data[offset : offset + size])
+            assert raw.preadv([other, one], offset) == len(data[offset : offset + size + 17])
+            assert (other + one).startswith(data[offset : offset + size + 17])
+    assert client.counters.read_requests == before, "not a byte came through the service"
+    assert client.counters.direct_bytes > 60 << 20
+    with pytest.raises(ValueError, match="closed"):
+        raw.readinto(view)
+    with client.open("/here", "ab", buffering=0) as raw, pytest.raises(io.UnsupportedOperation):
+        raw.readinto(view)
+    client.unlink("/here")
+
+
+def test_what_comes_next_is_asked_for_before_it_is_needed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfs.client.file.places.STALE_S", 60)
+    data = random.Random(17).randbytes(1 << 20) * 30
+    client.write_bytes("/next", data)
+    with client.open("/next", "rb", buffering=0) as raw:
+        view = memoryview(bytearray(1 << 20))
+        waits = 0
+        call = raw._call
+
+        def counted(function: Any, *arguments: Any) -> Any:
+            nonlocal waits
+            waits += 1
+            return call(function, *arguments)
+
+        raw._call = counted
+        for number in range(30):
+            assert raw.readinto(view) == 1 << 20 and view == data[number << 20 : number + 1 << 20]
+            time.sleep(0.005)
+    assert waits <= 2, "the first question, and perhaps one that a busy machine was late with"
+    client.unlink("/next")
+
+
 def test_random_small_reads_fetch_what_they_ask_for(client: Client) -> None:
     """A reader that jumps about must not make the cluster read megabytes for each of its few bytes."""
     data = os.urandom(8 << 20)
@@ -250,6 +306,104 @@ def test_a_forked_child_has_its_own_connection(client: Client) -> None:
     opened.close()
     client.unlink("/forked")
     client.unlink("/by-child")
+
+
+def test_a_forked_child_does_not_write_into_its_parents_memory(client: Client) -> None:
+    block = random.Random(3).randbytes(300_000)
+    file = client.open("/forked", "wb", buffering=0)
+    for _ in range(3):
+        file.write(block)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            file.write(b"#" * 1000)
+            client.close()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    file.write(block)
+    file.close()
+    assert client.read_bytes("/forked") == block * 4
+    client.unlink("/forked")
+
+
+def test_a_sequential_writer_crosses_to_the_clients_thread_once_for_several_mib(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(6).randbytes(24 << 20)
+    crossings: list[str] = []
+    call = client.portal.call
+    monkeypatch.setattr(client.portal, "call", lambda function, *arguments: crossings.append(function.__name__) or call(function, *arguments))
+    with client.open("/stream", "wb", buffering=0) as file:
+        at = 0
+        while at < len(data):
+            at += file.write(data[at : at + 100_000])
+        assert file.tell() == len(data)
+        assert client.stat("/stream").length == len(data)
+    assert len(crossings) < 20
+    assert client.read_bytes("/stream") == data
+    client.unlink("/stream")
+
+
+def test_writers_readers_flushes_and_truncates_of_one_file_in_many_threads(client: Client) -> None:
+    """Four writers stream into their parts, again and again; one thread reads what they have finished, one flushes, one cuts and grows the end."""
+    part, rounds = 3 << 20, 4
+    client.write_bytes("/busy", b"")
+    finished = [0] * 4
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def content(number: int, turn: int) -> bytes:
+        return bytes([16 * number + turn + 1]) * part
+
+    def guarded(work: Any) -> Any:
+        def body() -> None:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+        return body
+
+    def writer(number: int) -> Any:
+        def body() -> None:
+            dice = random.Random(number)
+            with client.open("/busy", "r+b", buffering=0) as file:
+                for turn in range(rounds):
+                    data, at = content(number, turn), 0
+                    file.seek(number * part)
+                    while at < part:
+                        at += file.write(data[at : at + dice.choice([10, 4096, 70_000, 1 << 20])])
+                    assert bytes(file.pread(part, number * part)) == data
+                    finished[number] = turn + 1
+
+        return body
+
+    def reader() -> None:
+        with client.open("/busy", "rb", buffering=0) as file:
+            while not stop.is_set():
+                for number in range(4):
+                    turn = finished[number]
+                    seen = bytes(file.pread(1000, number * part + part - 1000))
+                    assert not turn or (len(seen) == 1000 and min(seen) >= 16 * number + turn), (number, turn, seen[:1])
+
+    def disturber() -> None:
+        with client.open("/busy", "r+b", buffering=0) as file:
+            while not stop.wait(0.01):
+                file.flush()
+                file.truncate(4 * part + 5000)
+                file.fsync()
+
+    threads = [threading.Thread(target=guarded(writer(number))) for number in range(4)]
+    others = [threading.Thread(target=guarded(work)) for work in (reader, disturber)]
+    for thread in (*threads, *others):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    stop.set()
+    for thread in others:
+        thread.join(60)
+    assert not errors, errors
+    assert client.read_bytes("/busy")[: 4 * part] == b"".join(content(number, rounds - 1) for number in range(4))
+    client.unlink("/busy")
 
 
 def test_a_closed_client_refuses_and_keeps_what_was_written(cluster: ClusterAddress) -> None:

@@ -9,6 +9,7 @@ import trio
 from tests.unit.client.fakes import run
 from tests.unit.client.whole import whole
 
+from kvfs.client.config import ClientConfig
 from kvfs.common.errors import AlreadyExists, IsDirectory, NotDirectory, NotEmpty, NotFound
 from kvfs.common.wire import meta_pb2 as pb
 
@@ -91,6 +92,26 @@ def test_modes_of_open() -> None:
             async with await client.open("/f", "wb"):
                 pass
             assert await client.read_bytes("/f") == b""
+
+    run(test, 30)
+
+
+def test_to_create_to_open_and_to_unlink_cost_one_call_each_and_closing_none() -> None:
+    async def test() -> None:
+        config = ClientConfig(buffer_pool_bytes=64 << 20, session_end_s=60, watch=False)
+        async with whole() as cluster, cluster.client(config=config) as client:
+            await client.makedirs("/a/b")
+            await client.symlink("/a/b", "/to")
+            for number in range(3):
+                before = client.counters.meta_calls
+                await (await client.open(f"/to/{number}", "wb")).aclose()
+                await (await client.open(f"/a/b/{number}", "rb")).aclose()
+                await (await client.open(f"/a/b/{number}", "r+b")).aclose()
+                await client.unlink(f"/to/{number}")
+                assert client.counters.meta_calls == before + 4
+            while (await client.meta.status()).sessions:
+                await trio.sleep(0.02)
+            assert await client.listdir("/a/b") == []
 
     run(test, 30)
 

@@ -38,6 +38,8 @@ class Whole:
     address: ClusterAddress
     nursery: trio.Nursery
     scopes: list[trio.CancelScope] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of storage services."""
 
     def client(self, **options: Any) -> Any:
         return open_client(self.address, config=options.pop("config", ClientConfig(buffer_pool_bytes=64 << 20)), **options)
@@ -48,6 +50,7 @@ class Whole:
             listen=("tcp://127.0.0.1:0", f"unix://{self.folder}/storage-{number}.sock"),
             cluster_id="whole",
             managers=self.address.managers,
+            **self.settings,
         )
         await self.nursery.start(self._storage, number, config)
 
@@ -63,7 +66,7 @@ class Whole:
 
 
 @asynccontextmanager
-async def whole(*, storage: int = 3, replicas: int = 2, lease_ms: int = 800) -> AsyncIterator[Whole]:
+async def whole(*, storage: int = 3, replicas: int = 2, lease_ms: int = 800, **settings: Any) -> AsyncIterator[Whole]:
     with tempfile.TemporaryDirectory(prefix="kvfs-") as name:
         folder = Path(name)
         async with trio.open_nursery() as nursery:
@@ -74,7 +77,7 @@ async def whole(*, storage: int = 3, replicas: int = 2, lease_ms: int = 800) -> 
                 )
             )
             address = ClusterAddress(tuple(info["addresses"]), "whole")
-            made = Whole(folder, address, nursery)
+            made = Whole(folder, address, nursery, settings=settings)
             for number in range(storage):
                 await made.start_storage(number)
             await nursery.start(

@@ -56,8 +56,15 @@ class World:
         return Identity(cluster, os.urandom(16), role)
 
     @asynccontextmanager
-    async def serve(self, handler: object, *, limits: Limits = Limits(), cluster: str = "c1") -> AsyncIterator[list[str]]:  # noqa: B008
-        server = RpcServer(self.net, self.clock, self.identity("storage", cluster), limits=limits)
+    async def serve(
+        self,
+        handler: object,
+        *,
+        limits: Limits = Limits(),  # noqa: B008
+        cluster: str = "c1",
+        lends_files: bool = False,
+    ) -> AsyncIterator[list[str]]:
+        server = RpcServer(self.net, self.clock, self.identity("storage", cluster), limits=limits, lends_files=lends_files)
         server.add("Storage", handler)
         async with trio.open_nursery() as nursery:
             addresses: list[str] = await nursery.start(server.serve, [self.address()])

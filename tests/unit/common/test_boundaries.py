@@ -16,7 +16,7 @@ from kvfs.common.boundary.clock import Clock, SystemClock
 from kvfs.common.boundary.disk import Disk
 from kvfs.common.boundary.net import Net, SystemNet
 from kvfs.common.boundary.random import Random, SeededRandom, SystemRandom
-from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.boundary.real_disk import RealDisk, RealLentFile
 from kvfs.common.errors import (
     AddressInUse,
     ConfigError,
@@ -118,6 +118,31 @@ def test_files_read_what_was_written(disk: Disk) -> None:
     assert file.size() == 20000
     file.sync()
     file.close()
+
+
+def test_a_lent_file_shows_what_is_written_and_takes_nothing(disk: Disk) -> None:
+    file = disk.open("f", create=True)
+    fd = file.lend()
+    if fd is None:
+        assert isinstance(disk, SimDisk), "only simulated files have no descriptor"
+        return
+    lent = RealLentFile(fd, "a test")
+    file.write([bytes(5000), b"hello"], 0)
+    data = bytearray(10)
+    lent.will_need(0, 5005)
+    assert lent.read_into([memoryview(data)], 5000) == 5 and data[:5] == b"hello"
+    assert lent.try_read_into([memoryview(data)], 4995) in (10, None)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(fd, b"x")
+    file.close()
+    assert lent.read_into([memoryview(data)], 5000) == 5, "it stays open by itself"
+    del lent
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    inside, outside = os.pipe()
+    with pytest.raises(InvalidArgument, match="no file"):
+        RealLentFile(inside, "a test")
+    os.close(outside)
 
 
 def test_many_buffers_at_once(disk: Disk) -> None:
@@ -371,7 +396,7 @@ def test_streams_carry_bytes_both_ways_in_order(tmp_path: Path) -> None:
 def test_descriptors_travel_over_unix_sockets(tmp_path: Path) -> None:
     async def main(place: Place) -> None:
         listener, near, far = await pair(place, place.unix)
-        assert near.carries_fds and far.carries_fds
+        assert near.carries_fds and far.carries_fds and near.trusted and far.trusted
         inside, outside = os.pipe()
         await near.send([b"before"])
         await near.send([b"after"], [outside])

@@ -93,8 +93,15 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
     config = Config('/a "quoted"\\\n\x01ü', ("x", "y"), 100, 1e-9, "fast", Path("/p"), Engine(1, False))
     assert made(dump(config)) == config
     assert made(dump(config, "storage")) == config
+    assert made(dump(config, changed=True)) == config
     (tmp_path / "c.toml").write_text(dump(config))
     assert load(Config, tmp_path / "c.toml", {}, "storage") == config
+
+
+def test_dump_of_what_was_changed_leaves_the_defaults_out() -> None:
+    config = made('data = "/d"')
+    assert dump(config, "storage", changed=True).startswith('[storage]\ndata = "/d"\n') and made(dump(config, changed=True)) == config
+    assert len(dump(config, changed=True)) < len(dump(config))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -77,14 +77,32 @@ def test_the_table_of_lengths() -> None:
             decode_table(bytes(damaged), 3)
 
 
+def shown_bytes(example: str) -> bytes:
+    """The bytes of an example in docs/format.md."""
+    text = (Path(__file__).parents[3] / "docs" / "format.md").read_text()
+    block = re.search(rf"<!-- {example} example -->\n```\n(.*?)```", text, re.S)
+    assert block is not None
+    return bytes.fromhex("".join(re.sub(r"^[0-9a-f]{4}:|#.*$", "", line) for line in block[1].splitlines()))
+
+
 def test_the_example_in_the_format_document_is_what_is_written() -> None:
     """docs/format.md shows a request in bytes; it must be this one."""
-    text = (Path(__file__).parents[3] / "docs" / "format.md").read_text()
-    block = re.search(r"<!-- frame example -->\n```\n(.*?)```", text, re.S)
-    assert block is not None
-    shown = bytes.fromhex("".join(re.sub(r"^[0-9a-f]{4}:|#.*$", "", line) for line in block[1].splitlines()))
     request = storage_pb2.VersionRequest(chain_id=7, target_id=1001)
-    assert shown == encode(Kind.REQUEST, 42, request.SerializeToString(), method=method("Storage", "Version").key, deadline_ms=5000)
+    assert shown_bytes("frame") == encode(Kind.REQUEST, 42, request.SerializeToString(), method=method("Storage", "Version").key, deadline_ms=5000)
+
+
+def test_the_example_of_a_lent_file_is_what_is_written() -> None:
+    assert shown_bytes("lent file") == encode(Kind.FILE, 1)
+    result = storage_pb2.ReadResult(
+        length=4096,
+        checksums=bytes(range(8, 0, -1)),
+        version=3,
+        chunk_length=40_000,
+        file=1,
+        file_offset=196_608,
+        stored=32_768,
+    )
+    assert shown_bytes("place") == storage_pb2.ReadReply(results=[result]).SerializeToString()
 
 
 def test_method_numbers_are_places_in_their_service() -> None:
@@ -325,6 +343,7 @@ def test_a_lying_server_fails_the_call_and_ends_the_channel(transport: str) -> N
         encode(Kind.RELEASE, 1),
         encode(Kind.REQUEST, 1, b"", method=VERSION.key, deadline_ms=100),
         encode(Kind.HELLO, 0, b""),
+        encode(Kind.FILE, 1),
         with_payload(bytes(broken) + b"x" * 10),
         with_payload(encode_table([11]) + b"x" * 11),
         with_payload(encode_table([10, 10]) + b"x" * 20),

@@ -56,3 +56,12 @@ def test_what_is_no_node_file_is_refused(data: bytes) -> None:
 def test_what_is_written_is_what_is_documented() -> None:
     fields = json.loads(NodeFile("c", "meta", "u").encode())
     assert fields == {"format": 1, "cluster_id": "c", "role": "meta", "node_uuid": "u"}
+
+
+def test_a_directory_with_something_in_it_is_not_taken_for_a_new_one() -> None:
+    """Somebody's files, or a data directory whose node.json was lost: a new one would make it another node's."""
+    disk = SimDisk()
+    disk.makedirs("targets")
+    with pytest.raises(WrongDataDirectory, match=r"holds .targets. but no node\.json"):
+        open_node_file(disk, RANDOM, where="d", role="storage", cluster_id="c")
+    assert disk.list("") == ["targets"]

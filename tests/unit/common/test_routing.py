@@ -71,5 +71,11 @@ def test_nodes_targets_and_tables() -> None:
         view.table(5)
 
 
+def test_space_counts_what_a_disk_has_free_once_and_what_its_targets_use_each() -> None:
+    places = {1: (1, 0, 100, 50), 2: (1, 0, 30, 55), 3: (1, 1, 5, 1000), 4: (2, 0, 0, 0)}
+    targets = [pb.Target(target_id=i, node_id=node, disk=disk, used_bytes=used, free_bytes=free) for i, (node, disk, used, free) in places.items()]
+    assert Routing(pb.RoutingInfo(targets=targets)).space() == (135 + 1055, 1055, 135)
+
+
 def test_an_empty_routing() -> None:
-    assert Routing().version == 0 and list(Routing().chains) == []
+    assert Routing().version == 0 and list(Routing().chains) == [] and Routing().space() == (0, 0, 0)

@@ -220,6 +220,7 @@ def make_file(cache: EntryCache, name: bytes, *, parent: int = 5, number: int = 
 def test_directory_made_here_is_known_whole(cache: EntryCache, clock: Clock) -> None:
     make_directory(cache)
     assert cache.absent(5, b"x") and not cache.absent(1, b"x"), "of the root nobody knows what else there is"
+    assert not cache.absent(5, b".") and not cache.absent(5, b".."), "these are no entries, but there"
     make_file(cache, b"x")
     assert not cache.absent(5, b"x") and cache.absent(5, b"y")
     cache.end_entry(cache.begin_entry(5, b"x"), entry=0, at_ns=57)
@@ -304,3 +305,25 @@ def test_tables_are_bounded(cache: EntryCache) -> None:
         cache.changing(number)
     assert len(cache._changed) == CHANGED_MAX
     assert cache.heard(file(5), since) == 0.0, "a change that is no longer remembered still counts"
+
+
+def test_what_was_looked_for_in_vain_is_absent_until_something_comes(cache: EntryCache) -> None:
+    since = cache.tick()
+    cache.heard(directory(1), since)
+    cache.entered(1, b"x", 0, cache.tick())
+    assert cache.absent(1, b"x") and cache.entry(1, b"x") == 0 and cache.lookup(1, b"x") is None
+    assert not cache.absent(1, b"y") and cache.entry(1, b"y") is None
+    change = cache.begin_entry(1, b"x")
+    cache.entered(1, b"x", 0, cache.tick())
+    assert not cache.absent(1, b"x"), "it is being made here: whatever a lookup says may be out of date"
+    cache.end_entry(change, entry=7, at_ns=5)
+    assert not cache.absent(1, b"x") and cache.entry(1, b"x") == 7
+
+
+def test_lookup_made_before_the_lease_is_not_kept(cache: EntryCache, clock: Clock) -> None:
+    asked = cache.tick()
+    clock.now_s += 0.01
+    cache.heard(directory(1), cache.tick())
+    clock.now_s += 0.01
+    cache.entered(1, b"a", 7, asked)
+    assert cache.entry(1, b"a") is None, "a change between the answer and the lease would not have been heard"

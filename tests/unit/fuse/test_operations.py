@@ -14,8 +14,9 @@ import pytest
 import trio
 from tests.unit.client.whole import whole
 
-from kvfs.common.errors import AlreadyExists, BadHandle, InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
+from kvfs.common.errors import AlreadyExists, BadHandle, DeadlineExceeded, InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
 from kvfs.fuse.model import Attributes, Caller, Changes
+from kvfs.fuse.names import KernelNames
 from kvfs.fuse.operations import FileSystem
 
 ROOT = Caller(0, 0)
@@ -41,6 +42,9 @@ class Kernel:
 
     async def data_now(self, inode: int) -> None:
         self.data_of.append(inode)
+
+    def all_names(self) -> None:
+        self.attributes_of.append(-1)
 
 
 @dataclass
@@ -116,7 +120,7 @@ async def listing(fs: FileSystem, inode: int = 1, *, room: int = 10) -> list[byt
     while True:
         taken: list[tuple[bytes, int]] = []
 
-        def emit(name: bytes, attributes: Attributes, after: int, taken: list[tuple[bytes, int]] = taken) -> bool:
+        def emit(name: bytes, inode: int, mode: int, shown: Attributes | None, after: int, taken: list[tuple[bytes, int]] = taken) -> bool:
             if len(taken) >= room:
                 return False
             taken.append((name, after))
@@ -347,7 +351,7 @@ async def test_position_survives_changes(ready: Stage) -> None:
     async def read(position: int, room: int) -> list[bytes]:
         taken: list[bytes] = []
 
-        def emit(name: bytes, attributes: Attributes, after: int) -> bool:
+        def emit(name: bytes, inode: int, mode: int, shown: Attributes | None, after: int) -> bool:
             if len(taken) >= room:
                 return False
             taken.append(name)
@@ -393,10 +397,24 @@ async def test_time_now_is_for_whoever_may_write_and_a_given_time_for_the_owner(
     made = await write_file(fs, b"f", b"x")
     await fs.setattr(made.inode, Changes(mode=0o666), None, ROOT)
     now = time.time_ns()
-    found = await fs.setattr(made.inode, Changes(atime_ns=now, mtime_ns=now), None, USER)
+    found = await fs.setattr(made.inode, Changes(atime_ns=now, mtime_ns=now, times_are_now=True), None, USER)
     assert abs(found.mtime_ns - now) < 5 * 10**9
-    with pytest.raises(NotPermitted):
-        await fs.setattr(made.inode, Changes(mtime_ns=12345), None, USER)
+    for given in (Changes(mtime_ns=12345), Changes(atime_ns=now, mtime_ns=now), Changes(mode=0o600, mtime_ns=now, times_are_now=True)):
+        with pytest.raises(NotPermitted):
+            await fs.setattr(made.inode, given, None, USER)
+
+
+@staged
+async def test_closing_a_reader_waits_for_no_call_and_ends_its_session_once(ready: Stage) -> None:
+    fs = ready.one
+    made = await write_file(fs, b"f", b"x")
+    opened = await fs.open(made.inode, os.O_RDONLY, ROOT)
+    before = ready.calls()
+    with trio.move_on_after(0):  # nothing that waits gets through
+        await fs.release(opened.handle)
+    assert ready.calls() == before
+    await trio.sleep(0.2)
+    assert ready.calls() <= before + 1
 
 
 @staged
@@ -461,3 +479,91 @@ async def test_close_of_the_mount_flushes_what_is_open(ready: Stage) -> None:
     await ready.one.write(opened.handle, 0, b"unflushed")
     await ready.one.close()
     assert await read_file(ready.two, made.inode, 100) == b"unflushed"
+
+
+@staged
+async def test_kernel_keeps_names_for_as_long_as_the_directory_is_leased(ready: Stage) -> None:
+    one, two, names = ready.one, ready.two, KernelNames(trio.current_time)
+    directory = (await two.mkdir(1, b"d", 0o755, ROOT)).inode
+    made = await two.mknod(directory, b"f", stat.S_IFREG | 0o644, 0, ROOT)
+    assert (await one.lookup(1, b"d", ROOT)).entry_lease_s == 0, "a kernel that cannot be told to forget keeps no names"
+    one._names = names
+    for parent in (1, directory):
+        await one.getattr(parent, ROOT)
+    assert 0 < (await one.lookup(1, b"d", ROOT)).entry_lease_s <= 1
+    assert 0 < (await one.lookup(directory, b"f", ROOT)).entry_lease_s <= 1
+    kept = one.kept_entry(directory, b"f")
+    assert kept is not None and kept.entry_lease_s > 0
+    assert one.known_absent(directory, b"none") < 0
+    with pytest.raises(NotFound):
+        await one.lookup(directory, b"none", ROOT)
+    before = ready.calls()
+    with pytest.raises(NotFound):
+        await one.lookup(directory, b"none", ROOT)
+    assert one.known_absent(directory, b"none") > 0 and ready.calls() == before
+    await two.mknod(directory, b"none", stat.S_IFREG | 0o644, 0, ROOT)  # a change by another mount
+    assert one.kept_entry(directory, b"f") is None and one.known_absent(directory, b"none") < 0
+    assert set((names.recall(directory) or pytest.fail("nothing to take back")).names) == {b"f", b"none"}
+    assert (await one.lookup(directory, b"f", ROOT)).inode == made.inode
+    await one.getattr(directory, ROOT)
+    assert (await one.lookup(directory, b"f", ROOT)).entry_lease_s == 0, "others are at work in this directory"
+    assert (await one.lookup(1, b"d", ROOT)).entry_lease_s > 0
+    await one.lost()
+    assert ready.kernel.attributes_of == [-1], "after a restart of the service no name may be used without asking"
+
+
+@staged
+async def test_name_moved_by_this_mount_is_taken_back_where_it_is_now(ready: Stage) -> None:
+    one, two = ready.one, ready.two
+    one._names = names = KernelNames(trio.current_time)
+    for name in (b"from", b"to"):
+        await two.mkdir(1, name, 0o755, ROOT)
+    await one.getattr(1, ROOT)
+    source, target = (await one.lookup(1, b"from", ROOT)).inode, (await one.lookup(1, b"to", ROOT)).inode
+    await two.mkdir(source, b"d", 0o755, ROOT)
+    await one.getattr(source, ROOT)
+    assert (await one.lookup(source, b"d", ROOT)).entry_lease_s > 0
+    await one.rename(source, b"d", target, b"e", 0, ROOT)
+    recall = names.recall(target)
+    assert recall is not None and recall.names == [b"e"] and names.recall(source) is None
+
+
+@staged
+async def test_a_read_out_of_time_is_not_tried_again_for_the_kernels_second_request(ready: Stage) -> None:
+    fs = ready.one
+    opened, _ = await fs.create(1, b"late", 0o644, os.O_RDWR, ROOT)
+    await fs.write(opened.handle, 0, b"content")
+    tries = 0
+
+    async def late(offset: int, length: int) -> memoryview:
+        nonlocal tries
+        tries += 1
+        raise DeadlineExceeded("nobody answers")
+
+    file = fs._files.get(opened.handle).file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(file), "pread", lambda self, offset, length: late(offset, length))
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded):
+                await fs.read(opened.handle, 0, 7)
+        assert tries == 1
+    await trio.sleep(0.3)
+    assert bytes(await fs.read(opened.handle, 0, 7)) == b"content", "a later read is tried"
+    await fs.release(opened.handle)
+
+
+@staged
+async def test_creating_file_after_file_needs_no_lookup_also_when_the_lease_is_renewed(ready: Stage) -> None:
+    fs = ready.one
+    directory = (await fs.mkdir(1, b"d", 0o755, ROOT)).inode
+    started, number, looked_up = trio.current_time(), 0, 0
+    while trio.current_time() < started + 2.5:
+        name = b"f%d" % number
+        if fs.known_absent(directory, name) < 0:
+            looked_up += 1
+            with pytest.raises(NotFound):
+                await fs.lookup(directory, name, ROOT)
+        opened, _ = await fs.create(directory, name, stat.S_IFREG | 0o644, os.O_WRONLY, ROOT)
+        await fs.release(opened.handle)
+        number += 1
+    assert looked_up <= 0.1 * number

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from mini_cluster import mini_cluster
+from mini_cluster import READ, MiniCluster, mini_cluster
 
+from kvfs.common.checksum import verify
+from kvfs.common.errors import NotPermitted
 from kvfs.common.ids import chunk_id
 from kvfs.common.wire import storage_pb2 as pb
 
@@ -34,5 +36,85 @@ def test_write_and_read(tmp_path: Path, replicas: int, shared: bool) -> None:
             assert await world.assert_identical(chain) == 1
             await world.write(chain, chunk_id(5, 0), b"", kind=pb.REMOVE)
             assert await world.read(chain, chunk_id(5, 0), 0, 10) == b""
+
+    trio.run(main)
+
+
+async def read_place(world: MiniCluster, chain: int, target: int, offset: int, length: int) -> tuple[int, bytes]:
+    """(version, bytes) as a reader of the data files finds them; version 0: the place went stale meanwhile."""
+    io = pb.ReadIO(chain_id=chain, target_id=target, chunk_id=chunk_id(5, 0), offset=offset, length=length)
+    addresses = world.routing.addresses_of_target(target)
+    reply = await world.pool.call(addresses, READ, pb.ReadRequest(reads=[io], places=True), timeout_s=5)
+    (result,) = reply.results
+    assert result.status == 0
+    files = await world.pool.borrowed(addresses, timeout_s=5)
+    assert files is not None
+    file = files.get(result.file)
+    assert file is not None
+    start = offset - offset % 32768
+    end = min(-(-(offset + length) // 32768) * 32768, result.chunk_length)
+    units = memoryview(bytearray(end - start))
+    assert file.read_into([units[: result.stored]], result.file_offset) == result.stored
+    if not verify(units, start, result.checksums):
+        return 0, b""
+    return result.version, bytes(units[offset - start : offset - start + result.length])
+
+
+def test_places_are_told_of_what_the_chain_has_committed(tmp_path: Path) -> None:
+    """Asked of every replica while the chunk is written: never an older version than one that was acknowledged before the question."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            for number in (1, 2, 3):
+                await world.start(number)
+            await world.create(3, 3)
+            chain = next(iter(world.routing.chains)).chain_id
+            acknowledged, writing = 0, True
+            size = 200_000
+
+            async def write() -> None:
+                nonlocal acknowledged, writing
+                for version in range(1, 40):
+                    result = await world.write(chain, chunk_id(5, 0), bytes([version]) * size)
+                    assert result.version == version
+                    acknowledged = version
+                writing = False
+
+            right = 0
+
+            async def read(target: int) -> None:
+                nonlocal right
+                while writing:
+                    before = acknowledged
+                    version, data = await read_place(world, chain, target, 70_000, 100_000)
+                    if version:
+                        assert version >= before and data == bytes([version]) * 100_000
+                        right += 1
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                while not acknowledged:
+                    await trio.sleep(0.001)
+                for target in world.routing.serving(chain):
+                    nursery.start_soon(read, target)
+            assert right > 30
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_places_are_told_to_nobody_who_may_not_read_the_files(tmp_path: Path, shared: bool) -> None:
+    async def main() -> None:
+        async with mini_cluster(tmp_path, shared=shared) as world:
+            world.settings["direct_reads"] = not shared
+            await world.start(1)
+            await world.create(1, 1)
+            chain = next(iter(world.routing.chains)).chain_id
+            await world.write(chain, chunk_id(5, 0), b"secret")
+            target = world.routing.tail(chain)
+            io = pb.ReadIO(chain_id=chain, target_id=target, chunk_id=chunk_id(5, 0), offset=0, length=6)
+            with pytest.raises(NotPermitted, match="ask for the bytes"):
+                await world.pool.call(world.routing.addresses_of_target(target), READ, pb.ReadRequest(reads=[io], places=True), timeout_s=5)
+            assert await world.read(chain, chunk_id(5, 0), 0, 6) == b"secret"
 
     trio.run(main)

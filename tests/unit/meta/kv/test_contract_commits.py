@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Coroutine
 from itertools import pairwise
 
 import pytest
@@ -401,5 +402,53 @@ def test_a_cancelled_commit_leaves_the_store_usable(store):
                 await engine.transact(lambda txn: txn.set(b"k", b"v"))
         await engine.transact(lambda txn: txn.set(b"j", b"w"))
         assert await engine.transact(lambda txn: txn.get(b"j")) == b"w"
+
+    store(body)
+
+
+# --- at once
+
+
+async def done(outcome):
+    return await outcome if isinstance(outcome, Awaitable) else outcome
+
+
+def test_at_once_commits_what_transact_does(store):
+    async def body(engine):
+        for number in range(300):  # long enough for checkpoints, and for syncs in either thread
+            key = b"k%d" % number
+            assert await done(engine.transact_at_once(lambda txn, key=key: (txn.get(key), txn.set(key, b"v"), key)[2])) == key
+            assert await done(engine.transact_at_once(lambda txn, key=key: txn.get(key))) == b"v"
+        rows, _ = await engine.transact(lambda txn: txn.get_range(b"k", b"l"))
+        assert len(rows) == 300
+
+    store(body)
+
+
+def test_at_once_retries_what_conflicts_and_gives_errors_as_they_are(store):
+    async def body(engine):
+        tries = []
+
+        def disturbed(txn: Transaction) -> bytes | None:
+            tries.append(1)
+            found = txn.get(b"k")
+            if len(tries) < 3:
+                other = engine.transact_at_once(lambda other: other.set(b"k", b"%d" % len(tries)))
+                if isinstance(other, Coroutine):
+                    other.close()  # committed all the same
+            txn.set(b"mine", found or b"none")
+            return found
+
+        assert await done(engine.transact_at_once(disturbed)) == b"2"
+        assert len(tries) == 3
+        assert await engine.transact(lambda txn: txn.get(b"mine")) == b"2"
+
+        def fails(txn: Transaction) -> None:
+            txn.set(b"mine", b"lost")
+            raise NotFound("no")
+
+        with pytest.raises(NotFound):
+            engine.transact_at_once(fails)
+        assert await engine.transact(lambda txn: txn.get(b"mine")) == b"2"
 
     store(body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Awaitable
 from pathlib import Path
 
 import lmdb
@@ -146,6 +147,50 @@ def test_commits_that_come_during_a_sync_share_the_next_one(disk):
             disk.free.set()
         assert disk.syncs == before + 2
         assert len(await everything(engine)) == 64
+        engine.close()
+
+    trio.run(main)
+
+
+def test_at_once_answers_only_what_is_synced(disk, monkeypatch):
+    monkeypatch.setattr("kvfs.meta.kv.lmdb_engine.QUICK_SYNC_S", 10)
+
+    async def main():
+        engine = LmdbEngine(disk)
+        answers = []
+        for number in range(40):
+            before = disk.syncs
+            outcome = engine.transact_at_once(lambda txn, number=number: (txn.set(b"k%d" % number, b"v"), number)[1])
+            if isinstance(outcome, int):
+                assert disk.syncs == before + 1
+                answers.append(outcome)
+            else:
+                await outcome
+        assert len(answers) > 30
+        engine._at_once = 0
+        disk.free.clear()
+        writer = engine.transact_at_once(put(b"k0", b"new"))
+        reader = engine.transact_at_once(lambda txn: txn.get(b"k0"))
+        other = engine.transact_at_once(lambda txn: txn.get(b"k1"))
+        assert isinstance(writer, Awaitable) and isinstance(reader, Awaitable) and other == b"v"
+        disk.free.set()
+        await writer
+        assert await reader == b"new"
+        engine.close()
+
+    trio.run(main)
+
+
+def test_at_once_tells_of_a_failed_sync(disk):
+    async def main():
+        engine = LmdbEngine(disk)
+        await engine.transact(put(b"k", b"old"))
+        disk.sync_error = InputOutput("the device failed")
+        for _ in range(2):
+            outcome = None
+            with pytest.raises(InputOutput):
+                outcome = engine.transact_at_once(put(b"k", b"unknown"))
+                await outcome
         engine.close()
 
     trio.run(main)

@@ -96,8 +96,8 @@ class FakeCall:
 
 def routing(metas: int = 1) -> Routing:
     table = cluster_pb2.ChainTable(table_id=1, chain_ids=CHAINS, replicas=2)
-    targets = [cluster_pb2.Target(target_id=n, node_id=n, disk=0, capacity_bytes=1000, free_bytes=600) for n in range(1, 5)]
-    targets.append(cluster_pb2.Target(target_id=9, node_id=1, disk=0, capacity_bytes=1000, free_bytes=600))
+    targets = [cluster_pb2.Target(target_id=n, node_id=n, disk=0, used_bytes=400 if n > 1 else 300, free_bytes=600) for n in range(1, 5)]
+    targets.append(cluster_pb2.Target(target_id=9, node_id=1, disk=0, used_bytes=100, free_bytes=600))
     nodes = [cluster_pb2.Node(node_id=n + 50, role=cluster_pb2.ROLE_META, alive=True) for n in range(metas)]
     return Routing(cluster_pb2.RoutingInfo(version=1, tables=[table], targets=targets, nodes=nodes))
 
@@ -116,7 +116,7 @@ class Service:
     async def start(self) -> Service:
         made = await self.engine.transact(lambda txn: store.prepare(txn, self.clock.wall_ns()))
         if not made:
-            self.meta.hold_changes(self.meta.leases.lease_ms / 1000)
+            self.meta.changes.hold(self.meta.leases.lease_ms / 1000)
         await self.meta.numbers.ensure()
         return self
 

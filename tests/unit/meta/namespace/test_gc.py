@@ -149,7 +149,9 @@ def pruner(service: Service, listed: set[bytes], *, grace_s: float = 10.0) -> Pr
         return listed
 
     meta = service.meta
-    return Pruner(service.engine, service.chunks, service.clock, meta.open_files, meta.root_step, list_clients, meta.committed, grace_s=grace_s)
+    return Pruner(
+        service.engine, service.chunks, service.clock, meta.open_files, meta.changes.root_step, list_clients, meta.changes.committed, grace_s=grace_s
+    )
 
 
 def test_a_dead_writer_is_closed_with_the_length_of_its_chunks() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 from tests.unit.meta.namespace.tree import OTHER, OWNER, Tree, fails, updates, user
 
 from kvfs.common.wire import meta_pb2 as pb
-from kvfs.meta.namespace import lookup
+from kvfs.meta.namespace import files, lookup, remove
 
 
 def walk(tree: Tree, *names: str, follow: bool = True, last: bool = True, parent: int = 1) -> pb.LookupReply:
@@ -141,6 +142,83 @@ def test_a_name_that_is_too_long(tree: Tree) -> None:
     with fails(errno.ENAMETOOLONG):
         walk(tree, "n" * 256)
     assert len(walk(tree, "n" * 255).inodes) == 0
+
+
+# --- walking and acting in one step
+
+
+def parts(path: str) -> list[bytes]:
+    return [part.encode() for part in path.split("/") if part]
+
+
+def create(tree: Tree, path: str, who: pb.User = OWNER, *, follow: bool = True, **fields: Any) -> pb.CreateReply:
+    return tree.run(files.create, pb.CreateRequest(parent=1, path=parts(path), follow_last=follow, mode=0o644, **fields), who)
+
+
+def open_path(tree: Tree, path: str, who: pb.User = OWNER, *, follow: bool = True, **fields: Any) -> pb.Inode:
+    return tree.run(files.open_file, pb.OpenRequest(inode=1, path=parts(path), follow_last=follow, **fields), who).inode
+
+
+def remove_path(tree: Tree, path: str, who: pb.User = OWNER, **fields: Any) -> None:
+    *above, name = parts(path)
+    tree.run(remove.remove, pb.RemoveRequest(parent=1, path=above, name=name, **fields), who)
+
+
+def test_create_by_path(tree: Tree) -> None:
+    tree.mkdir("/a", 0o777)
+    tree.symlink("a", "/to-a")
+    tree.symlink("a/new", "/to-new")
+    with updates(tree, "/a", mtime=True, ctime=True):
+        made = create(tree, "/to-a/f", exclusive=True)
+    assert made.created and tree.stat("/a/f").inode == made.inode.inode
+    assert create(tree, "/a/../a/f").inode.inode == made.inode.inode
+    assert create(tree, "/to-new").created and tree.stat("/a/new").uid == OWNER.uid
+    with fails(errno.EEXIST):
+        create(tree, "/to-new", follow=False, exclusive=True)
+    with fails(errno.ELOOP):
+        create(tree, "/to-new", follow=False)
+    for path, expected in (("/no/f", errno.ENOENT), ("/a/f/x", errno.ENOTDIR), ("/a/..", errno.EISDIR), ("/a", errno.EISDIR)):
+        with fails(expected):
+            create(tree, path)
+    tree.mkdir("/closed", 0o700)
+    for path in ("/closed/f", "/closed/a/f"):
+        with fails(errno.EACCES):
+            create(tree, path, OTHER)
+
+
+def test_open_by_path(tree: Tree) -> None:
+    tree.mkdir("/a", 0o711)
+    number = tree.create("/a/f", 0o644).inode
+    tree.symlink("/a/f", "/to-f")
+    assert open_path(tree, "/a/f", read=True).inode == open_path(tree, "/to-f", read=True).inode == number
+    with fails(errno.ELOOP):
+        open_path(tree, "/to-f", follow=False, read=True)
+    with fails(errno.EACCES):
+        open_path(tree, "/a/f", write=True, session=b"s" * 16)
+    for path in ("/a/x", "/x/f"):
+        with fails(errno.ENOENT):
+            open_path(tree, path, read=True)
+    tree.chmod("/a", 0o600)
+    with fails(errno.EACCES):
+        open_path(tree, "/to-f", read=True)
+
+
+def test_remove_by_path(tree: Tree) -> None:
+    tree.mkdir("/a", 0o777)
+    tree.create("/a/f")
+    tree.symlink("a", "/to-a")
+    tree.symlink("f", "/a/to-f")
+    remove_path(tree, "/to-a/to-f")
+    assert tree.exists("/a/f") and not tree.exists("/a/to-f")
+    for path, expected in (("/a/x", errno.ENOENT), ("/x/f", errno.ENOENT), ("/a/f/x", errno.ENOTDIR), ("/a", errno.EISDIR)):
+        with fails(expected):
+            remove_path(tree, path)
+    with updates(tree, "/a", mtime=True, ctime=True):
+        remove_path(tree, "/to-a/f")
+    tree.mkdir("/a/d")
+    tree.chmod("/a", 0o755)
+    with fails(errno.EACCES):
+        remove_path(tree, "/to-a/d", directory=True)
 
 
 def test_get_attr_of_many(tree: Tree) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import trio
 from tests.unit.meta.namespace.service_world import CHAINS, SIZE, A, B, Service, run
 
-from kvfs.common.errors import AlreadyExists, InvalidArgument, NoServingTarget, NotFound
+from kvfs.common.errors import AlreadyExists, InvalidArgument, KvfsError, NoServingTarget, NotFound
 from kvfs.common.routing import Routing
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
-from kvfs.meta.namespace import idempotency, keys
+from kvfs.common.wire.service import SERVICES, Method
+from kvfs.meta.gc import housekeeping
+from kvfs.meta.kv.memory import MemoryEngine
+from kvfs.meta.namespace import idempotency, keys, store
 
 S1, S2 = b"1" * 16, b"2" * 16
 
@@ -209,6 +213,108 @@ def test_the_retry_of_a_truncation_that_failed_half_way_finishes_it() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("how", ["open", "create", "create by path"])
+def test_the_retry_of_an_open_whose_truncation_failed_finishes_it(how: str) -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        service.chunks.failing = {CHAINS[0]}
+        if how == "open":
+            request: Any = pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S1)
+        else:
+            request = pb.CreateRequest(parent=1, write=True, truncate=True, session=S1)
+            if how == "create":
+                request.name = b"f"
+            else:
+                request.path.append(b"f")
+        method = how.split()[0]
+        with pytest.raises(NoServingTarget):
+            await service.call(method, request, request_id=b"r" * 16)
+        service.chunks.failing = set()
+        await service.call(method, request, request_id=b"r" * 16)
+        assert service.chunks.of(made.inode) == {}
+        assert not service.meta.cuts._locks
+
+    run(main)
+
+
+def test_the_root_of_a_new_file_system_belongs_to_whom_the_configuration_names() -> None:
+    async def main() -> None:
+        engine = MemoryEngine()
+        assert await engine.transact(lambda txn: store.prepare(txn, 1, uid=1000, gid=100))
+        assert not await engine.transact(lambda txn: store.prepare(txn, 1, uid=5, gid=5))
+        root = await Service(engine).stat(1)
+        assert (root.uid, root.gid, root.mode) == (1000, 100, 0o755)
+
+    run(main)
+
+
+async def _left_undone(service: Service) -> pb.Inode:
+    """A file of three chunks whose truncation to 10 bytes could not reach its chains; they serve again."""
+    made = await service.create(b"f", write=True, session=S1)
+    await service.write(made, 3 * SIZE, session=S1, still_open=True)
+    service.chunks.failing = set(CHAINS)
+    with pytest.raises(NoServingTarget):
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10))
+    service.chunks.failing = set()
+    assert service.chunks.of(made.inode) == {0: SIZE, 1: SIZE, 2: SIZE}
+    return made
+
+
+@pytest.mark.parametrize("how", ["open", "create", "append", "ask"])
+def test_nobody_writes_before_a_truncation_that_failed_has_reached_the_chains(how: str) -> None:
+    """Or the file, grown again by the write, would show what had been cut off; and the cut, when it came, would take what was written since."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await _left_undone(service)
+        if how == "open":
+            await service.call("open", pb.OpenRequest(inode=made.inode, write=True, session=S2))
+        elif how == "create":
+            await service.call("create", pb.CreateRequest(parent=1, name=b"f", write=True, session=S2))
+        elif how == "append":
+            reply = await service.call("append", pb.AppendRequest(inode=made.inode, session=S1, length=5))
+            assert reply.offset == 10
+        else:
+            reply = await service.call("append", pb.AppendRequest(inode=made.inode, session=S1))
+            assert (reply.offset, reply.inode.length) == (10, 10)
+        assert service.chunks.of(made.inode) == {0: 10}
+        assert not service.meta.cuts._locks
+        await service.check()
+
+    run(main)
+
+
+def test_a_writer_that_has_not_heard_of_a_failed_truncation_does_not_undo_it() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await _left_undone(service)
+        reply = await service.call(
+            "close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=3 * SIZE, truncate_version=made.truncate_version)
+        )
+        assert reply.inode.length == 10 and service.chunks.of(made.inode) == {0: 10}
+
+    run(main)
+
+
+def test_a_truncation_that_failed_is_tried_again_in_the_background() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(housekeeping.run, service.meta, None)
+            await trio.sleep(1)
+            made = await _left_undone(service)
+            service.chunks.failing = {CHAINS[0]}
+            await trio.sleep(5)
+            service.chunks.failing = set()
+            await trio.sleep(5)
+            assert service.chunks.of(made.inode) == {0: 10}
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
 def test_truncations_of_one_file_follow_each_other() -> None:
     async def main() -> None:
         service = await Service().start()
@@ -263,9 +369,9 @@ def test_a_close_without_a_report_costs_no_commit() -> None:
     async def main() -> None:
         service = await Service().start()
         made = await service.create(b"f", write=True, session=S1)
-        commits = service.meta.commits
+        commits = service.meta.changes.commits
         reply = await service.call("close", pb.CloseRequest(inode=made.inode, session=S1))
-        assert service.meta.commits == commits
+        assert service.meta.changes.commits == commits
         assert reply.inode.writers == 0
         assert (await service.call("status", base_pb2.Empty())).sessions == 1
         await service.meta.clear_closed()
@@ -332,6 +438,68 @@ def test_opening_and_closing_to_read_leaves_nothing() -> None:
     run(main)
 
 
+def ended(*pairs: tuple[pb.Inode, bytes]) -> pb.Context:
+    return pb.Context(ended=[pb.Ended(inode=inode.inode, session=session) for inode, session in pairs])
+
+
+def test_requests_carry_the_ends_of_sessions() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        other = await service.create(b"g", write=True, session=S2)
+        await service.write(made, 10)
+        await service.call("open", pb.OpenRequest(inode=other.inode, read=True, session=S1))
+        commits = service.engine.latest_version  # type: ignore[attr-defined]
+        reply = await service.call("get_attr", pb.GetAttrRequest(context=ended((made, S1), (other, S1)), inodes=[made.inode, other.inode]))
+        assert [inode.writers for inode in reply.inodes] == [0, 1]
+        assert service.meta.open_files.count() == 0
+        assert service.engine.latest_version == commits  # type: ignore[attr-defined]
+        await service.call("remove", pb.RemoveRequest(context=ended((other, S2), (made, S1)), parent=1, name=b"g"))  # told twice: no harm
+        assert (await service.stat(other.inode)).type == pb.TYPE_INVALID  # at once: its last session had ended before
+        assert await service.meta.clear_closed() == 2
+        rows = await service.engine.transact(lambda txn: txn.get_range(*keys.span(keys.SESSION)))
+        assert rows[0] == []
+        await service.check()
+
+    run(main)
+
+
+CARRIERS = [method for method in SERVICES["Meta"].values() if "context" in method.request.DESCRIPTOR.fields_by_name and method.name != "Watch"]
+
+
+@pytest.mark.parametrize("method", CARRIERS, ids=lambda method: method.name)
+def test_whatever_request_carries_an_end_is_heard(method: Method) -> None:
+    """Also one that fails. Watch alone carries none: the client does not hear in time whether it arrived."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        with contextlib.suppress(KvfsError):
+            await service.call(method.attribute, method.request(context=ended((made, S1))))
+        assert (await service.stat(made.inode)).writers == 0
+
+    run(main)
+
+
+def test_the_last_end_of_a_removed_file_frees_it() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        await service.write(made, 10)
+        await service.remove(b"f", B)
+        await service.call("open", pb.OpenRequest(inode=made.inode, read=True, session=S2))
+        for session in (S1, S2):
+            await service.call("collect_garbage", base_pb2.Empty())
+            assert service.chunks.of(made.inode) == {0: 10}
+            await service.call("end_sessions", pb.EndSessionsRequest(context=ended((made, session))))
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.of(made.inode) == {}
+        assert (await service.stat(made.inode)).type == pb.TYPE_INVALID
+        await service.check()
+
+    run(main)
+
+
 # --- the whole
 
 
@@ -372,7 +540,7 @@ def test_side_by_side_creations_in_one_directory_do_not_conflict() -> None:
         async with trio.open_nursery() as nursery:
             for number in range(64):
                 nursery.start_soon(worker, number)
-        assert service.meta.conflicts == 0
+        assert service.meta.changes.conflicts == 0
         assert (await service.stat(1)).nlink == 642
         await service.check()
 
@@ -422,7 +590,7 @@ def test_files_are_counted() -> None:
         await service.call("collect_garbage", base_pb2.Empty())
         again = await Service(service.engine).start()
         await again.meta.count_files()
-        assert service.meta.files == again.meta.files == 5
+        assert service.meta.changes.files == again.meta.changes.files == 5
 
     run(main)
 

@@ -54,12 +54,17 @@ class Tree:
         self.now_ns += SECOND
         request.context.user.CopyFrom(who)
 
+        cutting = 0
+
         def attempt(txn: Transaction) -> tuple[T, Step]:
-            step = Step(txn, who, client, self.now_ns, self.around)
+            step = Step(txn, who, client, self.now_ns, self.around, cutting=cutting)
             return operation(step, request), step
 
-        reply, self.last = trio.run(self.engine.transact, attempt)
-        return reply
+        while True:
+            reply, self.last = trio.run(self.engine.transact, attempt)
+            if not self.last.wants_cut:
+                return reply
+            cutting = self.last.wants_cut
 
     def put(self, change: Callable[[Transaction], T]) -> T:
         """Change the store behind the namespace's back."""

@@ -22,7 +22,16 @@ from kvfs.storage.engine.superblock import Superblock
 
 PAGE_BYTES = 512
 IDENTITY = Superblock("cluster", 7, b"n" * 16)
-SMALL = EngineConfig(group_bytes=256 << 10, files_per_class=2, overlay_entries=40, journal_bytes=16 << 10, background=False, reserve_bytes=1)
+SMALL = EngineConfig(
+    group_bytes=256 << 10,
+    keep_empty_bytes=512 << 10,
+    files_per_class=2,
+    overlay_entries=40,
+    journal_bytes=16 << 10,
+    removed_bytes=128 << 10,
+    background=False,
+    reserve_bytes=1,
+)
 
 
 class ManualClock(Clock):

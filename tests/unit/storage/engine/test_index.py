@@ -23,6 +23,7 @@ def test_layers(steps: list[object], begin: bytes, end: bytes) -> None:
     index = Index(LogDisk().open_map("index", size_bytes=1))
     model: dict[bytes, bytes] = {}
     stage = ""
+    floor = 1
     for step in steps:
         if isinstance(step, dict):
             index.put(step)
@@ -32,7 +33,8 @@ def test_layers(steps: list[object], begin: bytes, end: bytes) -> None:
             index.freeze()
             stage = "freeze"
         elif step == "write" and stage == "freeze":
-            index.write_frozen()
+            floor += 1
+            index.write_frozen(floor)
             stage = "write"
         elif step == "drop" and stage == "write":
             index.drop_frozen()

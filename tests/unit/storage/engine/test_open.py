@@ -103,6 +103,35 @@ def test_a_directory_in_use_is_refused(used: Path) -> None:
     made(used).close()
 
 
+@pytest.mark.parametrize("lost", ["index", "an older index", "journal"])
+def test_an_index_without_the_journal_that_goes_with_it_is_refused(used: Path, tmp_path: Path, lost: str) -> None:
+    """Every chunk that only the lost part knew would read as a hole."""
+    older = (used / "index" / "data.mdb").read_bytes()
+    engine = made(used)
+    engine.apply(write(cid(99), 0, noise(99, 3000)), 1)
+    engine.close()
+    newer = (used / "index" / "data.mdb").read_bytes()
+    journal = {file: file.read_bytes() for file in (used / "journal").iterdir()}
+    if lost == "index":
+        (used / "index" / "data.mdb").unlink()
+    elif lost == "an older index":
+        (used / "index" / "data.mdb").write_bytes(older)
+    else:
+        for file in journal:
+            file.unlink()
+    data = {name: content for name, content in snapshot(used).items() if not name.startswith("index")}
+    for _ in range(2):
+        with pytest.raises(IndexCorrupt, match="Restore"):
+            made(used)
+        assert {name: content for name, content in snapshot(used).items() if not name.startswith("index")} == data
+    (used / "index" / "data.mdb").write_bytes(newer)
+    for file, content in journal.items():
+        file.write_bytes(content)
+    engine = made(used)
+    assert engine.space().chunks == 61
+    engine.close()
+
+
 def test_a_corrupt_index_page_is_refused(used: Path) -> None:
     """Damage in LMDB's file: pages of rows, of the tree, of its head. Either LMDB or the check of each row finds it; nothing else is touched."""
     file = used / "index" / "data.mdb"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from engine_world import SMALL, LogDisk, cid, content_of, noise, open_engine, remove, write
+from engine_world import IDENTITY, SMALL, LogDisk, cid, content_of, noise, open_engine, remove, write
 
+from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import InvalidArgument, NoSpace
 from kvfs.storage.engine.classes import block_bytes_for, data_file_name, parse_data_file_name
+from kvfs.storage.engine.config import EngineConfig
+from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import Tag, Update, UpdateKind
 
 A, B, C = cid(0), cid(1), cid(2)
@@ -45,6 +51,52 @@ def test_a_sync_releases_only_what_was_freed_before_it_began() -> None:
     assert block in allocator.waiting()
     allocator.release(51)
     assert block not in allocator.waiting()
+
+
+def test_blocks_of_removed_chunks_come_back_when_the_journal_is_synced() -> None:
+    """Without a sync of the data: what took no one's place needs none. An overwritten block goes on waiting."""
+    disk = LogDisk()
+    engine = open_engine(disk, replace(SMALL, removed_bytes=100 << 10))
+    overwritten = engine.apply(write(A, 0, b"1" * 1000), 1).block
+    engine.apply(write(A, 0, b"2" * 1000), 1)
+    removed = {engine.apply(write(chunk, 0, noise(1, 60_000)), 1).block for chunk in (B, C)}
+    disk.start_log()
+    engine.remove([B, C])
+    synced = [name.partition("/")[0] for what, name, _, _ in disk.log if what == "sync"]
+    assert synced == ["journal"]
+    later = {engine.apply(write(cid(index), 0, b"x"), 1).block for index in range(3, 9)}
+    assert removed <= later and overwritten not in later
+
+
+def test_a_target_keeps_some_empty_space_for_its_next_writes_and_gives_the_rest_back() -> None:
+    disk = LogDisk()
+    engine = open_engine(disk, replace(SMALL, keep_empty_bytes=512 << 10))
+    for index in range(32):
+        engine.apply(write(cid(index), 0, noise(index, 60_000)), 1)
+    engine.remove([cid(index) for index in range(32)])
+    engine.sync()
+    assert engine._ledger.allocator.group_bytes_total == 512 << 10
+    assert engine.space().used_bytes == 0
+
+
+def test_a_target_at_rest_keeps_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    """On a real disk, by its own thread: what was removed goes back, what is stored stays."""
+    engine = ChunkEngine(RealDisk(tmp_path), SystemClock(), IDENTITY, EngineConfig(rest_s=0.1, index_bytes=64 << 20))
+    for index in range(40):
+        engine.apply(write(cid(index), 0, noise(index, 1_000_000)), 1)
+    full = blocks_on_disk(tmp_path)
+    engine.remove([cid(index) for index in range(1, 40)])
+    give_up = time.monotonic() + 20
+    while blocks_on_disk(tmp_path) > full / 2:
+        assert time.monotonic() < give_up, (blocks_on_disk(tmp_path), full)
+        time.sleep(0.05)
+    assert engine.space().chunks == 1 and not engine.check(read_data=True).problems
+    engine.apply(write(cid(50), 0, noise(50, 1_000_000)), 1)
+    engine.close()
+
+
+def blocks_on_disk(path: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in (path / "data").iterdir())
 
 
 def test_a_block_is_not_used_again_while_a_reader_is_inside() -> None:

@@ -1,0 +1,98 @@
+"""Asking storage services on this machine where bytes lie, instead of for the bytes.
+
+Owns one attempt: no replica but the first choice is asked, nothing is tried twice. Whoever gets no place asks for the bytes (storage_reads.py), where
+failures are dealt with. Places are told as reads are answered: of what the chain had committed when the request was served, or later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import trio
+
+from kvfs.client.batch import Group, group_by_node
+from kvfs.client.config import ClientConfig
+from kvfs.client.peers import Peers
+from kvfs.client.place import Place
+from kvfs.client.storage_reads import READ, choose
+from kvfs.common.checksum import CHECKSUM_UNIT_BYTES
+from kvfs.common.errors import ChunkNotFound, KvfsError
+from kvfs.common.ids import ChunkId
+from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.lending import BorrowedFiles
+
+_UNIT = CHECKSUM_UNIT_BYTES
+
+
+class ChunkRange(NamedTuple):
+    """`length` bytes of a chunk from `offset`, which is a multiple of the checksum unit."""
+
+    chain_id: int
+    chunk_id: ChunkId
+    offset: int
+    length: int
+
+
+class PlacePath:
+    def __init__(self, peers: Peers, config: ClientConfig) -> None:
+        self._peers = peers
+        self._config = config
+
+    async def places(self, ranges: Sequence[ChunkRange]) -> list[Place | None]:
+        """One each, None where none was told."""
+        peers = self._peers
+        found: list[Place | None] = [None] * len(ranges)
+        asked = []
+        for index, wanted in enumerate(ranges):
+            try:
+                target = choose(peers, wanted.chain_id, wanted.chunk_id, ())
+                where = peers.where(target)
+            except KvfsError:
+                continue
+            if where.here:
+                asked.append((index, target, where.node_id, where.addresses, wanted.length))
+        groups = group_by_node(asked, max_ios=self._config.batch_max_ios, max_bytes=1 << 62)
+        if len(groups) == 1:
+            await self._ask(ranges, groups[0], found)
+        elif groups:
+            async with trio.open_nursery() as nursery:
+                for group in groups:
+                    nursery.start_soon(self._ask, ranges, group, found)
+        return found
+
+    async def _ask(self, ranges: Sequence[ChunkRange], group: Group, found: list[Place | None]) -> None:
+        peers = self._peers
+        timeout_s = self._config.read_attempt_s
+        request = pb.ReadRequest(places=True)
+        add = request.reads.add
+        for index, target in zip(group.indexes, group.targets, strict=True):
+            wanted = ranges[index]
+            add(chain_id=wanted.chain_id, target_id=target, chunk_id=wanted.chunk_id, offset=wanted.offset, length=wanted.length)
+        try:
+            files = await peers.caller.borrowed(group.addresses, timeout_s=timeout_s)
+            if files is None:
+                return
+            peers.counters.place_requests += 1
+            reply = await peers.caller.call(group.addresses, READ, request, timeout_s=timeout_s)
+            # On another connection the files have other numbers.
+            same = await peers.caller.borrowed(group.addresses, timeout_s=timeout_s) is files
+        except KvfsError as error:
+            peers.suspect(group.node_id, error)
+            return
+        if same and len(reply.results) == len(group.indexes):
+            for index, result in zip(group.indexes, reply.results, strict=True):
+                found[index] = _place(ranges[index], result, files)
+
+
+def _place(wanted: ChunkRange, result: pb.ReadResult, files: BorrowedFiles) -> Place | None:
+    """None: the service could not tell it, or contradicts itself."""
+    if result.status == ChunkNotFound.code:
+        return Place(wanted.offset, 0, None, 0, 0, 0, b"")
+    chunk_length = result.chunk_length
+    end = min(-(-(wanted.offset + wanted.length) // _UNIT) * _UNIT, chunk_length)
+    if result.status or result.length != max(0, min(wanted.length, chunk_length - wanted.offset)):
+        return None
+    if result.stored and files.get(result.file) is None:
+        return None
+    return Place(wanted.offset, end, files if result.stored else None, result.file, result.file_offset, result.stored, result.checksums)
