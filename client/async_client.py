@@ -75,7 +75,7 @@ class AsyncClient(PathOperations):
         self._source = source
         self._nursery = nursery
         self.umask = _umask()
-        peers = Peers(source, caller, clock, random, identity.host_id, config.suspect_s)
+        peers = Peers(source, caller, clock, random, identity.host_id if config.shared_memory else "", config.suspect_s)
         self.counters: Counters = peers.counters
         self.meta = MetaClient(MetaCalls(peers, config), random, user)
         self.storage = StorageClient(peers, config, identity.client_id, nursery)
@@ -186,7 +186,8 @@ async def open_client(
     random = random or SystemRandom()
     identity = Identity(cluster_id=address.cluster_id, client_id=random.bytes(16), role=role)
     failure: BaseException | None = None
-    async with ChannelPool(net or SystemNet(), clock, identity) as channels, trio.open_nursery() as nursery:
+    channel_pool = ChannelPool(net or SystemNet(), clock, identity, shared_memory=config.shared_memory)
+    async with channel_pool as channels, trio.open_nursery() as nursery:
         try:
             link = ManagerLink(channels, clock, random, address.managers, identity)
             await link.refresh(timeout_s=config.deadline_s)

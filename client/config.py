@@ -61,6 +61,8 @@ class ClientConfig:
     """Chunk reads or writes in one request."""
     batch_max_bytes: int = 32 * MIB
 
+    shared_memory: bool = True
+    """Bytes to and from services on this machine go through shared memory. False: through sockets, as to any other machine."""
     watch: bool = True
     """Follow the metadata service's revocations. Without it nothing is cached beyond one call."""
     watch_wait_ms: int = 20_000

@@ -91,6 +91,7 @@ class Peers:
     clock: Clock
     random: Random
     host_id: str
+    """Of this machine; empty: share memory with nobody."""
     suspect_s: float
     counters: Counters = field(default_factory=Counters)
     _suspects: dict[int, float] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Peers:
         known = self._where.get(target_id)
         if known is None:
             node = routing.node_of_target(target_id)
-            known = self._where[target_id] = Where(node.node_id, tuple(node.addresses), node.host_id == self.host_id)
+            known = self._where[target_id] = Where(node.node_id, tuple(node.addresses), bool(self.host_id) and node.host_id == self.host_id)
         return known
 
     def suspect(self, node_id: int, error: KvfsError) -> None:
