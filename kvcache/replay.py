@@ -154,4 +154,4 @@ async def _read(space: AsyncSpace, keys: Sequence[bytes], buffers: BlockBuffers,
         for place, length in enumerate(await space.get(batch, [buffers[place] for place in range(len(batch))])):
             if length is not None:
                 tally.blocks_read += 1
-                tally.wrong_bytes += buffers[place][:length] != trace_content(batch[place], space.block_bytes)
+                tally.wrong_bytes += bytes(buffers[place][:length]) != trace_content(batch[place], space.block_bytes)  # a view compares byte by byte
