@@ -1,5 +1,5 @@
 # The commands of the house; HACKING.md says more about each.
-.PHONY: demo test test-slow check format bench clean setup
+.PHONY: demo demo-kvcache test test-slow check format bench clean setup
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -10,6 +10,10 @@ setup:
 
 demo: setup  ## the main job on real input: a cluster, a mount, copies, a kill, a recovery
 	@$(BIN)/kvfs demo
+
+demo-kvcache: setup  ## KV-cache blocks of a real model's size: put, get, restart, replay a workload, plot
+	@deploy/bootstrap.sh plots
+	@$(BIN)/kvfs demo-kvcache --plot build/demo-kvcache.png
 
 test: setup check  ## everything but the tests marked slow
 	@$(BIN)/pytest -m "not slow"

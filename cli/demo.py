@@ -9,31 +9,28 @@ Everything lies in one temporary directory, which is gone at the end, also after
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sysconfig
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 import trio
-from rich.text import Text
 
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import common_options, console, human_bytes, print_json, table
 from kvfs.cli.fsck import check_cluster
-from kvfs.cli.mount import check_mount_point, is_mounted, unmount
+from kvfs.cli.measure import step_teller
+from kvfs.cli.mount import check_mount_point
+from kvfs.cli.own_cluster import interruptible, shut_down, start, work_directory
 from kvfs.cli.status import collect
-from kvfs.cli.up import start_detached, stop_supervisor
 from kvfs.client import Client
-from kvfs.common.errors import DataError, DeadlineExceeded, KvfsError
+from kvfs.common.errors import DataError, DeadlineExceeded
 
 STORAGE = 3
 REPLICAS = 3
@@ -166,7 +163,7 @@ class Demo:
 
     def run(self) -> None:
         start_s = time.perf_counter()
-        start_detached(self.cluster, restart=False)
+        start(self.cluster)
         self.say(f"cluster {self.cluster.cluster_id} is up and mounted in {time.perf_counter() - start_s:.1f} s: {self.processes()}")
         self.first_copy()
         self.second_copy_with_a_kill()
@@ -257,33 +254,6 @@ class Demo:
             raise DataError(f"fsck found {len(report.problems)} problems, the first: {report.problems[0]}")
         self.say(f"fsck: {report.inodes} inodes, {report.chunks} chunks on {report.replicas} replicas, clean")
 
-    def clean_up(self) -> None:
-        """Unmount and stop whatever runs; each step goes on when the one before failed."""
-        if control.is_running(self.cluster.control_socket):
-            try:
-                stop_supervisor(self.cluster)
-            except KvfsError as error:
-                console.print(error.message, style="yellow")
-        if is_mounted(str(self.mount)):
-            unmount(str(self.mount), lazy=True)
-        if self.cluster.run_dir.parent != self.cluster.path:
-            shutil.rmtree(self.cluster.run_dir, ignore_errors=True)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that the cleanup below runs."""
-
-    def raise_interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, raise_interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
 
 def show(rows: list[Row]) -> None:
     made = table("step", "files", "size", "local disk", "kvfs", "ratio", right=("files", "size", "local disk", "kvfs", "ratio"))
@@ -302,13 +272,9 @@ def show(rows: list[Row]) -> None:
 @common_options
 def demo(options: Any, large_mib: int, keep: bool, directory: Path | None) -> None:
     """Start a cluster, mount it, copy real files, kill a storage service in the midst, compare every byte, recover, clean up."""
-    say = (lambda text: None) if options.as_json else (lambda text: console.print(Text("✓ ", style="green") + Text(text)))
-    with interruptible(), ExitStack() as stack:
-        base = Path(tempfile.mkdtemp(prefix="kvfs-demo-", dir=directory))
-        if not keep:
-            stack.callback(shutil.rmtree, base, ignore_errors=True)
-        made = Demo(base, large_mib << 20, say)
-        stack.callback(made.clean_up)
+    with interruptible(), work_directory("kvfs-demo-", directory, keep=keep) as base, ExitStack() as stack:
+        made = Demo(base, large_mib << 20, step_teller(quiet=options.as_json))
+        stack.callback(shut_down, made.cluster)
         made.run()
         if options.as_json:
             rows = [{"step": r.what, "files": r.files, "bytes": r.bytes, "local_s": r.local_s, "kvfs_s": r.kvfs_s} for r in made.rows]

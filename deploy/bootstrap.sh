@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=.venv
-stamp=$venv/.kvfs-ready
+extra=${1:-}  # one more extra of pyproject.toml, for the target that needs it: `deploy/bootstrap.sh plots`
+stamp=$venv/.kvfs-ready${extra:+-$extra}
 key=$(cat pyproject.toml setup.py deploy/constraints.txt common/wire/*.proto | sha256sum | cut -d' ' -f1)
 if [ -x $venv/bin/kvfs ] && [ "$(cat $stamp 2>/dev/null)" = "$key" ]; then exit 0; fi
 
@@ -38,6 +39,6 @@ fi
 
 say "installing kvfs into $venv (up to a minute the first time)"
 [ -x $venv/bin/python ] || "$python" -m venv $venv
-$venv/bin/python -m pip --disable-pip-version-check install -q -c deploy/constraints.txt -e '.[fuse,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+$venv/bin/python -m pip --disable-pip-version-check install -q -c deploy/constraints.txt -e ".[fuse,dev${extra:+,$extra}]" 2>&1 | { grep -v '^WARNING: Location' || true; }
 [ -x $venv/bin/kvfs ] || { say "pip did not install the kvfs command: see its messages above"; exit 1; }
 printf '%s' "$key" > $stamp

@@ -7,7 +7,6 @@ caller spent.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from tests.bench.sides import make
 from tests.bench.workloads import WORKLOADS, Scale
 
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+from kvfs.cli.measure import cpu_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +39,6 @@ class Result:
     @property
     def cpu_us(self) -> float:
         return self.cpu_s / self.operations * 1e6
-
-
-def cpu_of(pids: Sequence[int]) -> float:
-    """Seconds of CPU that the processes have used so far, all threads."""
-    total = 0.0
-    for pid in pids:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) * TICK_S
-    return total
 
 
 def _stream(kind: str, where: str, workload: str, stream: int, streams: int, scale: Scale, barrier: Any, pipe: Connection) -> None:

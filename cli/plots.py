@@ -1,0 +1,53 @@
+"""Plots as PNG files, drawn without a screen. matplotlib is an extra (`plots`) and imported only here, when something is drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvfs.common.errors import SetupError
+from kvfs.kvcache.replay import Tally
+
+WINDOW_REQUESTS = 40
+
+
+def check_can_plot() -> None:
+    """Before minutes of work are spent. Raises SetupError."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SetupError("matplotlib is not installed: pip install 'kvfs[plots]' (`make demo-kvcache` does), or leave the plot out with --no-plot")
+
+
+def moving_rate(tally: Tally, window: int = WINDOW_REQUESTS) -> list[float]:
+    """Hit rate of the last `window` requests, after each request."""
+    rates = []
+    hit = asked = 0
+    for place, (_, hits, tokens) in enumerate(tally.points):
+        hit, asked = hit + hits, asked + tokens
+        if place >= window:
+            _, old_hits, old_tokens = tally.points[place - window]
+            hit, asked = hit - old_hits, asked - old_tokens
+        rates.append(hit / asked if asked else 0.0)
+    return rates
+
+
+def hit_rate_over_time(path: Path, title: str, lines: Sequence[tuple[str, Tally]]) -> None:
+    """One line each, over the time of arrival; the legend has the rate over all requests."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    styles = ({"linewidth": 2.2}, {"linewidth": 1.4, "linestyle": "--"}, {"linewidth": 1.2, "linestyle": ":"})
+    for place, (label, tally) in enumerate(lines):
+        seconds = [timestamp_ms / 1000 for timestamp_ms, _, _ in tally.points]
+        rates = [100 * rate for rate in moving_rate(tally)]
+        axes.plot(seconds, rates, label=f"{label}: {100 * tally.hit_rate:.2f} % over all", **styles[place % len(styles)])
+    axes.set(title=title, xlabel="arrival, s", ylabel=f"hit tokens of the last {WINDOW_REQUESTS} requests, %", ylim=(0, 100))
+    axes.margins(x=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
