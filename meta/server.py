@@ -13,11 +13,9 @@ from typing import Any, Final
 
 import trio
 
-from kvfs.common.boundary.clock import Clock, SystemClock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.boundary.net import Net, SystemNet
-from kvfs.common.boundary.random import Random, SystemRandom
 from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.boundary.world import Boundaries
 from kvfs.common.errors import ConfigError, KvfsError
 from kvfs.common.membership import ManagerLink
 from kvfs.common.node_file import NodeFile, open_node_file
@@ -41,12 +39,9 @@ LAST_FLUSH_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """The boundaries; None: the real one. `engine`: a store that outlives this service. `chunks`: instead of storage services."""
+class World(Boundaries):
+    """`disk`: None, the real one. `engine`: a store that outlives this service. `chunks`: instead of storage services."""
 
-    clock: Clock | None = None
-    random: Random | None = None
-    net: Net | None = None
     disk: Disk | None = None
     engine: Engine | None = None
     chunks: Chunks | None = None
@@ -56,7 +51,7 @@ async def serve(config: MetaConfig, *, world: World = World(), task_status: trio
     """Until cancelled. Starts with {"addresses", "node_id", "cluster_id", "grpc_address"}. Raises a KvfsError that says what to do."""
     if not config.data and world.disk is None:
         raise ConfigError("meta.data is not set: name the directory in which the meta service keeps its identity and its store")
-    random = world.random or SystemRandom()
+    random = world.random
     disk = world.disk or RealDisk(config.data)
     disk.makedirs("")
     disk.lock()
@@ -73,7 +68,7 @@ async def serve(config: MetaConfig, *, world: World = World(), task_status: trio
 
 
 async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFile, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
-    clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or SystemNet()
+    clock, random, net = world.clock, world.random, world.net
     made_now = await engine.transact(
         lambda txn: store.prepare(txn, clock.wall_ns(), config.chunk_size_bytes, uid=config.root_uid, gid=config.root_gid)
     )

@@ -14,10 +14,11 @@ from typing import Any
 
 import trio
 
-from kvfs.common.boundary.clock import Clock, SystemClock
-from kvfs.common.boundary.net import Net, SystemNet
-from kvfs.common.boundary.random import Random, SystemRandom
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.boundary.net import Net
+from kvfs.common.boundary.random import Random
 from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.boundary.world import Boundaries
 from kvfs.common.errors import ConfigError, KvfsError, LeaseExpired
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
@@ -50,12 +51,9 @@ LEAVE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """The boundaries; None: the real one."""
+class World(Boundaries):
+    """`open_disk`: None, the real one."""
 
-    clock: Clock | None = None
-    random: Random | None = None
-    net: Net | None = None
     open_disk: OpenDisk | None = None
 
 
@@ -63,11 +61,11 @@ async def serve(config: StorageConfig, *, world: World = World(), task_status: t
     """Until cancelled. Starts with {"addresses", "node_id", "cluster_id"}. Raises a KvfsError that says what to do."""
     if not config.data:
         raise ConfigError("storage.data is empty: give one directory per disk")
-    clock, random = world.clock or SystemClock(), world.random or SystemRandom()
+    clock, random = world.clock, world.random
     disks = Disks(config, clock, random, world.open_disk or RealDisk)
     workers = WorkerPool(config.threads)
     try:
-        process = _Process(config, clock, random, world.net or SystemNet(), disks, workers)
+        process = _Process(config, clock, random, world.net, disks, workers)
         try:
             await process.run(task_status)
         except BaseExceptionGroup as group:

@@ -12,11 +12,12 @@ from typing import Any
 
 import trio
 
-from kvfs.common.boundary.clock import Clock, SystemClock
+from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.boundary.net import Net, SystemNet
-from kvfs.common.boundary.random import Random, SystemRandom
+from kvfs.common.boundary.net import Net
+from kvfs.common.boundary.random import Random
 from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.boundary.world import Boundaries
 from kvfs.common.errors import ConfigError, KvfsError
 from kvfs.common.node_file import open_node_file
 from kvfs.common.wire.identity import Identity
@@ -30,12 +31,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """The boundaries; None: the real one. `engine`: a store shared with other managers, closed by whoever made it."""
+class World(Boundaries):
+    """`disk`: None, the real one. `engine`: a store shared with other managers, closed by whoever made it."""
 
-    clock: Clock | None = None
-    random: Random | None = None
-    net: Net | None = None
     disk: Disk | None = None
     engine: Engine | None = None
 
@@ -44,7 +42,7 @@ async def serve(config: ManagerConfig, *, world: World = World(), task_status: t
     """Until cancelled. Starts with {"addresses", "cluster_id", "node_uuid", "grpc_address"}. Raises a KvfsError that says what to do."""
     if not config.data and world.disk is None:
         raise ConfigError("manager.data is not set: name the directory in which the manager keeps the cluster's records")
-    clock, random, net = world.clock or SystemClock(), world.random or SystemRandom(), world.net or SystemNet()
+    clock, random, net = world.clock, world.random, world.net
     disk = world.disk or RealDisk(config.data)
     disk.makedirs("")
     disk.lock()

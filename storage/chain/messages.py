@@ -6,10 +6,10 @@ Plain values; an effect names what its driver must do and tell the core about af
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvfs.common import errors
+from kvfs.common.values import value
 from kvfs.storage.engine.requests import UpdateKind
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ CLEAN_REFUSALS = frozenset(
 """Statuses that promise: neither this replica nor any after it holds the update. Only such an answer lets a predecessor forget it."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TagKey:
     client_id: bytes
     channel: int
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Incoming:
     """An update as it arrived."""
 
@@ -50,7 +50,7 @@ class Incoming:
     """The disk surely has room: forwarding may begin before the local copy is written."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stored:
     """What the engine holds of a chunk, read under the chunk's lock."""
 
@@ -69,7 +69,7 @@ class Stored:
 ABSENT = Stored()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Result:
     status: int = 0
     version: int = 0
@@ -104,21 +104,21 @@ def refusal(error: errors.KvfsError | type[errors.KvfsError], chain_version: int
 # --- effects of one update: the driver carries them out and answers with the event named ---------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Prepare:
     """Write the pending version. -> prepared / prepare_failed"""
 
     flight: Flight
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Apply:
     """Write and commit in one step. -> applied / prepare_failed"""
 
     flight: Flight
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Forward:
     """Send the update on, as `kind` (REPLACE: the whole chunk as it is after the update). -> forwarded / forward_failed"""
 
@@ -130,21 +130,21 @@ class Forward:
     syncing: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Commit:
     """Make the pending version the committed one. -> committed / commit_failed"""
 
     flight: Flight
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Drop:
     """Forget the pending version. No answer."""
 
     flight: Flight
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Reply:
     """The update is over: answer, release the chunk's lock."""
 
@@ -152,7 +152,7 @@ class Reply:
     result: Result
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Wait:
     """Nothing to do until the chain changes or a short time has passed. -> resume. `refresh`: somebody knows a newer chain, ask for it now."""
 
@@ -163,22 +163,22 @@ class Wait:
 # --- effects of the target ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Report:
     """The local state changed: send a heartbeat now."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ResolveLeftovers:
     """Every pending version that no update under way owns: take its lock and call recover()."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class DropLeftovers:
     """Forget every pending version that no update under way owns."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StartResync:
     """Bring the successor up to date; a resync of an older chain version ends."""
 
@@ -186,12 +186,12 @@ class StartResync:
     chain_version: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StopResync:
     pass
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Exit:
     """The cluster went on without this target while it thought it served: the process must end."""
 

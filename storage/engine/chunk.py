@@ -11,15 +11,15 @@ A meta is a value: a change makes a new one. This module never touches a disk.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, xxh3_64
 from kvfs.common.errors import IndexCorrupt
+from kvfs.common.values import value
 from kvfs.storage.engine.classes import BLOCK_ALIGNMENT_BYTES, Block
 from kvfs.storage.engine.requests import Tag, UpdateKind
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Content:
     """The bytes of one version: how many, where, and their checksums."""
 
@@ -34,7 +34,7 @@ class Content:
 EMPTY = Content(length=0, stored=0, block=None, checksums=b"", sealed=False)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PendingMeta:
     """A version that was prepared and neither committed nor dropped."""
 
@@ -59,7 +59,7 @@ class PendingMeta:
         return xxh3_64(self.content.checksums)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ChunkMeta:
     chunk_id: bytes
     version: int

@@ -6,10 +6,10 @@ Plain values: none of them holds a lock, a file or a buffer that outlives the ca
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvfs.common.boundary.disk import DiskFile
+from kvfs.common.values import value
 
 
 class UpdateKind(enum.IntEnum):
@@ -26,7 +26,7 @@ class UpdateKind(enum.IntEnum):
     """A WRITE of the whole chunk, only if it is not there. Of the chain's head alone: it makes a WRITE of it, so the engine never meets one."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Tag:
     """An idempotency record: the last update of (client, channel) had this sequence number and this result (opaque bytes, at most 1 KiB)."""
 
@@ -36,7 +36,7 @@ class Tag:
     result: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Update:
     """One change of one chunk.
 
@@ -63,7 +63,7 @@ class Update:
     """Prepare only: whose update it is, kept with the pending version (without the result), so that a commit after a restart can record it."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ReadOutcome:
     """A read that was served. `length` bytes lie at the start of the caller's buffer; less than asked at the chunk's end (beyond is a hole)."""
 
@@ -96,7 +96,7 @@ class Place(NamedTuple):
     """Bytes of the widened range that lie there; the rest are zeros."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RemovedRange:
     chunk_ids: list[bytes]
     more: bool
@@ -104,7 +104,7 @@ class RemovedRange:
     freed_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LastChunk:
     index: int
     length: int
@@ -112,7 +112,7 @@ class LastChunk:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Space:
     capacity_bytes: int
     used_bytes: int
@@ -122,7 +122,7 @@ class Space:
     chunks: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CheckReport:
     """fsck of one target: every problem is a sentence that names the chunk or the block."""
 

@@ -65,6 +65,7 @@ class NativeSide:
 
     def __init__(self, cluster: str) -> None:
         self.client = Client(cluster, description="bench")
+        self.client.stat("/")  # connected, as the mount is: connecting is no part of any workload
 
     def open(self, path: str, mode: str) -> Any:
         return self.client.open(f"/{path}", mode, buffering=0)

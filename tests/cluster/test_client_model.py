@@ -19,7 +19,7 @@ from kvfs.client import Client
 from kvfs.common.wire import meta_pb2
 
 if TYPE_CHECKING:
-    from tests.cluster.conftest import RealCluster
+    from tests.real_cluster import RealCluster
 
 pytestmark = pytest.mark.cluster
 

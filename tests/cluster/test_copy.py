@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.cluster.conftest import RealCluster
+    from tests.real_cluster import RealCluster
 
 pytestmark = pytest.mark.cluster
 

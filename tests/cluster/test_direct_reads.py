@@ -15,7 +15,7 @@ from kvfs.client import Client
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.cluster.conftest import RealCluster
+    from tests.real_cluster import RealCluster
 
 pytestmark = pytest.mark.cluster
 

@@ -18,7 +18,7 @@ from kvfs.cli import cluster_dir
 from kvfs.client import Client
 
 if TYPE_CHECKING:
-    from tests.cluster.conftest import RealCluster
+    from tests.real_cluster import RealCluster
 
 pytestmark = pytest.mark.cluster
 

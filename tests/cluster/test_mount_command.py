@@ -17,7 +17,7 @@ from kvfs.cli.mount_helper import parse
 from kvfs.fuse import kernel
 
 if TYPE_CHECKING:
-    from tests.cluster.conftest import RealCluster
+    from tests.real_cluster import RealCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.mount, pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="there is no /dev/fuse")]
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,69 +14,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-COMMAND_TIMEOUT_S = 150
+from tests.real_cluster import RealCluster
 
 
-class Cluster:
-    """A cluster directory with its supervisor running."""
+class Cluster(RealCluster):
+    """A cluster directory below `base`, with its supervisor running and what is mounted of it."""
 
     def __init__(self, base: Path) -> None:
+        super().__init__(base / "cluster", state=base / "state")
         self.base = base
-        self.directory = base / "cluster"
         self.mounts: list[Path] = []
-
-    def kvfs(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "XDG_STATE_HOME": str(self.base / "state")}
-        done = subprocess.run(
-            [sys.executable, "-m", "kvfs.cli.main", *arguments],
-            capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, env=environment, cwd="/", check=False,
-        )  # fmt: skip
-        if check and done.returncode != 0:
-            raise AssertionError(f"kvfs {' '.join(arguments)}: status {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}")
-        return done
-
-    def logs(self) -> str:
-        """The ends of all logs, for a failed test."""
-        return "\n".join(
-            f"--- {path.name}\n" + path.read_text(errors="replace")[-2000:]
-            for folder in (self.directory / "log", self.base / "state" / "kvfs")
-            if folder.is_dir()
-            for path in sorted(folder.iterdir())
-        )
-
-    def up(self, *, storage: int, replicas: int, restart: bool = True) -> None:
-        arguments = ["up", str(self.directory), "--storage", str(storage), "--replicas", str(replicas)]
-        self.kvfs(*arguments, *([] if restart else ["--no-restart"]))
 
     def mount(self, name: str, *, options: str = "") -> Path:
         path = self.base / name
         path.mkdir(exist_ok=True)
-        self.kvfs("mount", str(path), "--cluster", str(self.directory), *(["-o", options] if options else []))
+        self.kvfs("mount", str(path), *(["-o", options] if options else []))
         self.mounts.append(path)
         return path
 
     def umount(self, path: Path) -> None:
-        self.kvfs("umount", str(path), "--cluster", str(self.directory))
+        self.kvfs("umount", str(path))
         self.mounts.remove(path)
-
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.kvfs("status", "--cluster", str(self.directory), "--json").stdout)
-        return found
-
-    def process(self, role: str, index: int = 0) -> dict[str, Any]:
-        return [process for process in self.status()["processes"] if process["role"] == role][index]
 
     def kill(self, role: str, index: int = 0) -> str:
         """SIGKILL; gives the process's id."""
-        found = self.process(role, index)
+        found = [process for process in self.status()["processes"] if process["role"] == role][index]
         os.kill(found["pid"], signal.SIGKILL)
         return str(found["id"])
-
-    def start(self, name: str) -> None:
-        self.kvfs("start", name, "--cluster", str(self.directory))
-
-    def stop(self, name: str) -> None:
-        self.kvfs("stop", name, "--cluster", str(self.directory))
 
     def check(self) -> None:
         """fsck of metadata against chunks and of replicas against each other, once every chain has all of its replicas."""
@@ -88,7 +51,7 @@ class Cluster:
 
         def clean() -> bool:
             # Files closed a moment ago may be on their way from their directory to the garbage queue: in neither, for one look.
-            report = json.loads(self.kvfs("fsck", "--cluster", str(self.directory), "--json", check=False).stdout)
+            report = json.loads(self.kvfs("fsck", "--json", check=False).stdout)
             assert report["clean"], report["problems"][:20]
             return True
 
@@ -96,11 +59,10 @@ class Cluster:
 
     def close(self) -> None:
         for path in list(self.mounts):
-            done = self.kvfs("umount", str(path), "--cluster", str(self.directory), check=False)
+            done = self.kvfs("umount", str(path), check=False)
             if done.returncode != 0:
                 subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)
-        if self.directory.exists():
-            self.kvfs("down", str(self.directory), check=False)
+        self.stop()
         for path in self.mounts:
             subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)
 
@@ -111,7 +73,7 @@ def running_cluster(*, storage: int, replicas: int, restart: bool = True) -> Ite
     base.chmod(0o755)
     cluster = Cluster(base)
     try:
-        cluster.up(storage=storage, replicas=replicas, restart=restart)
+        cluster.up("--storage", str(storage), "--replicas", str(replicas), *([] if restart else ["--no-restart"]))
         yield cluster
     finally:
         cluster.close()

@@ -22,7 +22,7 @@ def fill(cluster: Cluster, directory: Path, count: int) -> None:
     number = os.stat(directory).st_ino
 
     async def main() -> None:
-        async with open_client(str(cluster.directory)) as client:
+        async with open_client(str(cluster.path)) as client:
             numbers = iter(range(count))
 
             async def make() -> None:

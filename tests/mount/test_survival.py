@@ -82,6 +82,7 @@ def test_storage_service_killed_while_files_are_written_and_read(fragile: Cluste
 def test_metadata_service_restarts(fragile: Cluster, mounted: Path) -> None:
     fd = os.open(mounted / "open", os.O_CREAT | os.O_RDWR, 0o644)
     os.write(fd, b"before")
+    os.fsync(fd)  # else the close of this descriptor in a forked child, `kvfs start` below, would wait for the service that it is to start
     killed = fragile.kill("meta")
     outcome: list[object] = []
 
@@ -123,7 +124,7 @@ def test_killed_mount_leaves_a_dead_mount_point_that_can_be_cleared(fragile: Clu
     assert len(pids) == 1
     os.kill(int(pids[0]), signal.SIGKILL)
     eventually(lambda: _errno_of_stat(path) == errno.ENOTCONN)
-    refused = fragile.kvfs("mount", str(path), "--cluster", str(fragile.directory), check=False)
+    refused = fragile.kvfs("mount", str(path), "--cluster", str(fragile.path), check=False)
     assert refused.returncode != 0 and "umount" in refused.stderr
     fragile.umount(path)
     again = fragile.mount("victim")
@@ -162,5 +163,5 @@ def test_unfit_mount_points(fragile: Cluster, mounted: Path, what: str, words: s
         (path / "entry").touch()
     elif what == "mounted":
         path = mounted
-    refused = fragile.kvfs("mount", str(path), "--cluster", str(fragile.directory), check=False)
+    refused = fragile.kvfs("mount", str(path), "--cluster", str(fragile.path), check=False)
     assert refused.returncode != 0 and words in refused.stderr and "Traceback" not in refused.stderr
