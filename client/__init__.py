@@ -12,6 +12,7 @@ from kvfs.client.file.memory import RegisteredBuffer
 from kvfs.client.file.open_file import OpenFile
 from kvfs.client.locate import ClusterAddress, locate
 from kvfs.client.raw_io import RawFile
+from kvfs.client.rings import Completion, IoRing
 from kvfs.client.sync_client import Client
 from kvfs.client.user import User
 
@@ -21,6 +22,8 @@ __all__ = [
     "Client",
     "ClientConfig",
     "ClusterAddress",
+    "Completion",
+    "IoRing",
     "OpenFile",
     "RawFile",
     "RegisteredBuffer",

@@ -145,6 +145,11 @@ class Portal:
         self._queue(_Call(function, arguments))
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread is there, in this process."""
+        return self.pid == os.getpid() and self._thread.is_alive()
+
+    @property
     def inside(self) -> bool:
         """Whether this is the client's own thread, which must not wait for itself."""
         return threading.current_thread() is self._thread

@@ -10,6 +10,7 @@ Thread-safe as Python's own raw files are: the file object has no lock of its ow
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from typing import TYPE_CHECKING, Any
@@ -313,6 +314,12 @@ class RawFile(io.RawIOBase):
 
     def fsync(self) -> None:
         self._call(self._handle().fsync)
+
+    def opened(self, *, reading: bool) -> OpenFile:
+        """The file behind this object, for a ring that reads or writes it. OSError: EBADF when it is closed or not open for that."""
+        if self.closed or not (self._readable if reading else self._writable) or self._flags & os.O_APPEND:
+            raise OSError(errno.EBADF, f"{self.name} is not open for {'reading' if reading else 'writing at an offset'}")
+        return self._handle()
 
     def stat(self) -> Any:
         """Attributes as this client sees them."""

@@ -21,11 +21,13 @@ from kvfs.client.async_client import AsyncClient, open_client
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.memory import RegisteredBuffer
 from kvfs.client.file.open_file import OpenFile
+from kvfs.client.locate import ClusterAddress
 from kvfs.client.os_errors import to_os_error
 from kvfs.client.paths import Path, flags_of, shown
 from kvfs.client.peers import Counters
 from kvfs.client.portal import Portal
 from kvfs.client.raw_io import RawFile
+from kvfs.client.rings import IoRing
 from kvfs.client.user import User
 from kvfs.common.errors import BadHandle, KvfsError
 from kvfs.common.wire import meta_pb2 as pb
@@ -40,7 +42,7 @@ class Client:
 
     def __init__(
         self,
-        cluster: str | os.PathLike[str] | None = None,
+        cluster: str | os.PathLike[str] | ClusterAddress | None = None,
         *,
         user: User | None = None,
         role: str = "client",
@@ -51,6 +53,7 @@ class Client:
         self._lock = threading.Lock()
         self._portal: Portal | None = None
         self._closed = False
+        self._rings: weakref.WeakSet[IoRing] = weakref.WeakSet()
         _living.add(self)
 
     # --- life ------------------------------------------------------------------------------------------------------------------------
@@ -86,6 +89,15 @@ class Client:
                 portal.close()
             except KvfsError as error:
                 raise self.translate(error) from error
+            finally:
+                for ring in list(self._rings):
+                    ring.abandon()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread behind this client is there; false also before the first call."""
+        portal = self._portal
+        return portal is not None and portal.alive
 
     def __enter__(self) -> Client:
         return self.connect()
@@ -99,6 +111,8 @@ class Client:
     def _after_fork(self) -> None:
         """In the child: the lock may have been held by a thread that does not exist here."""
         self._lock = threading.Lock()
+        for ring in list(self._rings):
+            ring.reset()
 
     def call(self, function: Callable[[AsyncClient], Any]) -> Any:
         """Run an async function of the AsyncClient in its thread: for what has no method here."""
@@ -156,16 +170,35 @@ class Client:
 
     def reopen(self, file: OpenFile, flags: int) -> OpenFile:
         """The same inode, in a process that was forked off after it was opened."""
+        return self._open_inode(file.inode, flags, file.user)
+
+    def open_inode(self, inode: int, flags: int, *, user: User | None = None, name: str = "") -> RawFile:
+        """A regular file by its number (st_ino on a mount), with the access mode and O_APPEND of `flags`; the mode bits must let `user` do so."""
+        opened = self._open_inode(inode, flags, user)
+        return RawFile(self, opened, flags, name or f"inode {inode}")
+
+    def _open_inode(self, number: int, flags: int, user: User | None) -> OpenFile:
         access = flags & os.O_ACCMODE
         read, write = access != os.O_WRONLY, access != os.O_RDONLY
 
-        async def again(client: AsyncClient) -> OpenFile:
+        async def by_number(client: AsyncClient) -> OpenFile:
             session = client.new_session()
-            inode = await client.meta.open(file.inode, session=session, read=read, write=write, user=file.user)
-            return client.open_file(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=file.user)
+            inode = await client.meta.open(number, session=session, read=read, write=write, user=user)
+            return client.open_file(inode, session=session, read=read, write=write, append=bool(flags & os.O_APPEND), user=user)
 
-        opened: OpenFile = self._run(None, again)
+        opened: OpenFile = self._run(None, by_number)
         return opened
+
+    def make_ring(
+        self, entries: int, *, for_read: bool = True, io_depth: int = 0, timeout_s: float | None = None, forbid_holes: bool = False
+    ) -> IoRing:
+        """A ring for reads or for writes of this client's files, with at most `entries` under way.
+
+        `io_depth`: 0 issues what is submitted as one batch; N above 0 in batches of exactly N (a rest waits for more, at most `timeout_s` if that is
+        given); below 0 in batches of at most -N. `forbid_holes`: a read of bytes that were never written is -ENODATA instead of zeros."""
+        ring = IoRing(self, entries, for_read=for_read, io_depth=io_depth, timeout_s=timeout_s, forbid_holes=forbid_holes)
+        self._rings.add(ring)
+        return ring
 
     def register(self, size_bytes: int) -> RegisteredBuffer:
         """Memory that storage services on this host read and write directly: give its spans to RawFile.preadv and pwrite."""

@@ -9,7 +9,7 @@ of every handle once; a handle that was closed stays closed, also when closing f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
 import trio
@@ -21,7 +21,8 @@ from kvfs.client.file.readahead import Stream, Window
 from kvfs.client.file.state import FileState, Held, let_go
 from kvfs.client.file.stretch import Stretch
 from kvfs.client.peers import Buffer
-from kvfs.client.storage_writes import ChunkWrite
+from kvfs.client.placement import Placement
+from kvfs.client.storage_writes import ChunkWrite, WriteDone
 from kvfs.client.user import User
 from kvfs.common.errors import BadHandle, InvalidArgument, KvfsError
 from kvfs.common.transport.region import Span
@@ -47,6 +48,8 @@ class OpenFile:
         self._reach = Reach()
         self._errors_seen = state.errors
         self._closed = False
+        self._through = 0
+        self._through_gone = trio.Event()
         self.inode = state.number
         self.session = session
         self.user = user
@@ -82,6 +85,21 @@ class OpenFile:
     def attributes(self) -> pb.Inode:
         """The newest attributes known, with the local length and mtime. Do not change the message."""
         return self._state.view()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the chunks of the file lie."""
+        return self._state.placement
+
+    async def settled_length(self) -> int:
+        """For who reads from the storage itself: what this client has buffered is there now. Gives the length, true at this moment."""
+        if self._closed or not self._read:
+            raise BadHandle("the file is not open for reading")
+        state = self._state
+        if state.dirty:
+            await state.flush()
+        await state.fresh(self.user)
+        return state.length
 
     # --- reading ---------------------------------------------------------------------------------------------------------------------
 
@@ -331,17 +349,33 @@ class OpenFile:
                 continue
             async with state.writing(start, count, self.session, self.user):
                 if isinstance(buffer, Span):
-                    await self._send_now(start, buffer)
+                    await self._send_now(start, buffer, state.shared.storage.write)
                 else:
                     await state.dirty.write(start, bytes_of(buffer))
             start += count
         return start - offset
 
-    async def _send_now(self, offset: int, span: Span) -> None:
-        """From the caller's registered memory straight to the storage, behind what is buffered of the same chunks."""
+    async def write_through(self, offset: int, data: Span | memoryview, write: Callable[[list[ChunkWrite]], Awaitable[list[WriteDone]]]) -> None:
+        """As pwrite of a Span, the requests made by `write`, which may gather those of several calls. `close` waits for it."""
+        self._check_writable(offset)
+        self._through += 1
+        try:
+            state = self._state
+            await state.fresh_for_writing(self.user)
+            self._raise_pending()
+            async with state.writing(offset, len(data), self.session, self.user):
+                await self._send_now(offset, data, write)
+        finally:
+            self._through -= 1
+            if not self._through:
+                self._through_gone.set()
+
+    async def _send_now(self, offset: int, data: Span | memoryview, write: Callable[[list[ChunkWrite]], Awaitable[list[WriteDone]]]) -> None:
+        """From the caller's memory straight to the storage, behind what is buffered of the same chunks."""
         state = self._state
         placement = state.placement
-        await state.dirty.flush(offset, offset + span.length)
+        end = offset + len(data)
+        await state.dirty.flush(offset, end)
         writes = [
             ChunkWrite(
                 placement.chain(piece.index),
@@ -349,20 +383,20 @@ class OpenFile:
                 piece.offset,
                 piece.length,
                 placement.chunk_size,
-                span.part(piece.start, piece.length),
+                data.part(piece.start, piece.length) if isinstance(data, Span) else data[piece.start : piece.start + piece.length],
             )
-            for piece in placement.pieces(offset, span.length)
+            for piece in placement.pieces(offset, len(data))
         ]
         try:
-            await state.shared.storage.write(writes)
+            await write(writes)
         except KvfsError as error:
             state.failed(error)
             self._errors_seen = state.errors  # this handle hears of it now
             raise
         else:
-            state.acknowledged(offset + span.length)
+            state.acknowledged(end)
         finally:
-            state.windows.drop_range(offset, offset + span.length)
+            state.windows.drop_range(offset, end)
 
     async def flush(self) -> None:
         """Wait until everything written (through any handle of the inode in this client) is acknowledged by the storage."""
@@ -410,6 +444,9 @@ class OpenFile:
         self._closed = True
         state = self._state
         try:
+            while self._through:
+                self._through_gone = trio.Event()
+                await self._through_gone.wait()
             if self._write and state.dirty:
                 await state.flush()
             if self._write and state.must_report:

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import trio
-from tests.unit.client.whole import whole
+from tests.unit.client.whole import whole_in_thread
 
 from kvfs.client import Client, ClientConfig
 from kvfs.client.locate import ClusterAddress
@@ -25,22 +24,8 @@ CONFIG = ClientConfig(buffer_pool_bytes=64 << 20)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ClusterAddress]:
-    ready = threading.Event()
-    found: dict[str, Any] = {}
-
-    async def main() -> None:
-        async with whole(storage=2, replicas=2) as made:
-            found["address"], found["stop"] = made.address, trio.Event()
-            found["token"] = trio.lowlevel.current_trio_token()
-            ready.set()
-            await found["stop"].wait()
-
-    thread = threading.Thread(target=lambda: trio.run(main), daemon=True)
-    thread.start()
-    assert ready.wait(30)
-    yield found["address"]
-    found["token"].run_sync_soon(found["stop"].set)
-    thread.join(30)
+    with whole_in_thread() as address:
+        yield address
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,27 @@ async def whole(*, storage: int = 3, replicas: int = 2, lease_ms: int = 800, **s
                 nursery.cancel_scope.cancel()
 
 
+@contextmanager
+def whole_in_thread(*, storage: int = 2, replicas: int = 2) -> Iterator[ClusterAddress]:
+    """The same for tests of the synchronous face."""
+    ready = threading.Event()
+    found: dict[str, Any] = {}
+
+    async def main() -> None:
+        async with whole(storage=storage, replicas=replicas) as made:
+            found["address"], found["stop"] = made.address, trio.Event()
+            found["token"] = trio.lowlevel.current_trio_token()
+            ready.set()
+            await found["stop"].wait()
+
+    thread = threading.Thread(target=lambda: trio.run(main), daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    yield found["address"]
+    found["token"].run_sync_soon(found["stop"].set)
+    thread.join(30)
+
+
 async def _create_targets(address: ClusterAddress, replicas: int, storage: int) -> None:
     clock = SystemClock()
     identity = Identity(cluster_id="whole", client_id=SystemRandom().bytes(16), role="admin")
@@ -106,4 +128,4 @@ async def _create_targets(address: ClusterAddress, replicas: int, storage: int) 
             await trio.sleep(0.02)
 
 
-__all__ = ["AsyncClient", "Whole", "whole"]
+__all__ = ["AsyncClient", "Whole", "whole", "whole_in_thread"]

@@ -1,0 +1,242 @@
+"""A batch of a ring, in the client's thread: reads or writes of many files as few requests, one a storage node.
+
+Owns the way from prepared I/O to results: bytes transferred, or -errno. Invariants:
+  - an I/O has its result only when nothing will touch the caller's memory for it any more: services write directly only into registered memory
+    that can be taken out of their reach (`RegisteredBuffer.direct`); all other memory is filled from, or copied to, a block of the client's own,
+    for one copy;
+  - a read sees every write that was acknowledged before it began, by whatever client, and what this client wrote: nothing that was read ahead is
+    used;
+  - a write has its result when every serving replica has the bytes; writes of one batch may be applied in any order;
+  - an error of one I/O is its own result; nothing is raised for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import trio
+
+from kvfs.client.async_client import AsyncClient
+from kvfs.client.file.memory import Block, RegisteredBuffer, registered_at, zero
+from kvfs.client.file.open_file import OpenFile
+from kvfs.client.storage_client import StorageClient
+from kvfs.client.storage_reads import ChunkRead, ReadDone
+from kvfs.client.storage_writes import ChunkWrite, WriteDone
+from kvfs.common.errors import KvfsError
+from kvfs.common.transport.region import Span
+
+log = logging.getLogger("kvfs.client")
+
+DIRECT_BYTES_MIN = 4096
+"""Less is copied sooner than its address is looked up."""
+
+
+class Io:
+    """One prepared read or write. `result`: None until it is over."""
+
+    __slots__ = ("batch", "buffer", "file", "offset", "result", "retired", "userdata", "view")
+
+    def __init__(self, file: OpenFile, offset: int, view: memoryview, buffer: Any, userdata: Any) -> None:
+        self.file = file
+        self.offset = offset
+        self.view = view
+        self.buffer = buffer
+        self.userdata = userdata
+        self.result: int | None = None
+        self.retired = False
+        """Nobody wants it any more."""
+        self.batch: Any = None
+
+    def fail(self, error: BaseException) -> None:
+        if not isinstance(error, KvfsError):
+            log.error("a ring's I/O of inode %d failed", self.file.inode, exc_info=error)
+        self.result = -(error.errno if isinstance(error, KvfsError) else errno.EIO)
+
+
+async def transfer(client: AsyncClient, ios: Sequence[Io], *, read: bool, forbid_holes: bool) -> AsyncIterator[None]:
+    """Give every I/O its result. What is under way at once is bounded: in steps of one request's bytes; yields after each."""
+    step: list[Io] = []
+    size = 0
+    for io in ios:
+        if step and size + len(io.view) > client.config.batch_max_bytes:
+            await _step(client, step, read, forbid_holes)
+            yield
+            step, size = [], 0
+        step.append(io)
+        size += len(io.view)
+    if step:
+        await _step(client, step, read, forbid_holes)
+        yield
+
+
+async def _step(client: AsyncClient, ios: Sequence[Io], read: bool, forbid_holes: bool) -> None:
+    if read:
+        await _read(client, ios, forbid_holes)
+        return
+    together = _Together(client.storage)
+    async with trio.open_nursery() as nursery:
+        for io in ios:
+            nursery.start_soon(_write, client, io, together)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Target:
+    """Where the bytes of one read go first: into the caller's registered memory, or into a block of the client's."""
+
+    def __init__(self, client: AsyncClient, io: Io, length: int) -> None:
+        self.io = io
+        self.length = length
+        self._owner, self._span = _direct(io.view, length)
+        self._block: Block | None = None if self._span is not None else client.memory.allocate(length)
+        self.reads: list[ChunkRead] = []
+        placement = io.file.placement
+        for piece in placement.pieces(io.offset, length):
+            into = self._span.part(piece.start, piece.length) if self._span is not None else self._part(piece.start, piece.length)
+            self.reads.append(ChunkRead(placement.chain(piece.index), placement.chunk(piece.index), piece.offset, piece.length, into))
+
+    def _part(self, start: int, length: int) -> Span | memoryview:
+        assert self._block is not None
+        return self._block.part(start, length)
+
+    def take(self, outcomes: Sequence[ReadDone | KvfsError], forbid_holes: bool) -> None:
+        """Puts the bytes where the caller wants them; sets the result."""
+        view = self.io.view
+        for outcome in outcomes:
+            if isinstance(outcome, KvfsError):
+                self.io.fail(outcome)
+                return
+        self.settle()
+        hole = False
+        start = 0
+        for read, outcome in zip(self.reads, outcomes, strict=True):
+            assert isinstance(outcome, ReadDone)
+            if self._block is not None or outcome.moved:
+                view[start : start + outcome.length] = outcome.view[: outcome.length]
+            if outcome.length < read.length:
+                hole = True
+                zero(view[start + outcome.length : start + read.length])
+            start += read.length
+        self.io.result = -errno.ENODATA if hole and forbid_holes else self.length
+
+    def settle(self) -> None:
+        """No service writes into the caller's memory from now on: one that hangs loses it, and what else was read stays."""
+        if self._span is not None and self._span.pinned:
+            assert self._owner is not None
+            saved = bytes(self._span.view)
+            self._owner.forsake(self._span)
+            self.io.view[: self.length] = saved
+
+    def release(self) -> None:
+        if self._block is not None:
+            self._block.release()
+        else:
+            self.settle()
+
+
+def _direct(view: memoryview, length: int) -> tuple[RegisteredBuffer | None, Span | None]:
+    """The registered memory that services may write these bytes into."""
+    if length < DIRECT_BYTES_MIN or view.readonly:
+        return None, None
+    found = registered_at(ctypes.addressof(ctypes.c_ubyte.from_buffer(view)), length)
+    if found is None:
+        return None, None
+    owner, offset = found
+    return owner, owner.direct(offset, length)
+
+
+async def _read(client: AsyncClient, ios: Sequence[Io], forbid_holes: bool) -> None:
+    lengths: dict[OpenFile, int | KvfsError] = {}
+    targets: list[_Target] = []
+    try:
+        for io in ios:
+            if io.file not in lengths:
+                try:
+                    lengths[io.file] = await io.file.settled_length()
+                except KvfsError as error:
+                    lengths[io.file] = error
+            length = lengths[io.file]
+            if isinstance(length, KvfsError):
+                io.fail(length)
+                continue
+            due = min(len(io.view), length - io.offset)
+            if due <= 0:
+                io.result = 0
+                continue
+            try:
+                targets.append(_Target(client, io, due))
+            except KvfsError as error:
+                io.fail(error)
+        outcomes = await client.storage.read_each([read for target in targets for read in target.reads])
+        first = 0
+        for target in targets:
+            target.take(outcomes[first : first + len(target.reads)], forbid_holes)
+            first += len(target.reads)
+    finally:
+        for target in targets:
+            target.release()
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------------------------
+
+
+async def _write(client: AsyncClient, io: Io, together: _Together) -> None:
+    length = len(io.view)
+    block: Block | None = None
+    try:
+        found = registered_at(ctypes.addressof(ctypes.c_ubyte.from_buffer(io.view)), length) if not io.view.readonly else None
+        if found is not None and not found[0].forsaken(found[1], length):
+            data: Span | memoryview = found[0].span(found[1], length)  # a service only reads it
+        else:
+            block = client.memory.allocate(length)
+            block.view[:length] = io.view
+            data = block.part(0, length)
+        await io.file.write_through(io.offset, data, together.write)
+        io.result = length
+    except KvfsError as error:
+        io.fail(error)
+    finally:
+        if block is not None:
+            block.release()
+
+
+class _Together:
+    """Chunk updates of tasks that run side by side, in one call: those that come in one turn of the loop. Who comes later, having waited for
+    something, goes with the next: nobody waits for a task that may wait for him."""
+
+    def __init__(self, storage: StorageClient) -> None:
+        self._storage = storage
+        self._gathered: list[ChunkWrite] = []
+        self._told: _Answer | None = None
+
+    async def write(self, writes: Sequence[ChunkWrite]) -> list[WriteDone]:
+        first = len(self._gathered)
+        self._gathered += writes
+        answer = self._told
+        if answer is not None:
+            await answer.ready.wait()
+        else:
+            self._told = answer = _Answer()
+            try:
+                await trio.lowlevel.checkpoint()
+                gathered, self._gathered, self._told = self._gathered, [], None
+                answer.outcomes = await self._storage.write_each(gathered)
+            finally:
+                answer.ready.set()
+        done: list[WriteDone] = []
+        for outcome in answer.outcomes[first : first + len(writes)]:
+            if isinstance(outcome, KvfsError):
+                raise outcome
+            done.append(outcome)
+        return done
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.ready = trio.Event()
+        self.outcomes: list[WriteDone | KvfsError] = []
