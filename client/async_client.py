@@ -66,8 +66,11 @@ class AsyncClient(PathOperations):
         config: ClientConfig,
         nursery: trio.Nursery,
         region: Region | None = None,
+        managers: tuple[str, ...] = (),
     ) -> None:
         self.config = config
+        self.managers = managers
+        """Addresses by which this client found the cluster."""
         self.user = user
         self.client_id = identity.client_id
         self.clock = clock
@@ -203,6 +206,7 @@ async def open_client(
                 user=user or User.current(),
                 config=config,
                 nursery=nursery,
+                managers=address.managers,
             )
             try:
                 client.start()

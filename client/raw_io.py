@@ -312,6 +312,12 @@ class RawFile(io.RawIOBase):
         count: int = self._call(self._handle().pwrite, offset, [data])
         return count
 
+    def punch(self, start: int, end: int) -> None:
+        """Whole chunks [start, end), the last one up to the file's end, become a hole."""
+        self._check(self._writable, "writing")
+        self._give_back()
+        self._call(self._handle().punch, start, end)
+
     def fsync(self) -> None:
         self._call(self._handle().fsync)
 

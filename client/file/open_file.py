@@ -398,6 +398,29 @@ class OpenFile:
         finally:
             state.windows.drop_range(offset, end)
 
+    async def punch(self, start: int, end: int) -> None:
+        """Whole chunks [start, end) of the file (the last one up to the file's end) read as zeros from now on and take no space."""
+        self._check_writable(start)
+        state = self._state
+        placement = state.placement
+        await state.fresh_for_writing(self.user)
+        self._raise_pending()
+        size = placement.chunk_size
+        if start > end or start % size or (end % size and end < state.length):
+            raise InvalidArgument(f"bytes {start} to {end} are not whole chunks of {size} bytes")
+        end = min(end, state.length)
+        if start >= end:
+            return
+        first, stop = start // size, -(-end // size)
+        try:
+            async with state.writing(start, end - start, self.session, self.user):
+                await state.dirty.flush(start, end)
+                for chain in dict.fromkeys(placement.chain(index) for index in range(first, min(stop, first + len(placement.chain_ids)))):
+                    await state.shared.storage.remove_range(chain, self.inode, first, stop)
+        finally:
+            state.forget_read()
+        await self.report()
+
     async def flush(self) -> None:
         """Wait until everything written (through any handle of the inode in this client) is acknowledged by the storage."""
         await self._state.flush()

@@ -1,4 +1,6 @@
-"""Extended attributes: user.* lives in the metadata service; user.kvfs.layout and user.kvfs.chains are made up here, read-only.
+"""Extended attributes: user.* lives in the metadata service; user.kvfs.layout, .chains and .cluster are made up here, read-only.
+
+`user.kvfs.cluster`, on anything, says how a program that stands on the mount gets to the cluster itself: {"cluster_id": ..., "managers": [...]}.
 
 The kernel asks for security.capability before every write, and programs for system.posix_acl_*: those are refused here, without a call.
 The virtual ones are not listed, so that copying tools (cp -a, rsync -X, shutil.copy2) do not try to set them on the copy.
@@ -18,7 +20,8 @@ from kvfs.fuse.operations.base import Base
 
 LAYOUT = b"user.kvfs.layout"
 CHAINS = b"user.kvfs.chains"
-VIRTUAL = (LAYOUT, CHAINS)
+CLUSTER = b"user.kvfs.cluster"
+VIRTUAL = (LAYOUT, CHAINS, CLUSTER)
 USER_NAMESPACE = b"user."
 ASKED_BY_THE_KERNEL = b"security.capability"
 
@@ -28,6 +31,8 @@ class XattrOperations(Base):
         if name == ASKED_BY_THE_KERNEL:
             raise NoAttribute("no capabilities")
         _check_namespace(name)
+        if name == CLUSTER:
+            return json.dumps({"cluster_id": self._client.routing.cluster_id, "managers": self._client.managers}).encode()
         if name in VIRTUAL:
             return await self._virtual(inode, name)
         return await self._as(caller, lambda user: self._meta.get_xattr(inode, name, user=user))
@@ -99,4 +104,4 @@ def _check_namespace(name: bytes) -> None:
 
 def _check_writable(name: bytes) -> None:
     if name in VIRTUAL:
-        raise NotPermitted(f"{name.decode()} is read-only: it shows where the file lies")
+        raise NotPermitted(f"{name.decode()} is read-only: kvfs tells it, nobody sets it")

@@ -419,3 +419,31 @@ def test_settings_come_from_the_environment(cluster: ClusterAddress, monkeypatch
 def test_no_cluster_is_a_clear_error() -> None:
     with pytest.raises(OSError, match=r"127\.0\.0\.1"):
         Client("127.0.0.1:1", config=ClientConfig(deadline_s=0.3)).connect()
+
+
+def test_holes_are_punched(client: Client, cluster: ClusterAddress) -> None:
+    """Whole chunks go, with what is still buffered of them; others see it; the length and the rest stay."""
+    data = random.Random(3).randbytes(5_000_000)
+    with client.open_raw("/punched", os.O_RDWR | os.O_CREAT) as file:
+        chunk = client.stat("/punched").layout.chunk_size
+        file.pwrite(data, 0)
+        file.punch(chunk, 3 * chunk)
+        expected = data[:chunk] + bytes(2 * chunk) + data[3 * chunk :]
+        assert bytes(file.pread(len(data), 0)) == expected
+        for start, end in ((1, chunk), (0, chunk + 1), (2 * chunk, chunk)):
+            with pytest.raises(OSError) as refused:
+                file.punch(start, end)
+            assert refused.value.errno == errno.EINVAL
+        file.punch(64 * chunk, 65 * chunk)
+        file.punch(4 * chunk, 8 * chunk)
+        expected = expected[: 4 * chunk] + bytes(len(data) - 4 * chunk)
+        with Client(cluster, config=CONFIG) as other, other.open_raw("/punched", os.O_RDONLY) as its:
+            assert other.stat("/punched").length == len(data)
+            assert bytes(its.pread(len(data), 0)) == expected
+            file.pwrite(b"again", chunk + 5)
+            file.fsync()
+            assert bytes(its.pread(12, chunk)) == bytes(5) + b"again" + bytes(2)
+            with pytest.raises(io.UnsupportedOperation):
+                its.punch(0, chunk)
+    with client.open_raw("/punched", os.O_RDONLY) as file:
+        assert file.length == len(data)

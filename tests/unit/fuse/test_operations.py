@@ -440,8 +440,11 @@ async def test_xattrs(ready: Stage) -> None:
     chains = json.loads(await fs.getxattr(made.inode, b"user.kvfs.chains", ROOT))
     assert layout["chunk_size"] == MIB and [chain["chain"] for chain in chains] == layout["chains"]
     assert all(target["state"] == "serving" for chain in chains for target in chain["targets"])
-    with pytest.raises(NotPermitted):
-        await fs.setxattr(made.inode, b"user.kvfs.layout", b"x", ROOT)
+    cluster = json.loads(await fs.getxattr(1, b"user.kvfs.cluster", USER))
+    assert cluster["cluster_id"] == "whole" and cluster["managers"][0].startswith("tcp://")
+    for name in (b"user.kvfs.layout", b"user.kvfs.cluster"):
+        with pytest.raises(NotPermitted):
+            await fs.setxattr(made.inode, name, b"x", ROOT)
     with pytest.raises(NoAttribute):
         await fs.getxattr(1, b"user.kvfs.chains", ROOT)
     before = ready.calls()
