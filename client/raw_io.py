@@ -283,6 +283,10 @@ class RawFile(io.RawIOBase):
     # --- more than io offers ---------------------------------------------------------------------------------------------------------
 
     @property
+    def client(self) -> Client:
+        return self._client
+
+    @property
     def length(self) -> int:
         return self._file.length
 

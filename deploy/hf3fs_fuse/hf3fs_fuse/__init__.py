@@ -1,0 +1,1 @@
+"""3FS's Python package, over kvfs: see `hf3fs_fuse.io`."""
