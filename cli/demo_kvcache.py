@@ -240,7 +240,7 @@ def show(facts: dict[str, Any], result: bench_trace.Replayed) -> None:
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), default=Path("demo-kvcache.png"), help="Where the plot goes (PNG).")
 @click.option("--no-plot", is_flag=True, help="Draw none: needs no matplotlib.")
 @click.option("--replicas", type=click.IntRange(1, STORAGE), default=1, help="Copies of each block.")
-@click.option("--capacity-blocks", type=click.IntRange(12, 600), default=100, help="Of the replay: 4.3 MiB each, times the copies.")
+@click.option("--capacity-blocks", type=click.IntRange(12, 600), default=150, help="Of the replay: 4.3 MiB each, times the copies.")
 @click.option("--seed", type=int, default=1, help="Of the workload.")
 @click.option("--keep", is_flag=True, help="Leave the temporary directory (the cluster is stopped all the same).")
 @click.option(

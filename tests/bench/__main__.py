@@ -2,6 +2,8 @@
 
     python -m tests.bench [--quick] [--replicas 1 --replicas 3] [--only WORDS] [--json FILE]
 
+The last section, KV-cache blocks, is kv.py's; its rows alone: `python -m tests.bench.kv`, or `--only kv`.
+
 Both sides use the page cache. "cold" reads follow a new mount of the cluster: nothing is cached by the mount, everything by storage. Machines are
 shared and noisy: read the ratios, and the CPU time, which holds better than wall time.
 """
@@ -9,20 +11,19 @@ shared and noisy: read the ratios, and the CPU time, which holds better than wal
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import click
-from tests.bench.measure import Result, run
+from tests.bench import kv
+from tests.bench.measure import Result, run, touch_memory
 from tests.bench.workloads import FULL, QUICK, Scale
 
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import console, table
-from kvfs.cli.mount import is_mounted, unmount
-from kvfs.cli.up import start_detached, stop_supervisor
+from kvfs.cli.own_cluster import process_ids, shut_down, start, work_directory
+from kvfs.kvcache.params import REPLICATION_MAX
 
 # (label, workload, streams, a new mount before it)
 PLAN: list[tuple[str, str, int, bool]] = [
@@ -72,17 +73,6 @@ REPEATABLE = {"seq_write", "seq_read", "random_read", "stat", "open_close", "lis
 """Workloads that leave things as they found them; the best round of each side counts."""
 
 
-def touch_memory(directory: Path, mib: int) -> None:
-    """Write and delete as much as the test will: a virtual machine gets a page of memory only when it is first touched, and that costs more than
-    the copy into it. Whoever came first would pay for all."""
-    path = directory / "touch"
-    block = bytes(1 << 20)
-    with open(path, "wb", buffering=0) as file:
-        for _ in range(mib):
-            file.write(block)
-    path.unlink()
-
-
 class Bench:
     def __init__(self, base: Path, replicas: int, scale: Scale, only: tuple[str, ...] = ()) -> None:
         self.scale, self.replicas, self.plan = scale, replicas, plan(only)
@@ -100,15 +90,12 @@ class Bench:
         )
         self.results: list[tuple[str, Result]] = []
 
-    def pids(self) -> list[int]:
-        return [child["pid"] for child in control.request(self.cluster.control_socket, "status")["processes"] if child["pid"]]
-
     def remount(self) -> None:
         for command in ("stop", "start"):
             control.request(self.cluster.control_socket, command, name="mount", timeout_s=60.0)
 
     def run(self) -> None:
-        start_detached(self.cluster, restart=False)
+        start(self.cluster)
         (self.mount / "m").mkdir()
         (self.mount / "n").mkdir()
         sides = (("local", str(self.local)), ("mount", str(self.mount / "m")), ("native", str(self.cluster.path)))
@@ -119,19 +106,13 @@ class Bench:
                 if fresh:
                     self.remount()
                 for kind, where in sides:
-                    result = run(kind, where, workload, streams, self.scale, [] if kind == "local" else self.pids())
+                    result = run(kind, where, workload, streams, self.scale, [] if kind == "local" else process_ids(self.cluster))
                     if kind not in best or result.wall_s < best[kind].wall_s:
                         best[kind] = result
             if label:
                 self.results += [(label, result) for result in best.values()]
                 rates = ", ".join(f"{kind} {result.rate:,.0f}/s" for kind, result in best.items())
                 console.print(f"  replicas {self.replicas}: {label}: {rates}", style="dim")
-
-    def close(self) -> None:
-        if control.is_running(self.cluster.control_socket):
-            stop_supervisor(self.cluster)
-        if is_mounted(str(self.mount)):
-            unmount(str(self.mount), lazy=True)
 
 
 def show(replicas: int, results: list[tuple[str, Result]]) -> None:
@@ -157,15 +138,16 @@ def show(replicas: int, results: list[tuple[str, Result]]) -> None:
 def main(quick: bool, replicas: tuple[int, ...], only: tuple[str, ...], json_file: Path | None, directory: Path | None) -> None:
     """Print the tables."""
     everything = []
-    for count in replicas:
+    for count in replicas if plan(only) else ():
         with ExitStack() as stack:
-            base = Path(tempfile.mkdtemp(prefix="kvfs-bench-", dir=directory))
-            stack.callback(shutil.rmtree, base, ignore_errors=True)
+            base = stack.enter_context(work_directory("kvfs-bench-", directory))
             bench = Bench(base, count, QUICK if quick else FULL, only)
-            stack.callback(bench.close)
+            stack.callback(shut_down, bench.cluster)
             bench.run()
         show(count, bench.results)
         everything += [{"replicas": count, "label": label, **asdict(result)} for label, result in bench.results]
+    copies = sorted({min(count, REPLICATION_MAX) for count in replicas})
+    everything += [line.describe() for line in kv.measure(quick, copies, kv.TRANSPORTS, kv.ROUNDS, only, directory)]
     if json_file:
         json_file.write_text(json.dumps(everything, indent=2) + "\n")
 
