@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+import trio
+
 from kvfs.common.errors import ConnectionLost, InvalidArgument, MessageTooBig, Overloaded
 from kvfs.common.transport.region import BufferPool, Region, Span
 from kvfs.common.wire.connection import Connection
@@ -67,6 +69,8 @@ class Memory:
         self._staging = staging if connection.stream.carries_fds else None
         self._numbers: dict[Region, int] = {}
         self._next = 1
+        self._token: trio.lowlevel.TrioToken | None = None
+        """Of the loop that the connection belongs to, from the first region on."""
 
     def name(self, bulk: Any, send: Sequence[Buffer], receive: Sequence[Buffer]) -> Named:
         """Fills in `bulk`."""
@@ -133,10 +137,26 @@ class Memory:
             fd = os.dup(region.fd)  # of its own: the frame may still wait to be sent when the region is closed
             send_descriptor(self._connection, encode(Kind.REGION, number, region.size.to_bytes(8, "little")), fd)
             self._numbers[region] = number
+            if self._token is None:
+                self._token = trio.lowlevel.current_trio_token()
             region.on_close(self._closed)
         return number
 
     def _closed(self, region: Region) -> None:
+        """Whoever held the memory closes it, in any thread; only the loop's own thread touches the connection."""
+        try:
+            if trio.lowlevel.current_trio_token() is self._token:
+                self._forget(region)
+                return
+        except RuntimeError:
+            pass  # a thread without a loop
+        try:
+            if self._token is not None:
+                self._token.run_sync_soon(self._forget, region)
+        except trio.RunFinishedError:
+            pass  # and the connection with it
+
+    def _forget(self, region: Region) -> None:
         number = self._numbers.pop(region, None)
         if number is not None and self._connection.dead is None:
             try:

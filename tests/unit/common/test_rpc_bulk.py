@@ -339,17 +339,27 @@ def test_regions_are_checked() -> None:
     on_transport("shm", main)
 
 
-def test_a_closed_region_is_forgotten_by_the_service() -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["in the loop's thread", "in another thread"])
+def test_a_closed_region_is_forgotten_by_the_service(elsewhere: bool) -> None:
     def mapped() -> int:
         with open("/proc/self/maps", encoding="ascii") as file:
             return sum("memfd:short-lived" in line for line in file)
 
     async def main(world: World) -> None:
         async with world.serve(Store(world)) as where, world.pool() as pool:
+
+            async def send(region: Region) -> None:
+                await pool.call(where, WRITE, write(), timeout_s=5, send=[region.span(0, 100)])
+
             for _ in range(200):
                 region = Region.create(1 << 16, "short-lived")
-                await pool.call(where, WRITE, write(), timeout_s=5, send=[region.span(0, 100)])
-                region.close()
+                async with trio.open_nursery() as nursery:
+                    for _ in range(4):  # a channel with so much to do leaves frames to its writer, whom only the loop may wake
+                        nursery.start_soon(send, region)
+                if elsewhere:
+                    await trio.to_thread.run_sync(region.close)
+                else:
+                    region.close()
             await pool.call(where, LAST, sleep_ms(0), timeout_s=5)
             assert mapped() <= 2
 
