@@ -6,7 +6,7 @@ Owns the way from prepared I/O to results: bytes transferred, or -errno. Invaria
     for one copy;
   - a read sees every write that was acknowledged before it began, by whatever client, and what this client wrote: nothing that was read ahead is
     used;
-  - a write has its result when every serving replica has the bytes; writes of one batch may be applied in any order;
+  - a write has its result when every serving replica has the bytes; writes of one batch may be applied in any order, and adjacent ones together;
   - an error of one I/O is its own result; nothing is raised for it.
 """
 
@@ -79,8 +79,8 @@ async def _step(client: AsyncClient, ios: Sequence[Io], read: bool, forbid_holes
         return
     together = _Together(client.storage)
     async with trio.open_nursery() as nursery:
-        for io in ios:
-            nursery.start_soon(_write, client, io, together)
+        for run in _runs(ios):
+            nursery.start_soon(run.write, client, together)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------------------------
@@ -141,13 +141,10 @@ class _Target:
 
 def _direct(view: memoryview, length: int) -> tuple[RegisteredBuffer | None, Span | None]:
     """The registered memory that services may write these bytes into."""
-    if length < DIRECT_BYTES_MIN or view.readonly:
+    if length < DIRECT_BYTES_MIN:
         return None, None
-    found = registered_at(ctypes.addressof(ctypes.c_ubyte.from_buffer(view)), length)
-    if found is None:
-        return None, None
-    owner, offset = found
-    return owner, owner.direct(offset, length)
+    owner, offset = _registered(view[:length])
+    return owner, None if owner is None else owner.direct(offset, length)
 
 
 async def _read(client: AsyncClient, ios: Sequence[Io], forbid_holes: bool) -> None:
@@ -185,24 +182,65 @@ async def _read(client: AsyncClient, ios: Sequence[Io], forbid_holes: bool) -> N
 # --- writing -------------------------------------------------------------------------------------------------------------------------------
 
 
-async def _write(client: AsyncClient, io: Io, together: _Together) -> None:
-    length = len(io.view)
-    block: Block | None = None
-    try:
-        found = registered_at(ctypes.addressof(ctypes.c_ubyte.from_buffer(io.view)), length) if not io.view.readonly else None
-        if found is not None and not found[0].forsaken(found[1], length):
-            data: Span | memoryview = found[0].span(found[1], length)  # a service only reads it
-        else:
-            block = client.memory.allocate(length)
-            block.view[:length] = io.view
-            data = block.part(0, length)
-        await io.file.write_through(io.offset, data, together.write)
-        io.result = length
-    except KvfsError as error:
-        io.fail(error)
-    finally:
-        if block is not None:
-            block.release()
+class _Run:
+    """Writes that follow each other in a file and meet within a chunk: sent as one, or the chunk would be copied on disk for each of them. They must
+    not need copying for that: they meet in memory too, or are to be copied anyway."""
+
+    def __init__(self, io: Io) -> None:
+        self.ios = [io]
+        self.file = io.file
+        self.offset = io.offset
+        self.end = io.offset + len(io.view)
+        self._owner, self._place = _registered(io.view)
+
+    def takes(self, io: Io) -> bool:
+        if io.file is not self.file or io.offset != self.end or io.offset % self.file.placement.chunk_size == 0:
+            return False
+        owner, place = _registered(io.view)
+        if owner is not self._owner or (owner is not None and place != self._place + self.end - self.offset):
+            return False
+        self.ios.append(io)
+        self.end += len(io.view)
+        return True
+
+    async def write(self, client: AsyncClient, together: _Together) -> None:
+        length = self.end - self.offset
+        block: Block | None = None
+        try:
+            if self._owner is not None:
+                data: Span | memoryview = self._owner.span(self._place, length)  # a service only reads it
+            else:
+                block = client.memory.allocate(length)
+                start = 0
+                for io in self.ios:
+                    block.view[start : start + len(io.view)] = io.view
+                    start += len(io.view)
+                data = block.part(0, length)
+            await self.file.write_through(self.offset, data, together.write)
+            for io in self.ios:
+                io.result = len(io.view)
+        except KvfsError as error:
+            for io in self.ios:
+                io.fail(error)
+        finally:
+            if block is not None:
+                block.release()
+
+
+def _runs(ios: Sequence[Io]) -> list[_Run]:
+    runs: list[_Run] = []
+    for io in sorted(ios, key=lambda io: (io.file.inode, io.offset)):
+        if not runs or not runs[-1].takes(io):
+            runs.append(_Run(io))
+    return runs
+
+
+def _registered(view: memoryview) -> tuple[RegisteredBuffer | None, int]:
+    """The registered memory that these bytes are, and where in it."""
+    if view.readonly:
+        return None, 0
+    found = registered_at(ctypes.addressof(ctypes.c_ubyte.from_buffer(view)), len(view))
+    return (None, 0) if found is None or found[0].forsaken(found[1], len(view)) else found
 
 
 class _Together:

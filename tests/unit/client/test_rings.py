@@ -71,8 +71,8 @@ def broken(client: Client, monkeypatch: pytest.MonkeyPatch, replacement: Any) ->
 @pytest.mark.parametrize("kind", ["plain", "registered"])
 def test_pages_written_and_read_by_rings(client: Client, file: RawFile, kind: str) -> None:
     """Pages that straddle chunks, in an order that is not the file's; the results name what was prepared, in that order."""
-    memory = bytearray(9 * PAGE) if kind == "plain" else client.register(9 * PAGE).view
-    view = memoryview(memory)
+    buffer = client.register(9 * PAGE)
+    view = memoryview(bytearray(9 * PAGE)) if kind == "plain" else buffer.view
     data = random.Random(7).randbytes(9 * PAGE)
     view[:] = data
     order = [5, 0, 8, 3, 1, 7, 2, 6, 4]
@@ -171,6 +171,42 @@ def test_a_closed_file_has_the_length_that_was_written(client: Client, cluster: 
         assert other.read_bytes("/closing") == b"".join(bytes([page]) * PAGE for page in range(8))
 
 
+@pytest.mark.parametrize("kind", ["plain", "registered", "scattered"])
+def test_adjacent_writes_go_together(client: Client, file: RawFile, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Eight pages of 300 KiB that follow each other lie on three chunks: one update each. Registered memory that does not follow each other is not
+    copied for it, and what overlaps or leaves a gap is not taken for adjacent."""
+    storage = client.portal.client.storage
+    updates: list[int] = []
+    real = storage.write_each
+
+    async def count(writes: Any, **options: Any) -> Any:
+        updates.append(len(writes))
+        return await real(writes, **options)
+
+    monkeypatch.setattr(storage, "write_each", count)
+    data = random.Random(3).randbytes(8 * PAGE)
+    buffer = client.register(8 * PAGE)
+    memory = memoryview(bytearray(8 * PAGE)) if kind == "plain" else buffer.view
+    order = list(range(8))
+    if kind == "scattered":
+        random.Random(1).shuffle(order)
+    ring = client.make_ring(8, for_read=False)
+    for page in order:
+        place = order.index(page) if kind == "scattered" else page
+        memory[place * PAGE : (place + 1) * PAGE] = data[page * PAGE : (page + 1) * PAGE]
+        ring.prepare(memory[place * PAGE : (place + 1) * PAGE], file, page * PAGE, userdata=page)
+    done = ring.submit().wait(min_results=8, timeout=20)
+    assert [(each.result, each.userdata) for each in done] == [(PAGE, page) for page in order]
+    assert len(updates) == 1 and (updates[0] > 8 if kind == "scattered" else updates == [3])
+    assert file.pread(8 * PAGE, 0) == data
+    updates.clear()
+    for start, byte in ((0, b"a"), (900, b"b"), (2001, b"c")):
+        ring.prepare(byte * 1000, file, start)
+    assert results(ring, 3) == [1000] * 3 and updates == [3]
+    found = bytes(file.pread(3001, 0))
+    assert found[:900] == b"a" * 900 and found[1000:1900] == b"b" * 900 and found[1900:2001] == data[1900:2001] and found[2001:] == b"c" * 1000
+
+
 def test_bounded_depth(client: Client, file: RawFile) -> None:
     written(file, 10)
     ring = client.make_ring(2)
@@ -259,8 +295,8 @@ def test_what_is_retired_touches_nothing_any_more(client: Client, file: RawFile,
 
     broken(client, monkeypatch, hang)
     ring = client.make_ring(8)
-    memory = bytearray(64 * KIB) if kind == "plain" else client.register(64 * KIB).view
-    view = memoryview(memory)
+    buffer = client.register(64 * KIB)
+    view = memoryview(bytearray(64 * KIB)) if kind == "plain" else buffer.view
     for page in range(4):
         ring.prepare(view[page * 16 * KIB : (page + 1) * 16 * KIB], file, page * 16 * KIB, userdata=page)
     ring.submit()
