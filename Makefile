@@ -11,7 +11,7 @@ setup:
 demo: setup  ## the main job on real input: a cluster, a mount, copies, a kill, a recovery
 	@$(BIN)/kvfs demo
 
-demo-kvcache: setup  ## KV-cache blocks of a real model's size: put, get, restart, replay a workload, plot
+demo-kvcache:  ## KV-cache blocks of a real model's size: put, get, restart, replay a workload, plot
 	@deploy/bootstrap.sh plots
 	@$(BIN)/kvfs demo-kvcache --plot build/demo-kvcache.png
 
