@@ -76,7 +76,10 @@ class Workers:
 
     def ask_each(self, requests: Sequence[Any], progress: Callable[[int], None] = lambda count: None) -> list[Any]:
         for pipe, request in zip(self._pipes, requests, strict=True):
-            pipe.send(request)
+            try:
+                pipe.send(request)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it has ended: what it said last is read below
         answers: dict[int, Any] = {}
         while len(answers) < len(self._pipes):
             waiting = [pipe for place, pipe in enumerate(self._pipes) if place not in answers]
