@@ -20,13 +20,13 @@ from rich.text import Text
 
 from kvfs.cli.context import Options, common_options, console, print_json
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses
+from kvfs.client.block_placement import BlockPlacement
 from kvfs.common.errors import InvalidArgument, UnknownTarget
 from kvfs.common.ids import chunk_index, chunk_inode, is_space
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.service import method
-from kvfs.kvcache.placement import BlockPlacement
 from kvfs.storage.engine.offline import check_directory
 
 CALL_TIMEOUT_S = 30.0

@@ -13,6 +13,8 @@ from kvfs.client.file.async_file import AsyncFile
 from kvfs.client.file.open_file import OpenFile
 from kvfs.client.file.table import FileTable
 from kvfs.client.meta_client import MetaClient
+from kvfs.client.spaces import SPACE_XATTRS, space_attribute
+from kvfs.client.storage_client import StorageClient
 from kvfs.client.user import User
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import AlreadyExists, InvalidArgument, IsDirectory, NotDirectory, NotFound
@@ -40,6 +42,7 @@ class PathOperations:
 
     meta: MetaClient
     files: FileTable
+    storage: StorageClient
     user: User
     umask: int
     _random: Random
@@ -212,8 +215,12 @@ class PathOperations:
         await self.files.truncate(inode.inode, length, session=b"", user=self.user)
 
     async def getxattr(self, path: Path, name: str | bytes) -> bytes:
+        """Of a KV-cache space's directory also what it is (user.kvfs.space) and what it holds (user.kvfs.stats)."""
         inode = await self._find(path)
-        return await self.meta.get_xattr(inode.inode, os.fsencode(name))
+        wanted = os.fsencode(name)
+        if wanted in SPACE_XATTRS:
+            return await space_attribute(self.storage, inode, wanted)
+        return await self.meta.get_xattr(inode.inode, wanted)
 
     async def setxattr(self, path: Path, name: str | bytes, value: bytes, *, create: bool = False, replace: bool = False) -> None:
         inode = await self._find(path)

@@ -189,6 +189,27 @@ class StorageClient:
         )
         return reply
 
+    async def list_chain(self, chain_id: int, *, after: bytes = b"", limit: int = 0, inode: int = 0) -> pb.ListChunksReply:
+        """One page of what a chain holds, as its head tells it, or else the next target that serves."""
+        peers, config = self._peers, self._config
+        attempts = self._attempts(None, config.read_attempt_s)
+        while True:
+            error: KvfsError = NoServingTarget(f"chain {chain_id} has no serving target")
+            try:
+                where = [(peers.where(target), target) for target in peers.routing.serving(chain_id)]
+            except KvfsError as unknown:
+                where, error = [], unknown
+            for place, target in sorted(where, key=lambda each: peers.suspected(each[0].node_id)):
+                request = pb.ListChunksRequest(target_id=target, after=after, limit=limit, inode=inode)
+                try:
+                    reply: pb.ListChunksReply = await peers.caller.call(place.addresses, LIST_CHUNKS, request, timeout_s=attempts.timeout_s())
+                    return reply
+                except KvfsError as failed:
+                    peers.suspect(place.node_id, failed)
+                    error = failed
+            await peers.refresh(min(max(attempts.left_s(), 0), config.read_attempt_s))
+            await attempts.wait(error)
+
     async def check_target(self, target_id: int, *, read_data: bool = False, deadline_s: float = 600.0) -> pb.CheckTargetReply:
         """fsck of one target, by its service."""
         reply: pb.CheckTargetReply = await self._at_target(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from kvfs.client import OpenFile, User
+from kvfs.client.file.block_file import BlockFile
 from kvfs.common.errors import BadHandle, DeadlineExceeded
 from kvfs.common.wire import meta_pb2 as pb
 
@@ -27,7 +28,7 @@ class FileHandle:
     inode: int
     flags: int
     user: User
-    file: OpenFile
+    file: OpenFile | BlockFile
     strip_privileges: bool
     """The next write must clear setuid and setgid first: the opener is not root, and the kernel does it only for what goes through its page cache."""
     late: tuple[DeadlineExceeded, float] | None = None

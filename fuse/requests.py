@@ -121,12 +121,12 @@ class Requests:
         return None
 
     def _forget(self, request: Request) -> bytes:
-        self._fs.forget([request.node])
+        self._fs.forget(((request.node, protocol.FORGET_IN.unpack_from(request.data, HEADER_BYTES)[0]),))
         return EMPTY
 
     def _forget_many(self, request: Request) -> bytes:
         start = HEADER_BYTES + protocol.BATCH_FORGET_IN.size
-        self._fs.forget([node for node, _ in protocol.FORGET_ONE.iter_unpack(request.data[start : request.end])])
+        self._fs.forget(protocol.FORGET_ONE.iter_unpack(request.data[start : request.end]))
         return EMPTY
 
     # --- names ---

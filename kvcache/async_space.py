@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from kvfs.client.async_client import AsyncClient
+from kvfs.client.block_placement import BlockPlacement
 from kvfs.client.storage_blocks import Probe, Touch
 from kvfs.client.storage_reads import ChunkRead, ReadDone
 from kvfs.client.storage_writes import ChunkWrite, WriteDone
@@ -31,7 +32,6 @@ from kvfs.kvcache.keys import Tokens
 from kvfs.kvcache.life import Life
 from kvfs.kvcache.outcomes import Put, SpaceCounters, SpaceStats
 from kvfs.kvcache.params import SpaceParams
-from kvfs.kvcache.placement import BlockPlacement
 from kvfs.kvcache.rests import Rests
 
 SLAB_UNIT_BYTES = 4096

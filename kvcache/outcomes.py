@@ -9,6 +9,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvfs.client.spaces import space_sums
 from kvfs.common.wire import storage_pb2
 from kvfs.kvcache.params import SpaceParams
 
@@ -89,8 +90,4 @@ class SpaceStats:
 
     @classmethod
     def of(cls, name: str, inode: int, params: SpaceParams, chains: int, told: Iterable[storage_pb2.KvSpaceStats]) -> SpaceStats:
-        rows = list(told)
-        heads = [row for row in rows if row.head]
-        sums = {name: sum(getattr(row, name) for row in heads) for name in ("blocks", "bytes", "block_space", "allocated_bytes")}
-        counts = {name: sum(getattr(row, name) for row in rows) for name in ("hits", "misses", "stored", "present", "evicted", "expired", "removed")}
-        return cls(name, inode, params, chains, **sums, **counts, targets=len(rows))
+        return cls(name, inode, params, chains, **space_sums(told))

@@ -5,6 +5,7 @@ attributes   getattr, setattr, access, statfs
 entries      lookup, mknod, mkdir, symlink, link, unlink, rmdir, rename, readlink
 files        open, create, read, write, flush, fsync, release
 directories  opendir, readdir, releasedir, fsyncdir
+spaces       KV-cache spaces: what the others do about their directories and blocks
 xattrs       setxattr, getxattr, listxattr, removexattr, and the virtual user.kvfs.*
 """
 

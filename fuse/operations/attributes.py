@@ -11,18 +11,22 @@ import stat
 from kvfs.client import User
 from kvfs.common.errors import AccessDenied, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.block_table import BLOCK_BIT
 from kvfs.fuse.model import Attributes, Caller, Changes, Statistics
-from kvfs.fuse.operations.base import Base
+from kvfs.fuse.operations.spaces import SpaceOperations
 
 
-class AttributeOperations(Base):
+class AttributeOperations(SpaceOperations):
     async def getattr(self, inode: int, caller: Caller) -> Attributes:
         kept = self.kept_attributes(inode)
         if kept is not None:
             return kept
+        if inode & BLOCK_BIT:
+            return await self._getattr_block(inode)
         return await self._present(*await self._ask(inode))
 
     async def setattr(self, inode: int, changes: Changes, handle: int | None, caller: Caller) -> Attributes:
+        self._check_no_block(inode)
         started_s = self._cache.tick()[1]
         begun = self._cache.changing(inode), started_s
         try:
@@ -80,6 +84,8 @@ class AttributeOperations(Base):
 
     async def access(self, inode: int, mask: int, caller: Caller) -> bool:
         """Not called under default_permissions; here for mounts without."""
+        if inode & BLOCK_BIT:
+            return not mask & ~(await self._getattr_block(inode)).mode & 0o7
         found = await self._stat(inode)
         if caller.uid == 0:
             return not mask & 1 or found.type == pb.DIRECTORY or bool(found.mode & 0o111)

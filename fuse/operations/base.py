@@ -14,10 +14,13 @@ from typing import Protocol, TypeVar
 import trio
 
 from kvfs.client import AsyncClient, OpenFile, User
+from kvfs.client.block_placement import BlockPlacement
+from kvfs.client.file.block_file import BlockFile, BlockReader
 from kvfs.client.user import ROOT
 from kvfs.common.errors import AccessDenied, NotFound, NotPermitted
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.allocation import Allocation
+from kvfs.fuse.block_table import BLOCK_BIT, BlockTable
 from kvfs.fuse.entry_cache import EntryCache, EntryChange
 from kvfs.fuse.groups import supplementary_groups
 from kvfs.fuse.handles import DirectoryHandle, FileHandle, HandleTable
@@ -90,6 +93,10 @@ class Base:
         self._directories: HandleTable[DirectoryHandle] = HandleTable()
         self._allocation = Allocation(client)
         self._ahead = LookAhead(trio.current_time)
+        self._blocks = BlockTable(trio.current_time)
+        self._block_reader = BlockReader(client.storage, client.memory)
+        self._placements: OrderedDict[int, BlockPlacement] = OrderedDict()
+        """Of the spaces looked into lately."""
         self._removed: OrderedDict[int, pb.Inode] = OrderedDict()
         """Directories that this mount removed and the kernel still knows: somebody may stand in one."""
         self._writing: dict[int, list[FileHandle]] = {}
@@ -242,11 +249,15 @@ class Base:
             lease_s=lease_s,
         )
 
-    def _file(self, handle: int) -> OpenFile:
+    def _file(self, handle: int) -> OpenFile | BlockFile:
         return self._files.get(handle).file
 
-    def forget(self, inodes: list[int]) -> None:
-        """The kernel dropped these inodes, and its pages of them. Nothing else is kept by inode, so there is no count to keep."""
-        for inode in inodes:
+    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
+        """The kernel dropped these inodes, and its pages of them: (inode, how often it was given it). The count matters for blocks only: nothing else
+        is kept by inode."""
+        for inode, lookups in forgotten:
+            if inode & BLOCK_BIT:
+                self._blocks.forget(inode, lookups)
+                continue
             self._seen.pop(inode, None)
             self._removed.pop(inode, None)

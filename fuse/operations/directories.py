@@ -7,25 +7,22 @@ meanwhile: an entry that is there from beginning to end is listed once.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
 
 from kvfs.client.user import ROOT
 from kvfs.common.errors import NotFound
+from kvfs.common.ids import SPACE_BIT
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.handles import DirectoryHandle
 from kvfs.fuse.model import TYPE_BITS, Attributes, Caller
-from kvfs.fuse.operations.base import Base
+from kvfs.fuse.operations.spaces import Emit, SpaceOperations
 
 PAGE_ENTRIES = 1024
 PAGE_ENTRIES_FIRST = 128
 """A small first page: most directories are small, and some programs read only the start."""
 DOT, DOT_DOT = 1, 2
 
-Emit = Callable[[bytes, int, int, Attributes | None, int], bool]
-"""(name, inode, mode, attributes if asked for and known, position after it) -> False when the kernel's buffer is full and it was not taken."""
 
-
-class DirectoryOperations(Base):
+class DirectoryOperations(SpaceOperations):
     async def opendir(self, inode: int, caller: Caller) -> int:
         """Local: the kernel has checked the permission, and the first page finds a directory that is gone."""
         return self._directories.add(DirectoryHandle(inode, self._user(caller)))
@@ -35,6 +32,8 @@ class DirectoryOperations(Base):
         directory = self._directories.get(handle)
         if position == 0:
             directory.rewind()
+        if directory.inode & SPACE_BIT:
+            emit = self._emit_blocks(emit)
         try:
             if position < DOT_DOT and not await self._dots(directory, position, emit):
                 return
@@ -87,6 +86,10 @@ class DirectoryOperations(Base):
 
     async def _next_page(self, directory: DirectoryHandle, position: int) -> None:
         limit = PAGE_ENTRIES if position > DOT_DOT else PAGE_ENTRIES_FIRST
+        if directory.inode & SPACE_BIT:
+            reply = await self._block_page(directory, directory.name_before(position), limit)
+            directory.page, directory.page_more, directory.page_position = list(reply.entries), reply.more, position
+            return
         # As root: the right to list was checked at opendir, and lasts as long as the handle.
         since = self._cache.tick()
         reply = await self._meta.read_dir(directory.inode, user=ROOT, after=directory.name_before(position), limit=limit, attributes=True)

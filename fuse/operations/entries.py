@@ -11,20 +11,24 @@ import stat
 from kvfs.client import User
 from kvfs.client.user import ROOT
 from kvfs.common.errors import InvalidArgument, KvfsError, NotFound
+from kvfs.common.ids import SPACE_BIT
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.look_ahead import PAGE_ENTRIES
 from kvfs.fuse.model import TYPE_OF_BITS, Attributes, Caller
-from kvfs.fuse.operations.base import REMOVED_MAX, Base
+from kvfs.fuse.operations.base import REMOVED_MAX
+from kvfs.fuse.operations.spaces import SpaceOperations
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
 
-class EntryOperations(Base):
+class EntryOperations(SpaceOperations):
     async def lookup(self, parent: int, name: bytes, caller: Caller) -> Attributes:
         kept = self.kept_entry(parent, name)
         if kept is not None:
             return kept
+        if parent & SPACE_BIT:
+            return await self._lookup_block(parent, name)
         if self._cache.ending(parent):
             await self._ask(parent)
         if self._cache.absent(parent, name):
@@ -88,6 +92,7 @@ class EntryOperations(Base):
         return self._named(parent, name, await self._present(made, lease_s))
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, caller: Caller) -> Attributes:
+        self._check_no_block(inode)
         change = self._begin_entry(new_parent, new_name)
         begun = self._cache.changing(inode), change.begun[1]
         found: pb.Inode | None = None
@@ -99,6 +104,7 @@ class EntryOperations(Base):
         return self._named(new_parent, new_name, await self._present(found, self._lease(found, since) if since else 0.0))
 
     async def unlink(self, parent: int, name: bytes, caller: Caller) -> None:
+        self._check_not_in_space(parent)
         await self._remove(parent, name, caller, directory=False)
 
     async def rmdir(self, parent: int, name: bytes, caller: Caller) -> None:
@@ -122,6 +128,7 @@ class EntryOperations(Base):
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller) -> None:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
             raise InvalidArgument(f"rename flags {flags:#x} are not known")
+        self._check_not_in_space(parent | new_parent)
         changes = self._begin_entry(parent, name), self._begin_entry(new_parent, new_name)
         try:
             reply = await self._as(

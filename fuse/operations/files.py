@@ -21,9 +21,11 @@ from kvfs.client import OpenFile, User
 from kvfs.client.user import ROOT
 from kvfs.common.errors import DeadlineExceeded, KvfsError
 from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.block_table import BLOCK_BIT
 from kvfs.fuse.handles import FileHandle
 from kvfs.fuse.model import Attributes, Caller, Opened
-from kvfs.fuse.operations.base import SEEN_MAX, Base
+from kvfs.fuse.operations.base import SEEN_MAX
+from kvfs.fuse.operations.spaces import SpaceOperations
 
 FMODE_EXEC = 0x20
 """The kernel opens a program to run it: execute permission suffices, which it has checked."""
@@ -33,8 +35,10 @@ ASKED_AGAIN_S = 0.25
 """After a read that failed, the kernel's read-ahead mostly, the kernel asks once more before read(2) returns: that must not take another deadline."""
 
 
-class FileOperations(Base):
+class FileOperations(SpaceOperations):
     async def open(self, inode: int, flags: int, caller: Caller) -> Opened:
+        if inode & BLOCK_BIT:
+            return await self._open_block(inode, flags, caller)
         read, write = _modes(flags)
         session = self._client.new_session()
         # One step at the service, but for a file that is being written here: then the cut must find its place among those writes.
@@ -176,6 +180,8 @@ class FileOperations(Base):
                 self._cache.changing(opened.inode)
         else:
             await opened.file.close()
+            if opened.inode & BLOCK_BIT:
+                self._closed_block(opened.inode)
 
     async def close(self) -> None:
         """The end of the mount: flush and close whatever is still open. Raises the first error, after all were tried."""

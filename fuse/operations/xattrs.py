@@ -1,4 +1,5 @@
-"""Extended attributes: user.* lives in the metadata service; user.kvfs.layout, .chains and .cluster are made up here, read-only.
+"""Extended attributes: user.* lives in the metadata service; user.kvfs.layout, .chains and .cluster are made up here, read-only, and of the directory
+of a KV-cache space user.kvfs.space (what it is) and user.kvfs.stats (what it holds) by the client.
 
 `user.kvfs.cluster`, on anything, says how a program that stands on the mount gets to the cluster itself: {"cluster_id": ..., "managers": [...]}.
 
@@ -12,27 +13,31 @@ import json
 import os
 from typing import Any
 
+from kvfs.client.spaces import SPACE_XATTRS, space_attribute
 from kvfs.common.errors import InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
 from kvfs.common.wire import cluster_pb2
 from kvfs.common.wire import meta_pb2 as pb
+from kvfs.fuse.block_table import BLOCK_BIT
 from kvfs.fuse.model import Caller
-from kvfs.fuse.operations.base import Base
+from kvfs.fuse.operations.spaces import SpaceOperations
 
 LAYOUT = b"user.kvfs.layout"
 CHAINS = b"user.kvfs.chains"
 CLUSTER = b"user.kvfs.cluster"
-VIRTUAL = (LAYOUT, CHAINS, CLUSTER)
+VIRTUAL = (LAYOUT, CHAINS, CLUSTER, *SPACE_XATTRS)
 USER_NAMESPACE = b"user."
 ASKED_BY_THE_KERNEL = b"security.capability"
 
 
-class XattrOperations(Base):
+class XattrOperations(SpaceOperations):
     async def getxattr(self, inode: int, name: bytes, caller: Caller) -> bytes:
         if name == ASKED_BY_THE_KERNEL:
             raise NoAttribute("no capabilities")
         _check_namespace(name)
         if name == CLUSTER:
             return json.dumps({"cluster_id": self._client.routing.cluster_id, "managers": self._client.managers}).encode()
+        if inode & BLOCK_BIT:
+            raise NoAttribute("a KV-cache block has no attributes: its space has")
         if name in VIRTUAL:
             return await self._virtual(inode, name)
         return await self._as(caller, lambda user: self._meta.get_xattr(inode, name, user=user))
@@ -42,6 +47,7 @@ class XattrOperations(Base):
         create, replace = bool(flags & os.XATTR_CREATE), bool(flags & os.XATTR_REPLACE)
         _check_namespace(name)
         _check_writable(name)
+        self._check_no_block(inode)
         self._cache.changing(inode)
         try:
             await self._as(caller, lambda user: self._meta.set_xattr(inode, name, value, user=user, create=create, replace=replace))
@@ -51,6 +57,7 @@ class XattrOperations(Base):
     async def removexattr(self, inode: int, name: bytes, caller: Caller) -> None:
         _check_namespace(name)
         _check_writable(name)
+        self._check_no_block(inode)
         self._cache.changing(inode)
         try:
             await self._as(caller, lambda user: self._meta.remove_xattr(inode, name, user=user))
@@ -58,12 +65,16 @@ class XattrOperations(Base):
             self._cache.changing(inode)
 
     async def listxattr(self, inode: int, caller: Caller) -> list[bytes]:
+        if inode & BLOCK_BIT:
+            return []
         return await self._as(caller, lambda user: self._meta.list_xattr(inode, user=user))
 
     async def _virtual(self, inode: int, name: bytes) -> bytes:
         found = (await self._meta.get_attr([inode], user=self._client.user))[0]
         if found.type == pb.TYPE_INVALID:
             raise NotFound(f"inode {inode} is gone")
+        if name in SPACE_XATTRS:
+            return await space_attribute(self._client.storage, found, name)
         if found.type not in (pb.FILE, pb.DIRECTORY) or (name == CHAINS and found.type != pb.FILE):
             raise NoAttribute("only files and directories have a layout, and only files have chains")
         value = self._layout(found) if name == LAYOUT else self._chains(found)

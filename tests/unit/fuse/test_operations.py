@@ -236,7 +236,7 @@ async def test_own_changes_are_seen_through_the_cache(ready: Stage) -> None:
     with pytest.raises(NotFound):
         await fs.lookup(directory, b"sub", ROOT)
     assert (await fs.getattr(made.inode, ROOT)).nlink == 0, "somebody may stand in it"
-    fs.forget([made.inode])
+    fs.forget([(made.inode, 1)])
     with pytest.raises(NotFound):
         await fs.getattr(made.inode, ROOT)
     assert (await fs.getattr(directory, ROOT)).nlink == before.nlink
@@ -293,7 +293,7 @@ async def test_kernel_pages_are_kept_only_of_the_same_version(ready: Stage) -> N
     await ready.two.flush(opened.handle)
     await ready.two.release(opened.handle)
     assert [await kept(), await kept()] == [False, True]
-    ready.one.forget([made.inode])
+    ready.one.forget([(made.inode, 1)])
     assert not await kept(), "a forgotten inode has no pages"
 
 

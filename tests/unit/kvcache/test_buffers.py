@@ -12,13 +12,13 @@ import trio
 from tests.unit.client.fakes import run, world
 from tests.unit.kvcache.test_space import BLOCK, PARAMS, block, key
 
+from kvfs.client.block_placement import BlockPlacement
 from kvfs.client.file.memory import PAGE_BYTES, RegisteredBuffer, registered_at
 from kvfs.common.errors import InvalidArgument, ReadOnly
 from kvfs.common.ids import SPACE_BIT, block_id
 from kvfs.common.wire import meta_pb2
 from kvfs.kvcache import AsyncSpace, BlockBuffers, CacheConfig
 from kvfs.kvcache.buffers import to_fill, to_send
-from kvfs.kvcache.placement import BlockPlacement
 
 
 def test_views_of_registered_memory_are_recognised_whoever_made_them() -> None:

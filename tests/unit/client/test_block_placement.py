@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from kvfs.client.block_placement import BlockPlacement
 from kvfs.common.errors import InputOutput
 from kvfs.kvcache import keys
 from kvfs.kvcache.params import SpaceParams
-from kvfs.kvcache.placement import BlockPlacement
 
 
 def digests(count: int, seed: int = 1) -> list[bytes]:
