@@ -56,18 +56,19 @@ class Index:
 
     # --- scanning ---
 
-    def scan(self, begin: bytes, end: bytes, *, reverse: bool = False) -> Iterator[Row]:
-        """Rows with begin <= key < end. The index must not change while the iterator is in use."""
-        streams: list[Iterator[Change]] = [self._map_rows(begin, end, reverse)]
+    def scan(self, begin: bytes, end: bytes, *, reverse: bool = False, wanted: int = _PAGE_ROWS) -> Iterator[Row]:
+        """Rows with begin <= key < end. The index must not change while the iterator is in use. `wanted`: about so many will be taken."""
+        streams: list[Iterator[Change]] = [self._map_rows(begin, end, reverse, min(wanted, _PAGE_ROWS))]
         streams += [_overlay_rows(overlay, begin, end, reverse) for overlay in (self._frozen, self._overlay) if overlay]
         return _merge(streams, reverse)
 
-    def _map_rows(self, begin: bytes, end: bytes, reverse: bool) -> Iterator[Change]:
+    def _map_rows(self, begin: bytes, end: bytes, reverse: bool, page_rows: int) -> Iterator[Change]:
         while True:
-            page = self._base.range(begin, end, limit=_PAGE_ROWS, reverse=reverse)
+            page = self._base.range(begin, end, limit=page_rows, reverse=reverse)
             yield from page
-            if len(page) < _PAGE_ROWS:
+            if len(page) < page_rows:
                 return
+            page_rows = _PAGE_ROWS
             if reverse:
                 end = page[-1][0]
             else:

@@ -104,7 +104,7 @@ class Ledger:
     def metas(self, begin: bytes, end: bytes, limit: int, *, reverse: bool = False) -> list[ChunkMeta]:
         """Locked. Metas with begin <= chunk id < end."""
         found = []
-        for key, value in self.index.scan(CHUNK_PREFIX + begin, CHUNK_PREFIX + end if end else CHUNKS_END, reverse=reverse):
+        for key, value in self.index.scan(CHUNK_PREFIX + begin, CHUNK_PREFIX + end if end else CHUNKS_END, reverse=reverse, wanted=limit):
             found.append(chunk.decode(key[1:], value))
             if len(found) == limit:
                 break

@@ -42,5 +42,8 @@ def test_layers(steps: list[object], begin: bytes, end: bytes) -> None:
         rows = [(key, model[key]) for key in sorted(model) if begin <= key < end]
         assert list(index.scan(begin, end)) == rows
         assert list(index.scan(begin, end, reverse=True)) == rows[::-1]
+        for wanted in (1, 3):  # a small first page of the map, and more than that taken
+            assert list(index.scan(begin, end, wanted=wanted)) == rows
+            assert list(index.scan(begin, end, wanted=wanted, reverse=True)) == rows[::-1]
         for number in range(13):
             assert index.get(b"k%02d" % number) == model.get(b"k%02d" % number)
