@@ -270,16 +270,9 @@ class EngineSpace:
 
     def get(self, keys: Sequence[bytes], into: Sequence[Pieces]) -> list[bool]:
         """Read blocks into their pieces; True where the block is there and has exactly their length. After a False their content is unspecified."""
-        try:
-            if all(len(pieces) == 1 for pieces in into):
-                views = [memoryview(pieces[0]).cast("B") for pieces in into]
-                found = self.space.get(keys, views, shorter=True)
-                return [length == len(view) for length, view in zip(found, views, strict=True)]
-            return self._get_pieces(keys, into)
-        except (KvfsError, OSError) as error:
-            return _trouble("get", error, [False] * len(keys))
-
-    def _get_pieces(self, keys: Sequence[bytes], into: Sequence[Pieces]) -> list[bool]:
+        if all(len(pieces) == 1 for pieces in into):
+            views = [memoryview(pieces[0]).cast("B") for pieces in into]
+            return [length == len(view) for length, view in zip(self.get_whole(keys, views), views, strict=True)]
         hits = [False] * len(keys)
 
         def take(place: int, block: memoryview) -> None:
@@ -288,17 +281,27 @@ class EngineSpace:
         self.get_staged(keys, take)
         return hits
 
+    def get_whole(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
+        """Read blocks straight into where they belong: how long each is, None for a miss and for one that is longer than its buffer."""
+        try:
+            return self.space.get(keys, into, shorter=True)
+        except (KvfsError, OSError) as error:
+            return _trouble("get", error, [None] * len(keys))
+
     def get_staged(self, keys: Sequence[bytes], take: Callable[[int, memoryview], None]) -> None:
         """Read blocks into staging memory and show each that is there, with its place; the view is good during the call."""
-        space, end_s = self.space, time.monotonic() + self._get_s
-        start = 0
-        while start < len(keys):
-            with self._staging.lend(len(keys) - start) as slots:
-                found = space.get(keys[start : start + len(slots)], slots, deadline_s=_left(end_s))
-                for place, (length, slot) in enumerate(zip(found, slots, strict=True), start):
-                    if length is not None:
-                        take(place, slot[:length])
-                start += len(slots)
+        try:
+            space, end_s = self.space, time.monotonic() + self._get_s
+            start = 0
+            while start < len(keys):
+                with self._staging.lend(len(keys) - start) as slots:
+                    found = space.get(keys[start : start + len(slots)], slots, deadline_s=_left(end_s))
+                    for place, (length, slot) in enumerate(zip(found, slots, strict=True), start):
+                        if length is not None:
+                            take(place, slot[:length])
+                    start += len(slots)
+        except (KvfsError, OSError) as error:
+            _trouble("get", error, None)
 
 
 def _scatter(block: memoryview, pieces: Pieces) -> bool:

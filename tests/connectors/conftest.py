@@ -33,3 +33,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
 def settings(cluster: RealCluster, request: pytest.FixtureRequest) -> dict[str, Any]:
     """What a user would write into the engine's configuration."""
     return {"cluster": str(cluster.path), "space": request.node.name}
+
+
+@pytest.fixture
+def new_services(tmp_path: Path) -> Iterator[RealCluster]:
+    """A cluster of the test's own, to stop services of."""
+    running = RealCluster(tmp_path / "cluster")
+    try:
+        running.up("--storage", "2", "--replicas", "1", "--no-restart")
+        yield running
+    finally:
+        running.stop()
