@@ -52,6 +52,8 @@ class Touch:
     chain_id: int
     inode: int
     digests: bytes
+    hits: int = 0
+    """Reads that these stand for, which no service has seen: this client knew where the bytes lie."""
 
 
 class BlockPath:
@@ -168,7 +170,8 @@ class BlockPath:
         for group in group_by_node(operations, max_ios=self._config.batch_max_ios, max_bytes=REQUEST_BYTES):
             request = pb.KvTouchRequest()
             for index, target in zip(group.indexes, group.targets, strict=True):
-                request.touches.add(target_id=target, inode=touches[index].inode, digests=touches[index].digests)
+                touch = touches[index]
+                request.touches.add(target_id=target, inode=touch.inode, digests=touch.digests, hits=touch.hits)
             try:
                 await self._peers.caller.call(group.addresses, KV_TOUCH, request, timeout_s=CALL_S)
             except KvfsError as error:

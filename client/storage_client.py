@@ -8,6 +8,7 @@ until the deadline. How reads and writes go is in storage_reads.py and storage_w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import trio
@@ -91,9 +92,9 @@ class StorageClient:
         )
         return reply.evicted
 
-    async def places(self, ranges: Sequence[ChunkRange]) -> list[Place | None]:
+    async def places(self, ranges: Sequence[ChunkRange], *, limit_s: float = inf) -> list[Place | None]:
         """Where bytes lie, as far as a service on this machine tells it; one attempt, no error. See storage_places.py."""
-        return await self._places.places(ranges)
+        return await self._places.places(ranges, limit_s)
 
     async def write(self, writes: Sequence[ChunkWrite], *, deadline_s: float | None = None) -> list[WriteDone]:
         """All acknowledged, or the error of one that was not (the others have been tried all the same)."""

@@ -23,6 +23,8 @@ from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.lending import BorrowedFiles
 
 _UNIT = CHECKSUM_UNIT_BYTES
+REQUEST_BYTES = 4 << 30
+"""One request asks for the places of so much: its answer carries a mebibyte of checksums then."""
 
 
 class ChunkRange(NamedTuple):
@@ -39,10 +41,13 @@ class PlacePath:
         self._peers = peers
         self._config = config
 
-    async def places(self, ranges: Sequence[ChunkRange]) -> list[Place | None]:
-        """One each, None where none was told."""
+    async def places(self, ranges: Sequence[ChunkRange], limit_s: float) -> list[Place | None]:
+        """One each, None where none was told in time. A service that hangs costs the places of its own chunks only."""
         peers = self._peers
+        timeout_s = min(limit_s, self._config.read_attempt_s)
         found: list[Place | None] = [None] * len(ranges)
+        if timeout_s <= 0:
+            return found
         asked = []
         for index, wanted in enumerate(ranges):
             try:
@@ -52,18 +57,17 @@ class PlacePath:
                 continue
             if where.here:
                 asked.append((index, target, where.node_id, where.addresses, wanted.length))
-        groups = group_by_node(asked, max_ios=self._config.batch_max_ios, max_bytes=1 << 62)
+        groups = group_by_node(asked, max_ios=self._config.batch_max_ios, max_bytes=REQUEST_BYTES)
         if len(groups) == 1:
-            await self._ask(ranges, groups[0], found)
+            await self._ask(ranges, groups[0], found, timeout_s)
         elif groups:
             async with trio.open_nursery() as nursery:
                 for group in groups:
-                    nursery.start_soon(self._ask, ranges, group, found)
+                    nursery.start_soon(self._ask, ranges, group, found, timeout_s)
         return found
 
-    async def _ask(self, ranges: Sequence[ChunkRange], group: Group, found: list[Place | None]) -> None:
+    async def _ask(self, ranges: Sequence[ChunkRange], group: Group, found: list[Place | None], timeout_s: float) -> None:
         peers = self._peers
-        timeout_s = self._config.read_attempt_s
         request = pb.ReadRequest(places=True)
         add = request.reads.add
         for index, target in zip(group.indexes, group.targets, strict=True):

@@ -42,6 +42,8 @@ class ChunkRead:
     offset: int
     length: int
     into: Span | memoryview
+    counted: bool = False
+    """Of a KV-cache block: its place was asked for just now, and that was counted as a read."""
 
 
 @dataclass(slots=True)
@@ -139,7 +141,7 @@ class ReadPath:
         add = request.reads.add
         for index, target in zip(group.indexes, group.targets, strict=True):
             read = run.reads[index]
-            add(chain_id=read.chain_id, target_id=target, chunk_id=read.chunk_id, offset=read.offset, length=read.length)
+            add(chain_id=read.chain_id, target_id=target, chunk_id=read.chunk_id, offset=read.offset, length=read.length, counted=read.counted)
             memory.append(run.memory(index))
         try:
             reply = await self._peers.caller.call(group.addresses, READ, request, timeout_s=timeout_s, receive=memory)

@@ -12,7 +12,7 @@ Belongs to its client's trio thread; threads use `space.Space`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import trio
@@ -20,19 +20,19 @@ import trio
 from kvfs.client.async_client import AsyncClient
 from kvfs.client.block_placement import BlockPlacement
 from kvfs.client.storage_blocks import Probe, Touch
-from kvfs.client.storage_reads import ChunkRead, ReadDone
 from kvfs.client.storage_writes import ChunkWrite, WriteDone
-from kvfs.common.errors import AlreadyExists, ArgumentTooBig, ChunkNotFound, DataError, DeadlineExceeded, InvalidArgument, KvfsError, NoSpace
+from kvfs.common.errors import AlreadyExists, ArgumentTooBig, ChunkNotFound, InvalidArgument, KvfsError
 from kvfs.common.ids import block_id
 from kvfs.common.wire import meta_pb2, storage_pb2
 from kvfs.kvcache import keys as hashing
-from kvfs.kvcache.buffers import BlockBuffers, Memory, to_fill, to_send
+from kvfs.kvcache.buffers import BlockBuffers, Memory, to_send
+from kvfs.kvcache.chains import Chains
 from kvfs.kvcache.config import CacheConfig
+from kvfs.kvcache.gets import Batch, Gets
 from kvfs.kvcache.keys import Tokens
 from kvfs.kvcache.life import Life
 from kvfs.kvcache.outcomes import Put, SpaceCounters, SpaceStats
 from kvfs.kvcache.params import SpaceParams
-from kvfs.kvcache.rests import Rests
 
 SLAB_UNIT_BYTES = 4096
 ASK_FIRST_BYTES = 64 << 10
@@ -69,8 +69,9 @@ class AsyncSpace:
         self._wire = storage_pb2.KvSpace(
             inode=self.inode, block_bytes=self.block_bytes, quota_bytes=share, ttl_ms=record.ttl_ms, version=max(1, record.version)
         )
-        self._rests = Rests(config.rest_s, config.rest_max_s)
+        self._chains = Chains(self._storage, config, self._clock, self.counters)
         self.life = Life(client, name, self.inode, config)
+        self.gets = Gets(client, self.inode, self.block_bytes, self._placement, self._chains, self.counters, self._readable, lambda: self.life.fresh)
 
     @property
     def dropped(self) -> bool:
@@ -117,13 +118,13 @@ class AsyncSpace:
             for chain, outcome in zip(chains, await self._storage.probe(probes, deadline_s=limit_s), strict=True):
                 places = groups[chain]
                 if isinstance(outcome, KvfsError):
-                    self._trouble(chain, outcome, len(places))
+                    self._chains.trouble(chain, outcome, len(places))
                     continue
-                self._well(chain)
+                self._chains.well(chain)
                 for place, there in zip(places, flags(outcome), strict=False):  # the last byte's spare bits are nobody's
                     found[place] = there
 
-        await self._on_chains(groups, ask, end_s)
+        await self._chains.ask(groups, ask, end_s)
         self.counters.found += sum(found)
         return found
 
@@ -133,66 +134,36 @@ class AsyncSpace:
         """Read blocks, each into its buffer: how many bytes it has, or None for a miss (then the buffer's content is unspecified).
 
         Each buffer must hold the largest block of the space; with `shorter` it may be smaller, and a block that is longer is a miss."""
-        return await self._get(keys, into, 0, self.block_bytes, 1 if shorter else self.block_bytes, True, deadline_s)
+        return await self._get(self.begin_get(keys, into, shorter, deadline_s))
 
     async def get_range(
         self, keys: Sequence[Key], offset: int, length: int, into: Sequence[Any], *, deadline_s: float | None = None
     ) -> list[int | None]:
         """The same bytes of each block (some layers of it), verified without reading the rest. A block that ends before is read as far as it goes."""
+        return await self._get(self.begin_range(keys, offset, length, into, deadline_s))
+
+    def begin_get(self, keys: Sequence[Key], into: Sequence[Any], shorter: bool, deadline_s: float | None) -> Batch:
+        """In any thread, as the next: what `get` is asked, checked. How it goes on: gets.py."""
+        need = 1 if shorter else self.block_bytes
+        return self.gets.begin(keys, into, 0, self.block_bytes, need, whole=True, limit_s=self._limit(deadline_s, self._config.get_deadline_s))
+
+    def begin_range(self, keys: Sequence[Key], offset: int, length: int, into: Sequence[Any], deadline_s: float | None) -> Batch:
         if offset < 0 or length < 1 or offset + length > self.block_bytes:
             raise InvalidArgument(f"bytes {offset} to {offset + length} of a block: blocks of space {self.name} have at most {self.block_bytes}")
-        return await self._get(keys, into, offset, length, length, False, deadline_s)
+        return self.gets.begin(keys, into, offset, length, length, whole=False, limit_s=self._limit(deadline_s, self._config.get_deadline_s))
 
-    async def _get(
-        self, keys: Sequence[Key], into: Sequence[Any], offset: int, length: int, need: int, whole: bool, deadline_s: float | None
-    ) -> list[int | None]:
-        """`need`: what a buffer must hold. `whole`: a block that is longer than what was asked for is a miss."""
-        digests = hashing.digests(keys)
-        if len(into) != len(keys):
-            raise InvalidArgument(f"{len(keys)} keys and {len(into)} buffers: one for each")
-        memories = [to_fill(buffer, place, need) for place, buffer in enumerate(into)]
-        found: list[int | None] = [None] * len(keys)
-        counters = self.counters
-        counters.gets += len(keys)
-        end_s = self._end(deadline_s, self._config.get_deadline_s)
-        if keys and await self._readable(len(keys), end_s):
-            groups = self._placement.group(digests)
-
-            async def ask(chains: Sequence[int], limit_s: float) -> None:
-                # In the order of the keys: the service touches what one request read from its end on, so the deepest block comes first.
-                places = sorted((place, chain) for chain in chains for place in groups[chain])
-                reads = []
-                for place, chain in places:
-                    size = min(length, len(memories[place].view))
-                    reads.append(ChunkRead(chain, block_id(self.inode, digests[place]), offset, size, memories[place].part(size)))
-                try:
-                    outcomes = await self._storage.read_each(reads, deadline_s=limit_s)
-                except BaseException:  # cancelled
-                    for place, _ in places:
-                        memories[place].settle()
-                    raise
-                for (place, chain), read, outcome in zip(places, reads, outcomes, strict=True):
-                    found[place] = self._arrived(chain, memories[place], outcome, read.length if whole else None)
-
-            await self._on_chains(groups, ask, end_s)
-        hits = [count for count in found if count is not None]
-        counters.hits += len(hits)
-        counters.hit_bytes += sum(hits)
-        counters.misses += len(keys) - len(hits)
-        return found
-
-    def _arrived(self, chain: int, memory: Memory, outcome: ReadDone | KvfsError, longest: int | None) -> int | None:
-        memory.settle()
-        if isinstance(outcome, KvfsError):
-            self._trouble(chain, outcome, 1)
-            return None
-        self._well(chain)
-        if not outcome.found or (longest is not None and outcome.chunk_length > longest):
-            return None
-        if outcome.moved:
-            self.counters.moved += 1
-            memory.view[: outcome.length] = outcome.view[: outcome.length]
-        return outcome.length
+    async def _get(self, batch: Batch) -> list[int | None]:
+        gets = self.gets
+        gets.take_known(batch)
+        if batch.pending:
+            await gets.find(batch)
+        else:
+            await trio.lowlevel.checkpoint()
+        if batch.placed:
+            await gets.read_in_task(batch)
+        if batch.pending:
+            await gets.fetch(batch)
+        return gets.finish(batch)
 
     # --- put -------------------------------------------------------------------------------------------------------------------------------
 
@@ -222,7 +193,7 @@ class AsyncSpace:
                 for (place, chain), outcome in zip(places, await self._storage.write_each(writes, deadline_s=limit_s), strict=True):
                     results[place] = self._taken(chain, outcome, len(memories[place].view))
 
-            await self._on_chains(groups, ask, min(end_s, self._clock.monotonic() + left_s))
+            await self._chains.ask(groups, ask, min(end_s, self._clock.monotonic() + left_s))
             for place, digest in enumerate(digests):
                 if first[digest] != place:
                     results[place] = Put.PRESENT if results[first[digest]] else Put.REFUSED
@@ -275,12 +246,12 @@ class AsyncSpace:
 
     def _taken(self, chain: int, outcome: WriteDone | KvfsError, length: int) -> Put:
         if isinstance(outcome, AlreadyExists):
-            self._well(chain)
+            self._chains.well(chain)
             return Put.PRESENT
         if isinstance(outcome, KvfsError):
-            self._trouble(chain, outcome, 1)
+            self._chains.trouble(chain, outcome, 1)
             return Put.REFUSED
-        self._well(chain)
+        self._chains.well(chain)
         self.counters.stored_bytes += length
         return Put.STORED
 
@@ -304,6 +275,7 @@ class AsyncSpace:
         if not digests or not await self._readable(len(digests), end_s):
             return gone
         groups = self._placement.group(digests)
+        self.gets.known.forget(digests)
 
         async def ask(chains: Sequence[int], limit_s: float) -> None:
             places = [(place, chain) for chain in chains for place in groups[chain]]
@@ -312,12 +284,15 @@ class AsyncSpace:
             ]
             for (place, chain), outcome in zip(places, await self._storage.write_each(writes, deadline_s=limit_s), strict=True):
                 if isinstance(outcome, KvfsError) and not isinstance(outcome, ChunkNotFound):
-                    self._trouble(chain, outcome, 1)
+                    self._chains.trouble(chain, outcome, 1)
                 else:
-                    self._well(chain)
+                    self._chains.well(chain)
                     gone[place] = True
 
-        await self._on_chains(groups, ask, end_s)
+        try:
+            await self._chains.ask(groups, ask, end_s)
+        finally:
+            self.gets.known.forget(digests)  # what was asked for meanwhile
         return gone
 
     async def evict(self, blocks: int) -> int:
@@ -329,6 +304,7 @@ class AsyncSpace:
         for number, chain in enumerate(chains):
             share = blocks // len(chains) + (number < blocks % len(chains))
             gone += await self._storage.evict(chain, self.inode, share) if share else 0
+        self.gets.known.clear()
         return gone
 
     async def stats(self) -> SpaceStats:
@@ -337,7 +313,10 @@ class AsyncSpace:
 
     def _end(self, deadline_s: float | None, usual_s: float) -> float:
         """When an operation that begins now is over."""
-        return self._clock.monotonic() + (usual_s if deadline_s is None else deadline_s)
+        return self._clock.monotonic() + self._limit(deadline_s, usual_s)
+
+    def _limit(self, deadline_s: float | None, usual_s: float) -> float:
+        return usual_s if deadline_s is None else deadline_s
 
     async def _readable(self, count: int, end_s: float) -> bool:
         """False: the space is known to be gone."""
@@ -354,47 +333,3 @@ class AsyncSpace:
         if not left_s:
             self.counters.unchecked += count
         return left_s
-
-    # --- chains that do not answer -------------------------------------------------------------------------------------------------------------
-
-    async def _on_chains(self, groups: dict[int, list[int]], ask: Callable[[Sequence[int], float], Awaitable[None]], end_s: float) -> None:
-        """Ask for what lies on each chain; one that rests is left out, one that is tried again gets a short deadline of its own."""
-        limit_s = max(0.0, end_s - self._clock.monotonic())
-        if not self._rests:
-            await ask(list(groups), limit_s)
-            return
-        well: list[int] = []
-        trial: list[int] = []
-        for chain, places in groups.items():
-            state = self._rests.state(chain, self._version(chain), self._clock.monotonic())
-            if state == "resting":
-                self.counters.resting += len(places)
-            else:
-                (well if state == "well" else trial).append(chain)
-        async with trio.open_nursery() as nursery:
-            for chains, seconds in ((well, limit_s), (trial, min(limit_s, self._config.trial_s))):
-                if chains:
-                    nursery.start_soon(ask, chains, seconds)
-
-    def _version(self, chain: int) -> int:
-        try:
-            return self._storage.routing.chain(chain).version
-        except KvfsError:
-            return 0
-
-    def _well(self, chain: int) -> None:
-        if self._rests:
-            self._rests.note(chain, 0, None, 0.0)
-
-    def _trouble(self, chain: int, error: KvfsError, count: int) -> None:
-        """Storage could not do it for so many blocks: counted, and the chain may rest."""
-        counters = self.counters
-        if isinstance(error, DeadlineExceeded):
-            counters.late += count
-        elif isinstance(error, DataError):
-            counters.corrupt += count
-        elif isinstance(error, NoSpace):
-            counters.full += count
-        else:
-            counters.failed += count
-        self._rests.note(chain, self._version(chain), error, self._clock.monotonic())

@@ -10,7 +10,6 @@ torch and numpy are imported only by who asks for their views.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any
 
 from kvfs.client.file.memory import PAGE_BYTES, RegisteredBuffer, registered_at
@@ -21,69 +20,88 @@ DIRECT_BYTES_MIN = 4096
 """Less is copied sooner than its address is looked up."""
 
 
-@dataclass(slots=True)
 class Memory:
     """One buffer: its bytes, and the span of them that services on this host may touch, where there is one."""
 
-    view: memoryview
-    span: Span | None = None
-    owner: RegisteredBuffer | None = None
+    __slots__ = ("_direct", "_looked", "_owner", "_span", "view")
+
+    def __init__(self, view: memoryview, *, direct: bool) -> None:
+        """`direct`: services are to write into it, so only memory will do that can be taken from them again."""
+        self.view = view
+        self._direct = direct
+        self._looked = False
+        self._span: Span | None = None
+        self._owner: RegisteredBuffer | None = None
+
+    @property
+    def span(self) -> Span | None:
+        """Looked up when it is first asked for: bytes that this process reads itself need none."""
+        if not self._looked:
+            self._looked = True
+            self._look()
+        return self._span
 
     def part(self, length: int) -> Span | memoryview:
         """What a request names for the first `length` bytes."""
-        if self.span is not None:
-            return self.span if length == self.span.length else self.span.part(0, length)
+        span = self.span
+        if span is not None:
+            return span if length == span.length else span.part(0, length)
         return self.view[:length]
 
     def settle(self) -> None:
         """Nobody but this process touches the bytes from now on."""
-        if self.span is not None and self.span.pinned and self.owner is not None:
-            self.owner.forsake(self.span)
+        if self._span is not None and self._span.pinned and self._owner is not None:
+            self._owner.forsake(self._span)
+
+    def _look(self) -> None:
+        length = len(self.view)
+        if self.view.readonly or length < DIRECT_BYTES_MIN:
+            return
+        found = registered_at(ctypes.addressof(ctypes.c_ubyte.from_buffer(self.view)), length)
+        if found is None:
+            return
+        self._owner, offset = found
+        self._span = self._owner.direct(offset, length)
+        if self._span is None and not self._direct and not self._owner.forsaken(offset, length):
+            self._span = self._owner.span(offset, length)  # a service only reads it
 
 
 def to_fill(buffer: Any, place: int, need_bytes: int) -> Memory:
     """A buffer that a block is to be read into. `need_bytes`: it must hold so many."""
-    memory = _memory(buffer, f"buffer {place}", direct=True)
-    if memory.view.readonly:
+    view = _flat(buffer, "buffer", place)
+    if view.readonly:
         raise ReadOnly(f"buffer {place} is read-only: a block cannot be read into it")
-    if len(memory.view) < need_bytes:
-        raise OutOfRange(f"buffer {place} has {len(memory.view)} bytes, and {need_bytes} are needed")
-    return memory
+    if len(view) < need_bytes:
+        raise OutOfRange(f"buffer {place} has {len(view)} bytes, and {need_bytes} are needed")
+    return Memory(view, direct=True)
 
 
 def to_send(buffer: Any, place: int) -> Memory:
     """A block that is to be put."""
-    return _memory(buffer, f"block {place}", direct=False)
+    return Memory(_flat(buffer, "block", place), direct=False)
 
 
-def _memory(buffer: Any, what: str, *, direct: bool) -> Memory:
+def _flat(buffer: Any, what: str, place: int) -> memoryview:
+    """The bytes of whatever it is."""
     if isinstance(buffer, RegisteredBuffer):
         buffer = buffer.span()
     if isinstance(buffer, Span):
         # A bare span is looked up by its address too: a get takes one only where it can be forsaken.
         view = buffer.view
     elif hasattr(buffer, "data_ptr"):
-        view = _tensor(buffer, what)
+        view = _tensor(buffer, f"{what} {place}")
     else:
         try:
             view = memoryview(buffer)
         except TypeError:
-            raise InvalidArgument(f"{what} is a {type(buffer).__name__}: it must be a bytes-like object, a numpy array or a torch tensor") from None
+            raise InvalidArgument(
+                f"{what} {place} is a {type(buffer).__name__}: it must be a bytes-like object, a numpy array or a torch tensor"
+            ) from None
         if not view.c_contiguous:
-            raise InvalidArgument(f"{what} is not contiguous")
+            raise InvalidArgument(f"{what} {place} is not contiguous")
         if view.format != "B" or view.ndim != 1:
             view = view.cast("B")
-    length = len(view)
-    if view.readonly or length < DIRECT_BYTES_MIN:
-        return Memory(view)
-    found = registered_at(ctypes.addressof(ctypes.c_ubyte.from_buffer(view)), length)
-    if found is None:
-        return Memory(view)
-    owner, offset = found
-    span = owner.direct(offset, length)
-    if span is None and not direct and not owner.forsaken(offset, length):
-        span = owner.span(offset, length)  # a service only reads it
-    return Memory(view, span, owner)
+    return view
 
 
 def _tensor(tensor: Any, what: str) -> memoryview:

@@ -49,6 +49,11 @@ class Life:
         self._changes += 1
         self._asked_s = -math.inf
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the space was seen to be there lately enough, so that nothing need be asked. Any thread may look."""
+        return not self.over and not self._suspect and self._clock.monotonic() - self._seen_s <= self._config.refresh_s
+
     async def readable(self, end_s: float) -> bool:
         """False: the space is known to be gone. `end_s`: when the operation that asks is over."""
         age_s = self._clock.monotonic() - self._seen_s

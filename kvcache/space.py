@@ -1,6 +1,7 @@
 """A space for threads.
 
-Owns nothing but the way into the client's thread: each batch crosses once there and once back, keys of prompts are hashed in the calling thread.
+Owns nothing but the way into the client's thread: each batch crosses once there and once back at most, keys of prompts are hashed, and blocks on this
+machine are read, in the calling thread.
 Invariants and arguments are async_space's. After a fork the child opens the space anew, by its name, at its first call.
 """
 
@@ -15,6 +16,7 @@ from kvfs.common.errors import StaleHandle
 from kvfs.kvcache import keys as hashing
 from kvfs.kvcache.async_space import AsyncSpace, Key
 from kvfs.kvcache.buffers import BlockBuffers
+from kvfs.kvcache.gets import Batch
 from kvfs.kvcache.keys import Tokens
 from kvfs.kvcache.outcomes import Put, SpaceCounters, SpaceStats
 from kvfs.kvcache.params import SpaceParams
@@ -88,11 +90,23 @@ class Space:
 
     def get(self, keys: Sequence[Key], into: Sequence[Any], *, shorter: bool = False, deadline_s: float | None = None) -> list[int | None]:
         space = self._handle()
-        return self._client.portal.call(lambda: space.get(keys, into, shorter=shorter, deadline_s=deadline_s))
+        return self._get(space, space.begin_get(keys, into, shorter, deadline_s))
 
     def get_range(self, keys: Sequence[Key], offset: int, length: int, into: Sequence[Any], *, deadline_s: float | None = None) -> list[int | None]:
         space = self._handle()
-        return self._client.portal.call(lambda: space.get_range(keys, offset, length, into, deadline_s=deadline_s))
+        return self._get(space, space.begin_range(keys, offset, length, into, deadline_s))
+
+    def _get(self, space: AsyncSpace, batch: Batch) -> list[int | None]:
+        """The bytes that lie on this machine are read in this thread; for the rest, and for where they lie, it crosses into the client's."""
+        gets = space.gets
+        gets.take_known(batch)
+        if batch.pending:
+            self._client.portal.call(gets.find, batch)
+        if batch.placed:
+            gets.read(batch)
+        if batch.pending:
+            self._client.portal.call(gets.fetch, batch)
+        return gets.finish(batch)
 
     def put(self, keys: Sequence[Key], blocks: Sequence[Any], prefix: Sequence[Key] = (), *, deadline_s: float | None = None) -> list[Put]:
         space = self._handle()

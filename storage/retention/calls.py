@@ -74,6 +74,8 @@ class RetentionCalls:
             target = self._host.targets.get(touch.target_id)
             if target is None or not target.opened:
                 continue
+            if not touch.from_target:
+                target.retention.count_hits(touch.inode, touch.hits)
             for start in range(0, len(touch.digests), SLICE_BYTES):
                 part = touch.digests[start : start + SLICE_BYTES]
                 if touch.from_target:
@@ -141,7 +143,7 @@ def _note(host: Host, request: pb.ReadRequest, reply: pb.ReadReply) -> None:
     found: dict[int, list[bytes]] = {}
     missed: dict[int, list[bytes]] = {}
     for io, result in zip(request.reads, reply.results, strict=True):
-        if is_block(io.chunk_id):
+        if is_block(io.chunk_id) and not io.counted:
             if result.status == 0:
                 found.setdefault(io.target_id, []).append(io.chunk_id)
             elif result.status == ChunkNotFound.code:

@@ -198,6 +198,13 @@ class Retention:
         if not told:
             _queue(self._news.own, inode, touched, now_ms)
 
+    def count_hits(self, inode: int, hits: int) -> None:
+        """Reads that were no requests."""
+        table = self.tables.get(inode)
+        if table is not None and hits:
+            table.counts.hits += hits
+            self._news.spaces.add(inode)
+
     def probe(self, inode: int, digests: bytes, *, touch: bool) -> list[bool]:
         table = self.tables.get(inode)
         if table is None:

@@ -191,9 +191,14 @@ def test_one_request_for_each_node() -> None:
             before = client.counters.write_requests
             await made.put(keys, [block(number) for number in range(100)])
             assert client.counters.write_requests - before == 2
-            before = client.counters.read_requests
             assert await made.get(keys, buffers(100)) == [BLOCK] * 100
-            assert client.counters.read_requests - before == 2
+            assert (client.counters.place_requests, client.counters.read_requests) == (2, 0), "they lie on this machine: places are asked for"
+        apart = ClientConfig(buffer_pool_bytes=64 << 20, shared_memory=False)
+        async with whole(storage=2, replicas=1) as cluster, cluster.client(config=apart) as client:
+            made = await AsyncKVCache(client).create("s", PARAMS)
+            await made.put(keys, [block(number) for number in range(100)])
+            assert await made.get(keys, buffers(100)) == [BLOCK] * 100
+            assert (client.counters.place_requests, client.counters.read_requests) == (0, 2)
 
     run(test)
 
