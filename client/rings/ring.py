@@ -91,8 +91,8 @@ class IoRing:
     # --- for threads -----------------------------------------------------------------------------------------------------------------
 
     def prepare(self, buffer: Any, file: RawFile, offset: int, userdata: Any = None) -> IoRing:
-        """Read into, or write from, all of `buffer`: a view or Span of a RegisteredBuffer that is still held (without a copy where a read's part is
-        whole pages), or any other contiguous bytes (with one copy).
+        """Read into, or write from, all of `buffer`: a view or Span of a RegisteredBuffer that is still held (without a copy; reads from a service
+        only where the part is whole pages), or any other contiguous bytes (with one copy, but for reads from this machine's page cache).
         It must stay as it is until the result is there. OSError: EAGAIN when `entries` are waited for already, EINVAL, EBADF."""
         view = bytes_of(buffer)
         if not len(view) or not view.c_contiguous:

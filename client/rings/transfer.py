@@ -3,9 +3,9 @@
 Owns the way from prepared I/O to results: bytes transferred, or -errno. Invariants:
   - an I/O has its result only when nothing will touch the caller's memory for it any more: services write directly only into registered memory
     that can be taken out of their reach (`RegisteredBuffer.direct`); all other memory is filled from, or copied to, a block of the client's own,
-    for one copy;
+    for one copy. Where services on this machine tell places, this thread reads from there into any memory;
   - a read sees every write that was acknowledged before it began, by whatever client, and what this client wrote: nothing that was read ahead is
-    used;
+    used, and places are asked for anew each time;
   - a write has its result when every serving replica has the bytes; writes of one batch may be applied in any order, and adjacent ones together;
   - an error of one I/O is its own result; nothing is raised for it.
 """
@@ -22,10 +22,14 @@ import trio
 
 from kvfs.client.async_client import AsyncClient
 from kvfs.client.file.memory import Block, RegisteredBuffer, registered_at, zero
-from kvfs.client.file.open_file import OpenFile
+from kvfs.client.file.open_file import INLINE_BYTES, OpenFile
+from kvfs.client.place import Read
+from kvfs.client.placement import Piece
 from kvfs.client.storage_client import StorageClient
+from kvfs.client.storage_places import ChunkRange
 from kvfs.client.storage_reads import ChunkRead, ReadDone
 from kvfs.client.storage_writes import ChunkWrite, WriteDone
+from kvfs.common.checksum import CHECKSUM_UNIT_BYTES
 from kvfs.common.errors import KvfsError
 from kvfs.common.transport.region import Span
 
@@ -107,11 +111,11 @@ class _Target:
     def take(self, outcomes: Sequence[ReadDone | KvfsError], forbid_holes: bool) -> None:
         """Puts the bytes where the caller wants them; sets the result."""
         view = self.io.view
+        self.settle()
         for outcome in outcomes:
             if isinstance(outcome, KvfsError):
                 self.io.fail(outcome)
                 return
-        self.settle()
         hole = False
         start = 0
         for read, outcome in zip(self.reads, outcomes, strict=True):
@@ -147,28 +151,66 @@ def _direct(view: memoryview, length: int) -> tuple[RegisteredBuffer | None, Spa
     return owner, None if owner is None else owner.direct(offset, length)
 
 
-async def _read(client: AsyncClient, ios: Sequence[Io], forbid_holes: bool) -> None:
+async def _due(ios: Sequence[Io]) -> list[tuple[Io, int]]:
+    """How many bytes there are for each; those without any are over."""
     lengths: dict[OpenFile, int | KvfsError] = {}
+    due: list[tuple[Io, int]] = []
+    for io in ios:
+        if io.file not in lengths:
+            try:
+                lengths[io.file] = await io.file.settled_length()
+            except KvfsError as error:
+                lengths[io.file] = error
+        length = lengths[io.file]
+        if isinstance(length, KvfsError):
+            io.fail(length)
+        elif io.offset >= length:
+            io.result = 0
+        else:
+            due.append((io, min(len(io.view), length - io.offset)))
+    return due
+
+
+async def _read_places(client: AsyncClient, due: Sequence[tuple[Io, int]], forbid_holes: bool) -> None:
+    """Those whose places this machine's services tell, asked for now, and whose bytes are in memory: read from there. The others are left."""
+    pieces = [(io, piece) for io, length in due for piece in io.file.placement.pieces(io.offset, length)]
+    places = await client.storage.places([_range(io, piece) for io, piece in pieces])
+    whole = dict.fromkeys((io for io, _ in due), True)
+    holes: set[Io] = set()
+    for (io, piece), place in zip(pieces, places, strict=True):
+        if place is None or not whole[io]:
+            whole[io] = False
+            continue
+        for start in range(0, piece.length, INLINE_BYTES):
+            into = io.view[piece.start + start : piece.start + min(piece.length, start + INLINE_BYTES)]
+            if place.read(piece.offset + start, into, nowait=True) is not Read.DONE:
+                whole[io] = False
+                break
+            client.counters.direct_bytes += len(into)
+            await trio.lowlevel.checkpoint()
+        if piece.offset + piece.length > place.end:
+            holes.add(io)
+    for io, length in due:
+        if whole[io]:
+            io.result = -errno.ENODATA if forbid_holes and io in holes else length
+
+
+def _range(io: Io, piece: Piece) -> ChunkRange:
+    placement = io.file.placement
+    start = piece.offset - piece.offset % CHECKSUM_UNIT_BYTES
+    return ChunkRange(placement.chain(piece.index), placement.chunk(piece.index), start, piece.offset + piece.length - start)
+
+
+async def _read(client: AsyncClient, ios: Sequence[Io], forbid_holes: bool) -> None:
+    due = await _due(ios)
+    await _read_places(client, due, forbid_holes)
     targets: list[_Target] = []
     try:
-        for io in ios:
-            if io.file not in lengths:
-                try:
-                    lengths[io.file] = await io.file.settled_length()
-                except KvfsError as error:
-                    lengths[io.file] = error
-            length = lengths[io.file]
-            if isinstance(length, KvfsError):
-                io.fail(length)
-                continue
-            due = min(len(io.view), length - io.offset)
-            if due <= 0:
-                io.result = 0
-                continue
-            try:
-                targets.append(_Target(client, io, due))
-            except KvfsError as error:
-                io.fail(error)
+        for io, length in due:
+            if io.result is None:
+                targets.append(_Target(client, io, length))
+        if not targets:
+            return
         outcomes = await client.storage.read_each([read for target in targets for read in target.reads])
         first = 0
         for target in targets:

@@ -303,6 +303,24 @@ def test_reading_a_whole_file(work: Path) -> None:
         io.read_file(work / "nothing")
 
 
+def test_a_forked_child_goes_on_by_itself(mount_point: Path, work: Path) -> None:
+    """As torch's data loaders: registered before the fork, used after it on both sides."""
+    (work / "file").write_bytes(b"content")
+    with opened(work / "file", os.O_RDONLY) as fd, shared(mount_point, KIB) as (_, iov):
+        ring = io.make_ioring(str(mount_point), 1)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                [done] = ring.prepare(iov[:100], True, fd, 3).submit().wait(min_results=1)
+                io.deregister_fd(fd)
+                status = 0 if (done.result, bytes(done)[:4]) == (4, b"tent") else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert once(mount_point, fd, iov[:7], 0, read=True) == 7 and bytes(iov[:7]) == b"content"
+
+
 class SglangFile:
     """What SGLang's (and vLLM's) Hf3fsUsrBioClient does, step by step."""
 
@@ -404,6 +422,10 @@ def test_a_batch_that_ran_out_of_time_gives_nothing_to_the_next(work: Path, moun
             await trio.sleep(0.01)
         return await real(reads, **options)
 
+    async def places(ranges: Any) -> Any:
+        return [None] * len(ranges)
+
+    monkeypatch.setattr(storage, "places", places)
     monkeypatch.setattr(storage, "read_each", read_each)
     results, _ = job.read([0, page], timeout_s=0.05)
     assert results == [-errno.ETIMEDOUT] * 2

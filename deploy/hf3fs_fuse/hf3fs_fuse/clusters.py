@@ -19,6 +19,7 @@ from kvfs.fuse.kernel import MountEntry
 CLUSTER_ATTRIBUTE = "user.kvfs.cluster"
 
 _lock = threading.Lock()
+os.register_at_fork(after_in_child=lambda: _renew_lock())
 _clients: dict[str, Client] = {}
 
 
@@ -48,6 +49,12 @@ def client_of(mount: MountEntry) -> Client:
         if client is None:
             client = _clients[mount.source] = Client(_address(mount), description=f"hf3fs_fuse on {mount.mount_point}")
         return client
+
+
+def _renew_lock() -> None:
+    """It may have been held by a thread that a forked child does not have. Clients themselves know of forks."""
+    global _lock
+    _lock = threading.Lock()
 
 
 def _address(mount: MountEntry) -> ClusterAddress:

@@ -20,6 +20,7 @@ from kvfs.client import RawFile, User
 log = logging.getLogger("kvfs.hf3fs_fuse")
 
 _lock = threading.Lock()
+os.register_at_fork(after_in_child=lambda: _renew_lock())
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +87,12 @@ def find(fd: int) -> Registered:
 def registered(fd: int) -> RawFile | None:
     entry = _registered.get(fd)
     return None if entry is None else entry.file
+
+
+def _renew_lock() -> None:
+    """It may have been held by a thread that a forked child does not have. The handles themselves know of forks."""
+    global _lock
+    _lock = threading.Lock()
 
 
 def _close_stale(file: RawFile) -> None:

@@ -56,8 +56,26 @@ def results(ring: IoRing, count: int) -> list[int]:
     return [done.result for done in ring.submit().wait(min_results=count, timeout=20)]
 
 
+def no_places(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the storage were on another machine: reads go to the service."""
+
+    async def places(ranges: list[Any]) -> list[None]:
+        return [None] * len(ranges)
+
+    monkeypatch.setattr(client.portal.client.storage, "places", places)
+
+
+@pytest.fixture(params=["here", "service"])
+def way(request: pytest.FixtureRequest, client: Client, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How reads go."""
+    if request.param == "service":
+        no_places(client, monkeypatch)
+    return str(request.param)
+
+
 def broken(client: Client, monkeypatch: pytest.MonkeyPatch, replacement: Any) -> Any:
-    """Reads of this client go through `replacement(real, reads)`."""
+    """Reads of this client go to the service, and through `replacement(real, reads)`."""
+    no_places(client, monkeypatch)
     storage = client.portal.client.storage
     real = storage.read_each
 
@@ -69,7 +87,7 @@ def broken(client: Client, monkeypatch: pytest.MonkeyPatch, replacement: Any) ->
 
 
 @pytest.mark.parametrize("kind", ["plain", "registered"])
-def test_pages_written_and_read_by_rings(client: Client, file: RawFile, kind: str) -> None:
+def test_pages_written_and_read_by_rings(client: Client, file: RawFile, way: str, kind: str) -> None:
     """Pages that straddle chunks, in an order that is not the file's; the results name what was prepared, in that order."""
     buffer = client.register(9 * PAGE)
     view = memoryview(bytearray(9 * PAGE)) if kind == "plain" else buffer.view
@@ -91,7 +109,8 @@ def test_pages_written_and_read_by_rings(client: Client, file: RawFile, kind: st
     assert bytes(view) == data
 
 
-def test_whole_pages_of_registered_memory_are_read_without_a_copy(client: Client, file: RawFile) -> None:
+def test_whole_pages_of_registered_memory_are_read_without_a_copy(client: Client, file: RawFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_places(client, monkeypatch)
     data = written(file, 4 * MIB)
     buffer = client.register(4 * MIB)
     before = client.counters.heap_blocks, client.portal.client.pool.free_bytes
@@ -106,7 +125,30 @@ def test_whole_pages_of_registered_memory_are_read_without_a_copy(client: Client
     assert -1 not in least and client.counters.heap_blocks == before[0]
 
 
-def test_short_only_at_the_end_of_the_file(client: Client, file: RawFile) -> None:
+def test_reads_on_this_machine_ask_for_places_only(client: Client, file: RawFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of checksum units at both ends; the storage reads nothing. What has gone from its place meanwhile is asked of the service."""
+    data = written(file, 3 * MIB)
+    client.call(lambda inner: inner.flush_inode(file.opened(reading=True).inode))
+    before = client.counters.read_requests, client.counters.direct_bytes
+    buffer = bytearray(2 * MIB + 3)
+    ring = client.make_ring(1)
+    ring.prepare(buffer, file, 77_777)
+    assert results(ring, 1) == [len(buffer)] and buffer == data[77_777 : 77_777 + len(buffer)]
+    assert client.counters.read_requests == before[0] and client.counters.direct_bytes == before[1] + len(buffer)
+    storage = client.portal.client.storage
+    real = storage.places
+
+    async def moved(ranges: list[Any]) -> Any:
+        return [place and place._replace(checksums=b"\0" * len(place.checksums)) for place in await real(ranges)]
+
+    monkeypatch.setattr(storage, "places", moved)
+    buffer[:] = bytes(len(buffer))
+    ring.prepare(buffer, file, 77_777)
+    assert results(ring, 1) == [len(buffer)] and buffer == data[77_777 : 77_777 + len(buffer)]
+    assert client.counters.read_requests > before[0]
+
+
+def test_short_only_at_the_end_of_the_file(client: Client, file: RawFile, way: str) -> None:
     data = written(file, MIB + 5)
     ring = client.make_ring(4)
     buffers = [bytearray(b"x" * MIB) for _ in range(4)]
@@ -117,7 +159,7 @@ def test_short_only_at_the_end_of_the_file(client: Client, file: RawFile) -> Non
     assert buffers[1][15:] == b"x" * (MIB - 15), "what is behind the end is left alone"
 
 
-def test_holes_are_zeros_unless_forbidden(client: Client, file: RawFile) -> None:
+def test_holes_are_zeros_unless_forbidden(client: Client, file: RawFile, way: str) -> None:
     """A chunk that was never written, and a chunk that is shorter than the file says."""
     chunk = client.stat(file.name).layout.chunk_size
     file.pwrite(b"a" * 1000, 0)
@@ -137,7 +179,7 @@ def test_holes_are_zeros_unless_forbidden(client: Client, file: RawFile) -> None
             assert buffers == [b"a" * 1000, b"a" * 500 + bytes(500), bytes(1000), b"b" * 1000]
 
 
-def test_a_read_sees_what_was_written_before_it(client: Client, cluster: ClusterAddress, file: RawFile) -> None:
+def test_a_read_sees_what_was_written_before_it(client: Client, cluster: ClusterAddress, file: RawFile, way: str) -> None:
     """By this client and not yet sent, by a ring of another client and not yet reported, over what was read before."""
     written(file, MIB)
     reader = client.make_ring(1)
