@@ -18,10 +18,11 @@ from tests.unit.client.fakes import run
 from tests.unit.client.whole import whole
 
 from kvfs.client import AsyncClient
+from kvfs.client.config import ClientConfig
 from kvfs.client.file import block_file
 from kvfs.client.spaces import CHAIN_PAGE_MIN, Block
 from kvfs.client.storage_reads import ChunkRead
-from kvfs.common.errors import KvfsError, NoAttribute, NotFound, NotPermitted, ReadOnly, StaleHandle
+from kvfs.common.errors import ConnectionLost, KvfsError, NoAttribute, NotFound, NotPermitted, ReadOnly, StaleHandle
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse import block_table
 from kvfs.fuse.block_table import BLOCK_BIT, BlockTable
@@ -334,6 +335,38 @@ async def test_the_kernel_s_knowledge_is_counted(ready: Stage) -> None:
     assert len(fs._blocks) == 0
     with pytest.raises(StaleHandle):
         await fs.getattr(shown.inode, ROOT)
+
+
+def test_a_replica_stands_in_and_what_nobody_can_list_is_an_error_not_a_gap() -> None:
+    async def test() -> None:
+        async with whole(storage=2, replicas=2) as cluster, cluster.client(config=ClientConfig(buffer_pool_bytes=64 << 20, deadline_s=3)) as client:
+            fs = FileSystem(client)
+            space = await AsyncKVCache(client).create("s", PARAMS)
+            await put(space, *range(20))
+            caller = client.storage._peers.caller
+            call, deaf = caller.call, client.routing.addresses_of_target(client.routing.head(space.chain_ids[0]))
+
+            async def one_is_deaf(addresses: tuple[str, ...], *arguments: Any, **options: Any) -> Any:
+                if addresses == deaf:
+                    raise ConnectionLost("the service closed the connection")
+                return await call(addresses, *arguments, **options)
+
+            caller.call = one_is_deaf
+            with trio.fail_after(2.5):  # before the deadline: the other replica is asked at once
+                assert list(await listing(fs, space.inode)) == sorted(name_of(number) for number in range(20))
+                assert await read(fs, (await fs.lookup(space.inode, name_of(3), ROOT)).inode) == content(3)
+            caller.call = call
+            cluster.stop_storage(0)
+            cluster.stop_storage(1)
+            with trio.fail_after(10):  # it answers what has begun, then it is gone
+                while any(client.routing.serving(chain) for chain in space.chain_ids):
+                    await trio.sleep(0.05)
+            with pytest.raises(KvfsError) as caught:
+                await listing(fs, space.inode)
+            assert not isinstance(caught.value, NotFound)
+            await fs.close()
+
+    run(test, 40)
 
 
 def test_numbers_are_stable_and_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
