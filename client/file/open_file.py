@@ -312,7 +312,7 @@ class OpenFile:
         state = self._state
         total = sum(map(size_of, buffers))
         if not total:
-            return state.length
+            return await self.current_length()
         if state.written_end > state.attributes.length:
             # The end that the metadata service knows must be the true one before it gives out what is behind it.
             await self._flush_and_report()
