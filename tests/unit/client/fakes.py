@@ -137,6 +137,8 @@ class FakeMeta:
         """Lengths of truncations that failed and wait to be carried out."""
         self.fail_ends: KvfsError | None = None
         self.asked = 0
+        self.hold_answers: trio.Event | None = None
+        """Attributes that were asked for are on their way until then."""
         self.events: dict[bytes, list[int]] = {}
         self.sequence: dict[bytes, int] = {}
         self.acknowledged: dict[bytes, int] = {}
@@ -167,10 +169,13 @@ class FakeMeta:
     def hear(self, context: meta_pb2.Context) -> None:
         self.ended += [(each.inode, each.session) for each in context.ended]
 
-    def get_attr(self, request: meta_pb2.GetAttrRequest, call: Call) -> meta_pb2.GetAttrReply:
+    async def get_attr(self, request: meta_pb2.GetAttrRequest, call: Call) -> meta_pb2.GetAttrReply:
         self.hear(request.context)
         self.asked += 1
-        return meta_pb2.GetAttrReply(inodes=[self.copy(number) for number in request.inodes])
+        reply = meta_pb2.GetAttrReply(inodes=[self.copy(number) for number in request.inodes])
+        if self.hold_answers is not None:
+            await self.hold_answers.wait()
+        return reply
 
     def open(self, request: meta_pb2.OpenRequest, call: Call) -> meta_pb2.InodeReply:
         if request.inode not in self.inodes:
