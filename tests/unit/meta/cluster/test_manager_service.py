@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -144,6 +145,7 @@ class Node:
         self.complete = complete
         self.mute = False
         """Says nothing of its targets."""
+        self.leaving = False
         self.chain_versions_behind = 0
         self.link: ManagerLink
         self.error: Exception | None = None
@@ -159,7 +161,7 @@ class Node:
             found.append(
                 pb.TargetReport(
                     target_id=target.target_id,
-                    local_state=pb.UPTODATE if up else pb.ONLINE,
+                    local_state=pb.LOCAL_OFFLINE if self.leaving else pb.UPTODATE if up else pb.ONLINE,
                     chain_version=chain.version - self.chain_versions_behind,
                     capacity_bytes=100,
                     free_bytes=60,
@@ -187,6 +189,10 @@ class Node:
         except Exception as error:
             self.error = error
             self._scope.cancel()
+
+    def leave(self) -> None:
+        self.leaving = True
+        self.link.report_now()
 
     def kill(self) -> None:
         self._scope.cancel()
@@ -599,22 +605,80 @@ def test_steps_of_the_wall_clock_change_nothing() -> None:
     run(body)
 
 
-def test_everyone_restarts_and_all_serve_again() -> None:
+def heads(link: ManagerLink) -> dict[int, int]:
+    """How many chains each node is the head of."""
+    return Counter(states(link, chain.chain_id)[0][0] for chain in link.routing.chains)
+
+
+async def restart_everyone(world: World, manager: RunningManager, nodes: list[Node], missing: int = 0) -> list[Node]:
+    for node in nodes:
+        node.kill()
+    await manager.stop()
+    await world.manager(listen=manager.address)
+    again = [Node(world, node.uuid, own=node.own) for node in nodes[missing:]]
+    async with trio.open_nursery() as starting:
+        for place, node in enumerate(again):
+            await trio.sleep(0.1 * bool(place))  # no two processes start equally fast
+            starting.start_soon(world.nursery.start, node.run)
+    return again
+
+
+def test_everyone_restarts_and_all_serve_again_with_the_heads_spread() -> None:
+    async def body(world: World) -> None:
+        manager = await world.manager()
+        nodes = await world.nodes(3)
+        async with world.link() as link:
+            await create(link, expected_nodes=3, targets_per_disk=6)
+            await until(lambda: all(len(node.own) == 6 for node in nodes) and all(target.born for target in link.routing.targets))
+            assert sorted(heads(link).values()) == [2, 2, 2]
+        await restart_everyone(world, manager, nodes)
+        async with world.link() as link:
+            await until(lambda: all_serve(link))
+            assert not any(target.blank for target in link.routing.targets)
+            assert sorted(heads(link).values()) == [2, 2, 2]
+
+    run(body)
+
+
+def test_nodes_that_leave_together_leave_the_heads_spread() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(3)
+        async with world.link() as link:
+            await create(link, expected_nodes=3, targets_per_disk=6)
+            await until(lambda: all_serve(link) and all(target.born for target in link.routing.targets))
+            for node in nodes:
+                node.leave()
+                await trio.sleep(0.02)
+            await until(lambda: not any(link.routing.serving(chain.chain_id) for chain in link.routing.chains))
+            assert sorted(heads(link).values()) == [2, 2, 2]
+            for node in nodes:
+                node.leaving = False
+                node.link.report_now()
+            await until(lambda: all_serve(link))
+            nodes[0].leave()  # and one that goes alone is not waited with for long
+            left_s = trio.current_time()
+            await until(lambda: not all_serve(link))
+            assert trio.current_time() - left_s < 0.2
+
+    run(body)
+
+
+def test_nodes_that_restart_do_not_wait_for_one_that_stays_away() -> None:
     async def body(world: World) -> None:
         manager = await world.manager()
         nodes = await world.nodes(3)
         async with world.link() as link:
             await create(link, expected_nodes=3)
             await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
-        for node in nodes:
-            node.kill()
-        await manager.stop()
-        await world.manager(listen=manager.address)
-        for node in nodes:
-            await world.node(node.uuid, own=node.own)
+        before_s = trio.current_time()
+        again = await restart_everyone(world, manager, nodes, missing=1)
+        assert trio.current_time() - before_s < LEASE_S
+        await trio.sleep(2 * LEASE_S)
+        assert all(node.error is None and node.link.lease_valid() for node in again)
+        await world.node(nodes[0].uuid, own=nodes[0].own)
         async with world.link() as link:
             await until(lambda: all_serve(link))
-            assert not any(target.blank for target in link.routing.targets)
 
     run(body)
 
