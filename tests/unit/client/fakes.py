@@ -138,7 +138,7 @@ class FakeMeta:
         self.fail_ends: KvfsError | None = None
         self.asked = 0
         self.hold_answers: trio.Event | None = None
-        """Attributes that were asked for are on their way until then."""
+        """Answers to GetAttr and Close are on their way until then."""
         self.events: dict[bytes, list[int]] = {}
         self.sequence: dict[bytes, int] = {}
         self.acknowledged: dict[bytes, int] = {}
@@ -182,14 +182,17 @@ class FakeMeta:
             raise NotFound("no such inode")
         return meta_pb2.InodeReply(inode=self.copy(request.inode))
 
-    def close(self, request: meta_pb2.CloseRequest, call: Call) -> meta_pb2.InodeReply:
+    async def close(self, request: meta_pb2.CloseRequest, call: Call) -> meta_pb2.InodeReply:
         self.closes.append(request)
         inode = self.inodes[request.inode]
         if request.wrote:
             inode.data_version += 1
             if request.truncate_version == inode.truncate_version:
                 inode.length = max(inode.length, request.length)
-        return meta_pb2.InodeReply(inode=self.copy(request.inode))
+        reply = meta_pb2.InodeReply(inode=self.copy(request.inode))
+        if self.hold_answers is not None:
+            await self.hold_answers.wait()
+        return reply
 
     def append(self, request: meta_pb2.AppendRequest, call: Call) -> meta_pb2.AppendReply:
         inode = self.inodes[request.inode]
