@@ -15,11 +15,10 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -30,6 +29,7 @@ from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import common_options, console, human_bytes, print_json, table
 from kvfs.cli.fsck import check_cluster
 from kvfs.cli.mount import check_mount_point, is_mounted, unmount
+from kvfs.cli.process import interruptible
 from kvfs.cli.status import collect
 from kvfs.cli.up import start_detached, stop_supervisor
 from kvfs.client import Client
@@ -268,21 +268,6 @@ class Demo:
             unmount(str(self.mount), lazy=True)
         if self.cluster.run_dir.parent != self.cluster.path:
             shutil.rmtree(self.cluster.run_dir, ignore_errors=True)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that the cleanup below runs."""
-
-    def raise_interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, raise_interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def show(rows: list[Row]) -> None:
