@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import trio
 
 from kvfs.client.config import ClientConfig
+from kvfs.client.file.dirty import DirtyChunks
 from kvfs.client.file.memory import Block, Memory
 from kvfs.client.file.places import Places, PlaceTable
 from kvfs.client.file.readahead import ReadAhead, Windows
 from kvfs.client.file.stretch import Stretch
-from kvfs.client.file.writeback import DirtyChunks, WriteBack
+from kvfs.client.file.writeback import WriteBack
 from kvfs.client.meta_client import MetaClient
 from kvfs.client.placement import MAX_FILE_BYTES, Placement
 from kvfs.client.storage_client import StorageClient
