@@ -27,8 +27,10 @@ from kvfs.cli.context import common_options, console, human_bytes, print_json, t
 from kvfs.cli.fsck import check_cluster
 from kvfs.cli.measure import step_teller
 from kvfs.cli.mount import check_mount_point
-from kvfs.cli.own_cluster import interruptible, shut_down, start, work_directory
+from kvfs.cli.own_cluster import shut_down, work_directory
+from kvfs.cli.process import interruptible
 from kvfs.cli.status import collect
+from kvfs.cli.up import start_detached
 from kvfs.client import Client
 from kvfs.common.errors import DataError, DeadlineExceeded
 
@@ -163,7 +165,7 @@ class Demo:
 
     def run(self) -> None:
         start_s = time.perf_counter()
-        start(self.cluster)
+        start_detached(self.cluster, restart=False)
         self.say(f"cluster {self.cluster.cluster_id} is up and mounted in {time.perf_counter() - start_s:.1f} s: {self.processes()}")
         self.first_copy()
         self.second_copy_with_a_kill()

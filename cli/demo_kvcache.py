@@ -24,9 +24,10 @@ from kvfs.cli import bench_trace, cluster_dir
 from kvfs.cli.context import common_options, console, human_bytes, print_json, table
 from kvfs.cli.kv import packing, share
 from kvfs.cli.measure import step_teller, steps_bar
-from kvfs.cli.own_cluster import interruptible, shut_down, start, work_directory
+from kvfs.cli.own_cluster import shut_down, work_directory
 from kvfs.cli.plots import check_can_plot, hit_rate_over_time
-from kvfs.cli.up import stop_supervisor
+from kvfs.cli.process import interruptible
+from kvfs.cli.up import start_detached, stop_supervisor
 from kvfs.cli.workers import Line, Workers
 from kvfs.client import Client
 from kvfs.common.errors import DataError
@@ -153,7 +154,7 @@ class KVCacheDemo:
 
     def run(self) -> bench_trace.Replayed:
         started_s = time.perf_counter()
-        start(self.cluster)
+        start_detached(self.cluster, restart=False)
         self.say(f"a cluster of {STORAGE} storage services is up in {time.perf_counter() - started_s:.1f} s")
         self.put_and_get()
         self.restart()
@@ -186,7 +187,7 @@ class KVCacheDemo:
     def restart(self) -> None:
         before = self._stats()
         stop_supervisor(self.cluster)
-        start(self.cluster)
+        start_detached(self.cluster, restart=False)
         with self._clients() as clients:
             again = self._ask(clients, "get", self.shares)
         after = self._stats()

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import trio
 
@@ -25,28 +22,13 @@ from kvfs.cli.cluster_dir import ClusterDir
 from kvfs.cli.context import Options, err_console
 from kvfs.cli.manager_calls import manager_calls
 from kvfs.cli.mount import is_mounted, unmount
+from kvfs.cli.process import interruptible
 from kvfs.cli.up import start_detached, stop_supervisor
 from kvfs.common.errors import ClusterNotFound, DeadlineExceeded, KvfsError
 from kvfs.common.wire import cluster_pb2
 
 TABLE_TIMEOUT_S = 60.0
-LISTENS_S = 10.0
 POLL_S = 0.05
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that what must be cleaned up is."""
-
-    def raise_interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, raise_interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -71,17 +53,6 @@ def shut_down(cluster: ClusterDir) -> None:
         unmount(cluster.mount, lazy=True)
     if cluster.run_dir.parent != cluster.path:
         shutil.rmtree(cluster.run_dir, ignore_errors=True)
-
-
-def start(cluster: ClusterDir) -> None:
-    """Start it. An interrupt meanwhile waits for the supervisor to listen, so that `shut_down` finds it."""
-    try:
-        start_detached(cluster, restart=False)
-    except KeyboardInterrupt:
-        until_s = time.monotonic() + LISTENS_S
-        while not control.is_running(cluster.control_socket) and time.monotonic() < until_s:
-            time.sleep(POLL_S)
-        raise
 
 
 def process_ids(cluster: ClusterDir) -> list[int]:
@@ -120,7 +91,7 @@ def place_to_measure(options: Options, *, storage: int, replicas: Sequence[int],
             base / "cluster", storage=storage, replicas=first, mount=None, chunk_size_bytes=1 << 20, lease_ms=2000, base_port=None
         )
         stack.callback(shut_down, cluster)
-        start(cluster)
+        start_detached(cluster, restart=False)
         trio.run(_add_tables, cluster, others)
         yield Place(str(cluster.path), tuple(process_ids(cluster)), True, f"a cluster of its own ({storage} storage services in {base})")
 

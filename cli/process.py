@@ -14,8 +14,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import trio
 
@@ -87,6 +89,22 @@ def last_words(log_file: Path, since: int = 0) -> str:
         return ""
     marked = [line for line in lines if line.startswith(MARK)]
     return marked[-1].removeprefix(MARK) if marked else ""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that what was begun is cleaned up. Those that are ignored (nohup) stay so."""
+
+    def raise_interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, raise_interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:

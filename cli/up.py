@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -134,8 +135,22 @@ def complete(cluster: cluster_dir.ClusterDir, mount: str | None, *, no_mount: bo
 
 
 def start_detached(cluster: cluster_dir.ClusterDir, *, restart: bool) -> None:
-    """Start the supervisor and wait until the cluster serves. Raises SetupError with the words of what failed; nothing is left running."""
-    supervisor = spawn_supervisor(cluster.path, restart=restart)
+    """Start the supervisor and wait until the cluster serves. Raises SetupError with the words of what failed. Nothing is left running when this
+    raises, also when it is interrupted."""
+    with process.interruptible():
+        supervisor = spawn_supervisor(cluster.path, restart=restart)
+        try:
+            _wait_until_ready(cluster, supervisor)
+        except BaseException:
+            supervisor.terminate()  # another `kvfs up`'s goes on: ours has ended by itself then
+            try:
+                supervisor.wait(DOWN_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                supervisor.kill()  # its children see that it is gone
+            raise
+
+
+def _wait_until_ready(cluster: cluster_dir.ClusterDir, supervisor: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + UP_TIMEOUT_S
     with err_console.status("kvfs: starting") as spinner:
         while time.monotonic() < deadline_s:

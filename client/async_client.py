@@ -80,7 +80,7 @@ class AsyncClient(PathOperations):
         self.umask = _umask()
         peers = Peers(source, caller, clock, random, identity.host_id if config.shared_memory else "", config.suspect_s)
         self.counters: Counters = peers.counters
-        self.meta = MetaClient(MetaCalls(peers, config), random, user)
+        self.meta = MetaClient(MetaCalls(peers, config), clock, random, user)
         self.storage = StorageClient(peers, config, identity.client_id, nursery)
         self.memory = Memory(BufferPool(config.buffer_pool_bytes, region=region, name="kvfs-client"), peers.counters)
         self.pool = self.memory.pool

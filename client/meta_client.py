@@ -2,7 +2,8 @@
 
 Owns the request ids: a change keeps its own over all retries, so that it happens once. Failures of the connection or of the service are retried with
 backoff until the deadline; what the file system itself answers (NotFound, AccessDenied, ...) comes out at once.
-Replies are the protobuf messages of meta.proto. It caches nothing. Requests carry along which sessions have ended (endings.py).
+Replies are the protobuf messages of meta.proto. It caches nothing. Requests carry along which sessions have ended (endings.py); the attributes of
+files come with what is left of their lease (leases.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 from kvfs.client.endings import Endings
+from kvfs.client.leases import Leases
 from kvfs.client.user import User
+from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import KvfsError
 from kvfs.common.wire import base_pb2
@@ -30,11 +33,12 @@ class MetaCaller(Protocol):
 class MetaClient:
     """Every call takes `user`: who asks. `user=None` is the client's own user."""
 
-    def __init__(self, call: MetaCaller, random: Random, user: User) -> None:
+    def __init__(self, call: MetaCaller, clock: Clock, random: Random, user: User) -> None:
         self._call = call
         self._random = random
         self.user = user
         self._endings = Endings()
+        self.leases = Leases(clock)
 
     def _send(self, name: str, request: Any) -> Awaitable[Any]:
         """One request, and with it the ends of sessions that wait to be told."""
@@ -64,8 +68,9 @@ class MetaClient:
 
     async def get_attr(self, inodes: Sequence[int], *, user: User | None = None) -> list[pb.Inode]:
         """Attributes, in order; an inode that is gone has type TYPE_INVALID."""
+        asked = self.leases.asked()
         reply: pb.GetAttrReply = await self._send("GetAttr", pb.GetAttrRequest(context=self._read(user), inodes=inodes))
-        return list(reply.inodes)
+        return [self.leases.heard(inode, asked) for inode in reply.inodes]
 
     async def set_attr(
         self,
@@ -98,8 +103,9 @@ class MetaClient:
             length=length,
             session=session,
         )
+        asked = self.leases.asked()
         reply: pb.InodeReply = await self._send("SetAttr", request)
-        return reply.inode
+        return self.leases.heard(reply.inode, asked)
 
     async def create(
         self,
@@ -133,7 +139,9 @@ class MetaClient:
             path=path,
             follow_last=follow_last,
         )
+        asked = self.leases.asked()
         reply: pb.CreateReply = await self._send("Create", request)
+        self.leases.heard(reply.inode, asked)
         return reply
 
     async def open(
@@ -155,8 +163,9 @@ class MetaClient:
         if path:
             request.path.extend(path)
             request.follow_last = follow_last
+        asked = self.leases.asked()
         reply: pb.InodeReply = await self._send("Open", request)
-        return reply.inode
+        return self.leases.heard(reply.inode, asked)
 
     async def close(
         self,
@@ -184,8 +193,9 @@ class MetaClient:
             still_open=still_open,
             uncertain=uncertain,
         )
+        asked = self.leases.asked()
         reply: pb.InodeReply = await self._send("Close", request)
-        return reply.inode
+        return self.leases.heard(reply.inode, asked)
 
     def end_session(self, inode: int, session: bytes) -> None:
         """The file was closed and there is nothing to report: the service hears of it with the next request, or soon."""
@@ -213,7 +223,9 @@ class MetaClient:
 
     async def append(self, inode: int, session: bytes, length: int, *, user: User | None = None) -> pb.AppendReply:
         """Reserve `length` bytes at the end of the file: [reply.offset, reply.offset + length) is the caller's alone."""
+        asked = self.leases.asked()
         reply: pb.AppendReply = await self._send("Append", pb.AppendRequest(context=self._change(user), inode=inode, session=session, length=length))
+        self.leases.heard(reply.inode, asked)
         return reply
 
     async def make(

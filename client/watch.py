@@ -54,6 +54,7 @@ class Watcher:
     async def _once(self) -> None:
         reply = await self._meta.watch(acknowledged=self.acknowledged, epoch=self.epoch, wait_ms=self._config.watch_wait_ms)
         if reply.epoch != self.epoch:
+            self._meta.leases.lose_all()
             if self.epoch:
                 for lost in self._lost:
                     await lost()
@@ -61,6 +62,7 @@ class Watcher:
         names = reply.names
         for place, inode in enumerate(reply.inodes):
             name = names[place] if place < len(names) else b""
+            self._meta.leases.revoked(inode)
             for revoked in self._revoked:
                 await revoked(inode, name)
         self.acknowledged = reply.sequence

@@ -24,11 +24,13 @@ from kvfs.client.peers import Buffer
 from kvfs.client.placement import Placement
 from kvfs.client.storage_writes import ChunkWrite, WriteDone
 from kvfs.client.user import User
-from kvfs.common.errors import BadHandle, InvalidArgument, KvfsError
+from kvfs.common.errors import BadHandle, DeadlineExceeded, InvalidArgument, KvfsError
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import meta_pb2 as pb
 
 _EMPTY = memoryview(b"")
+LAST_WORDS = 1 / 8
+"""Part of a deadline that the report of a file's length has where sending the bytes has used up all of it."""
 INLINE_BYTES = 1 << 20
 """Read from the page cache in the client's thread before others get their turn."""
 
@@ -330,7 +332,7 @@ class OpenFile:
         state = self._state
         total = sum(map(size_of, buffers))
         if not total:
-            return state.length
+            return await self.current_length()
         if state.written_end > state.attributes.length:
             # The end that the metadata service knows must be the true one before it gives out what is behind it.
             await self._flush_and_report()
@@ -442,9 +444,18 @@ class OpenFile:
         """flush; then the length and mtime known to the metadata service, so that other clients see what was written. The session stays."""
         if self._closed:
             raise BadHandle("the file is closed")
+        began = trio.current_time()
         await self.flush()
         if self._state.must_report:
-            await self._state.report(self.session, self.user, still_open=True)
+            await self._report_since(began, still_open=True)
+
+    async def _report_since(self, began: float, *, still_open: bool) -> None:
+        """Report in what is left of the deadline of a call that began then."""
+        limit_s = self._state.shared.config.deadline_s
+        with trio.move_on_after(max(began + limit_s - trio.current_time(), LAST_WORDS * limit_s)) as scope:
+            await self._state.report(self.session, self.user, still_open=still_open)
+        if scope.cancelled_caught:
+            raise DeadlineExceeded(f"the metadata service could not be told of what was written within {limit_s:g} s")
 
     async def hint(self) -> None:
         """Let others know about how long the file is by now. Not exact, and no error if it cannot be told: fsync and close are."""
@@ -458,7 +469,7 @@ class OpenFile:
         return await self._state.truncate(length, self.session, self.user)
 
     async def close(self) -> None:
-        """flush, report, end the session. The handle is closed even when this raises; a second close does nothing.
+        """flush, report, end the session, all within one deadline. The handle is closed even when this raises; a second close does nothing.
 
         Returns when the metadata service knows what was written; where there is nothing to report, nobody waits for the end of the session.
         """
@@ -467,13 +478,18 @@ class OpenFile:
         self._closed = True
         state = self._state
         try:
+            began = trio.current_time()
             while self._through:
                 self._through_gone = trio.Event()
                 await self._through_gone.wait()
             if self._write and state.dirty:
                 await state.flush()
             if self._write and state.must_report:
-                await state.report(self.session, self.user, still_open=False)
+                try:
+                    await self._report_since(began, still_open=False)
+                except KvfsError:
+                    self._raise_pending()  # that bytes are lost says more
+                    raise
             elif self.session:
                 state.shared.meta.end_session(self.inode, self.session)
             if self._write:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import trio
 
-from kvfs.client.file.writeback import DirtyChunks
+from kvfs.client.file.dirty import DirtyChunks
 from kvfs.client.peers import Counters
 from kvfs.client.place import Place, Read
 from kvfs.client.placement import Placement

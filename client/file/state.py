@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import trio
 
 from kvfs.client.config import ClientConfig
+from kvfs.client.file.dirty import DirtyChunks
 from kvfs.client.file.memory import Block, Memory
 from kvfs.client.file.places import Places, PlaceTable
 from kvfs.client.file.readahead import ReadAhead, Windows
 from kvfs.client.file.stretch import Stretch
-from kvfs.client.file.writeback import DirtyChunks, WriteBack
+from kvfs.client.file.writeback import WriteBack
 from kvfs.client.meta_client import MetaClient
 from kvfs.client.placement import MAX_FILE_BYTES, Placement
 from kvfs.client.storage_client import StorageClient
@@ -34,7 +35,7 @@ from kvfs.common.errors import FileTooBig, KvfsError
 from kvfs.common.wire import meta_pb2 as pb
 
 LEASE_USE = 0.9
-"""Part of a lease that is trusted: it began a little before we heard of it."""
+"""Part of a lease that is trusted: clocks need not run equally fast."""
 WRITER_REFRESH_S = 1.0
 
 
@@ -87,6 +88,8 @@ class FileState:
         self._lease_end = float("-inf")
         self._heard = float("-inf")
         self._asking: trio.Event | None = None
+        self._asks = self._answered = 0
+        """How often attributes were asked for; the last of these that was answered."""
         self._resizing: trio.Event | None = None
         self._writers = 0
         self._writers_gone = trio.Event()
@@ -164,13 +167,19 @@ class FileState:
             await self._ask(user)
 
     async def _ask(self, user: User) -> None:
-        if self._asking is not None:
+        """Attributes no older than this call. Who comes while others ask waits for them, and then one asks for all who have waited: an answer that
+        was on its way already may not know of what was changed since."""
+        begun = self._asks
+        while self._asking is not None:
             await self._asking.wait()
-            return
+            if self._answered > begun or self.leased:
+                return
+        self._asks = number = self._asks + 1
         self._asking = trio.Event()
         try:
             [inode] = await self.shared.meta.get_attr([self.number], user=user)
             self.adopt(inode)
+            self._answered = number
         finally:
             self._asking.set()
             self._asking = None

@@ -19,8 +19,8 @@ import trio
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.errors import Busy
 
-if TYPE_CHECKING:  # writeback imports this module
-    from kvfs.client.file.writeback import ChunkBuffer
+if TYPE_CHECKING:  # buffers imports this module
+    from kvfs.client.file.buffers import ChunkBuffer
 
 GONE_S = 5.0
 _WHOLE = slice(None)

@@ -5,6 +5,9 @@ Invariants:
   - a commit whose outcome is not known ends the reign (`ended`): the next one loads what the store really holds;
   - a node that is about to be declared dead has no lease from before the commit on, so no heartbeat is answered that would let it go on serving;
   - heartbeats write nothing: they change memory, and wake the scan when a target's local state is news.
+  - nodes that leave together, and those that come back together after a restart of the whole cluster, are taken out of service in one change, as if
+    they had died in one moment: then each chain's tail is its last serving target, and the heads stay spread. One after another, the last one would
+    head every chain.
 It must never let a target of a node's earlier run stand as serving once a later run is registered.
 """
 
@@ -17,7 +20,7 @@ import trio
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
-from kvfs.common.errors import BadRequest, InvalidArgument, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation
+from kvfs.common.errors import BadRequest, Busy, InvalidArgument, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation
 from kvfs.common.primary import not_primary
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import joining, placing, routing
@@ -31,6 +34,11 @@ log = logging.getLogger(__name__)
 
 MAX_NODES = 10_000
 MAX_CLIENTS = 50_000
+GATHER = 0.3
+GATHER_S_MAX = 1.0
+"""The first registrations of a reign wait for each other for a part of a lease (a node gives up its own after half of one), at most that long."""
+LEAVING_S = 0.1
+"""For so long a target that says it is offline may still stand in its chain, should others say so too."""
 REPORT_GRACE_S = 10.0
 """A living node that says nothing of a target for this long (or five leases) does not have it."""
 
@@ -59,10 +67,17 @@ class Primary:
         self._scan_wanted = trio.Event()
         self._news = True
         """Something that target states depend on has changed since they were last looked at."""
+        self._hold_until_s = float("-inf")
+        """Until then, who leaves is waited for."""
         self._reports: dict[int, pb.TargetReport] = {}
         self._silent_since_s: dict[int, float] = {}
         self._message: pb.RoutingInfo | None = None
         self._client_seen_ns: dict[bytes, int] = {}
+        self._arriving: set[int] = set()
+        """Nodes of which a later run is being registered."""
+        self._unheard = {node.node_id for node in records.nodes.values() if node.alive and records.targets_of_node(node.node_id)}
+        """Nodes that serve as far as the records know, and have not said anything in this reign: as many as the first registrations wait for."""
+        self._all_heard = trio.Event()
         # Everyone alive in the records has one full lease to find this manager.
         now_s = clock.monotonic()
         self._nodes: Leases[int] = Leases(times.lease_s, stall_s=times.lease_s / 4)
@@ -77,6 +92,7 @@ class Primary:
         """No longer the primary: whoever waits is told."""
         self.ended = True
         self._changed.set()
+        self._all_heard.set()
         self._scan_wanted.set()
 
     async def enter(self, change: Change) -> None:
@@ -122,15 +138,39 @@ class Primary:
     # --- nodes -----------------------------------------------------------------------------------------------------------------------
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterReply:
+        known = self.records.node_of_uuid(request.node_uuid)
+        if known is None or not self.records.targets_of_node(known.node_id):
+            return await self._register(request)
+        self._arriving.add(known.node_id)
+        try:
+            self._heard_of(known.node_id)
+            with trio.move_on_after(min(GATHER * self._times.lease_s, GATHER_S_MAX)):
+                await self._all_heard.wait()
+            self._stop_gathering()
+            return await self._register(request)
+        finally:
+            self._arriving.discard(known.node_id)
+
+    def _heard_of(self, node_id: int) -> None:
+        self._unheard.discard(node_id)
+        if not self._unheard:
+            self._all_heard.set()
+
+    def _stop_gathering(self) -> None:
+        self._unheard.clear()
+        self._all_heard.set()
+
+    async def _register(self, request: pb.RegisterRequest) -> pb.RegisterReply:
         async with self._lock:
             change, node = joining.plan(self.records, request)
             if len(self.records.nodes) >= MAX_NODES and node.node_id not in self.records.nodes:
                 raise Overloaded(f"the cluster has {MAX_NODES} nodes, the most that it can have")
             # The run before is over, whatever it last said; its targets must come back through recovery.
             self._nodes.drop(node.node_id)
-            for target in self.records.targets_of_node(node.node_id):
-                self._reports[target.target_id] = pb.TargetReport(target_id=target.target_id, local_state=pb.LOCAL_OFFLINE)
-                self._silent_since_s.pop(target.target_id, None)
+            for node_id in self._arriving | {node.node_id}:
+                for target in self.records.targets_of_node(node_id):
+                    self._reports[target.target_id] = pb.TargetReport(target_id=target.target_id, local_state=pb.LOCAL_OFFLINE)
+                    self._silent_since_s.pop(target.target_id, None)
             self._plan_chains(change, now_s=self._clock.monotonic())
             await self._commit(change)
             self._nodes.grant(node.node_id, self._clock.monotonic())
@@ -154,9 +194,12 @@ class Primary:
             raise StaleIncarnation(f"node {node.node_id} runs again as incarnation {node.incarnation}: this run ({request.incarnation}) must exit")
         if request.incarnation > node.incarnation:
             raise NotRegistered(f"incarnation {request.incarnation} of node {node.node_id} is not known here: register first")
+        if node.node_id in self._arriving:
+            raise Busy(f"node {node.node_id} is registering: its targets are being taken out of service")
         if not node.alive or node.node_id not in self._nodes:
             raise LeaseExpired(f"node {node.node_id} was declared dead after {self._times.lease_s:g} s of silence: it must register again")
         reply = pb.HeartbeatReply(lease_ms=int(self._times.lease_s * 1000))
+        self._heard_of(node.node_id)
         if self._nodes.renew(node.node_id, self._clock.monotonic(), request.sequence):
             for report in request.targets:
                 self._take_report(node, report)
@@ -174,6 +217,10 @@ class Primary:
         self._reports[report.target_id] = report
         self._silent_since_s.pop(report.target_id, None)
         if before is None or before.local_state != report.local_state or before.chain_version != report.chain_version:
+            now_s = self._clock.monotonic()
+            leaving = report.local_state == pb.LOCAL_OFFLINE and before is not None and before.local_state != pb.LOCAL_OFFLINE
+            if leaving and now_s >= self._hold_until_s:
+                self._hold_until_s = now_s + LEAVING_S
             self._tell_scan()
 
     def _tell_scan(self) -> None:
@@ -218,7 +265,7 @@ class Primary:
                 change.clients[client_id] = None
                 log.info("client %s is gone", client_id.hex())
             # Without news only time can change a state: that of a node that is silent, or silent about one of its targets.
-            if self._news or change.nodes or self._silent_since_s:
+            if change.nodes or ((self._news or self._silent_since_s) and now_s >= self._hold_until_s):
                 self._news = False
                 self._plan_births(change)
                 self._plan_chains(change, now_s)
@@ -230,7 +277,8 @@ class Primary:
 
     async def scan_wanted(self) -> None:
         """Return when the next scan is due: after `scan_s`, or at once when wanted."""
-        with trio.move_on_after(self._times.scan_s):
+        hold_s = self._hold_until_s - self._clock.monotonic()
+        with trio.move_on_after(min(hold_s, self._times.scan_s) if hold_s > 0 else self._times.scan_s):
             await self._scan_wanted.wait()
         self._scan_wanted = trio.Event()
 

@@ -22,7 +22,8 @@ from tests.bench.workloads import FULL, QUICK, Scale
 
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import console, table
-from kvfs.cli.own_cluster import process_ids, shut_down, start, work_directory
+from kvfs.cli.own_cluster import process_ids, shut_down, work_directory
+from kvfs.cli.up import start_detached
 from kvfs.kvcache.params import REPLICATION_MAX
 
 # (label, workload, streams, a new mount before it)
@@ -95,7 +96,7 @@ class Bench:
             control.request(self.cluster.control_socket, command, name="mount", timeout_s=60.0)
 
     def run(self) -> None:
-        start(self.cluster)
+        start_detached(self.cluster, restart=False)
         (self.mount / "m").mkdir()
         (self.mount / "n").mkdir()
         sides = (("local", str(self.local)), ("mount", str(self.mount / "m")), ("native", str(self.cluster.path)))

@@ -26,7 +26,9 @@ from kvfs.cli import cluster_dir
 from kvfs.cli.bench_kv import block_key, client_config
 from kvfs.cli.context import console, table
 from kvfs.cli.measure import cpu_of, percentile
-from kvfs.cli.own_cluster import interruptible, process_ids, shut_down, start, work_directory
+from kvfs.cli.own_cluster import process_ids, shut_down, work_directory
+from kvfs.cli.process import interruptible
+from kvfs.cli.up import start_detached
 from kvfs.client import Client
 from kvfs.kvcache import KVCache, Put, Space, SpaceParams
 
@@ -283,7 +285,7 @@ class KVBench:
                 base / f"cluster-{count}", storage=count, replicas=count, mount=None, chunk_size_bytes=1 << 20, lease_ms=2000, base_port=None
             )
             stack.callback(shut_down, cluster)
-            start(cluster)
+            start_detached(cluster, restart=False)
             for transport in transports:
                 client = stack.enter_context(Client(str(cluster.path), description="bench", config=client_config(transport)))
                 self.sides.append(SpaceSide(client, transport, count, process_ids(cluster)))

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -147,6 +149,32 @@ def test_a_cluster_in_the_foreground_that_cannot_start_ends(new_cluster: Callabl
         done = cluster.kvfs("up", "--foreground", check=False)
     assert done.returncode == 2 and "is in use" in done.stderr.splitlines()[-1], done.stderr
     assert cluster.status()["phase"] == "stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("children", [1, 3], ids=["as its supervisor begins", "as services begin"])
+def test_an_interrupted_up_leaves_nothing_running(new_cluster: Callable[[], RealCluster], children: int, number: signal.Signals) -> None:
+    cluster = new_cluster()
+
+    def running() -> list[str]:
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (directory / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(cluster.path).encode() in command and int(directory.name) != up.pid:
+                found.append(command.replace(b"\0", b" ").decode())
+        return found
+
+    up = subprocess.Popen([sys.executable, "-m", "kvfs.cli.main", "up", str(cluster.path)], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(running()) >= children, 20, "its processes start")
+        up.send_signal(number)
+        assert up.wait(60) != 0
+    finally:
+        up.kill()
+    assert not running()
 
 
 def test_two_at_once_start_one_cluster(new_cluster: Callable[[], RealCluster]) -> None:

@@ -142,6 +142,8 @@ class FakeMeta:
         """Lengths of truncations that failed and wait to be carried out."""
         self.fail_ends: KvfsError | None = None
         self.asked = 0
+        self.hold_answers: trio.Event | None = None
+        """Answers to GetAttr and Close are on their way until then."""
         self.events: dict[bytes, list[int]] = {}
         self.sequence: dict[bytes, int] = {}
         self.acknowledged: dict[bytes, int] = {}
@@ -172,24 +174,30 @@ class FakeMeta:
     def hear(self, context: meta_pb2.Context) -> None:
         self.ended += [(each.inode, each.session) for each in context.ended]
 
-    def get_attr(self, request: meta_pb2.GetAttrRequest, call: Call) -> meta_pb2.GetAttrReply:
+    async def get_attr(self, request: meta_pb2.GetAttrRequest, call: Call) -> meta_pb2.GetAttrReply:
         self.hear(request.context)
         self.asked += 1
-        return meta_pb2.GetAttrReply(inodes=[self.copy(number) for number in request.inodes])
+        reply = meta_pb2.GetAttrReply(inodes=[self.copy(number) for number in request.inodes])
+        if self.hold_answers is not None:
+            await self.hold_answers.wait()
+        return reply
 
     def open(self, request: meta_pb2.OpenRequest, call: Call) -> meta_pb2.InodeReply:
         if request.inode not in self.inodes:
             raise NotFound("no such inode")
         return meta_pb2.InodeReply(inode=self.copy(request.inode))
 
-    def close(self, request: meta_pb2.CloseRequest, call: Call) -> meta_pb2.InodeReply:
+    async def close(self, request: meta_pb2.CloseRequest, call: Call) -> meta_pb2.InodeReply:
         self.closes.append(request)
         inode = self.inodes[request.inode]
         if request.wrote:
             inode.data_version += 1
             if request.truncate_version == inode.truncate_version:
                 inode.length = max(inode.length, request.length)
-        return meta_pb2.InodeReply(inode=self.copy(request.inode))
+        reply = meta_pb2.InodeReply(inode=self.copy(request.inode))
+        if self.hold_answers is not None:
+            await self.hold_answers.wait()
+        return reply
 
     def append(self, request: meta_pb2.AppendRequest, call: Call) -> meta_pb2.AppendReply:
         inode = self.inodes[request.inode]

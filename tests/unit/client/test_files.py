@@ -306,6 +306,26 @@ def test_a_read_that_nobody_answers_ends_by_its_deadline(lent: bool) -> None:
     run(test)
 
 
+def test_a_close_that_nobody_answers_ends_by_its_deadline_and_says_what_is_lost() -> None:
+    """Sending the bytes and reporting their end do not take a deadline each."""
+
+    async def test() -> None:
+        async with world(config=ClientConfig(deadline_s=1.0, write_attempt_s=0.4)) as place:
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * CHUNK])
+            for storage in place.storage:
+                storage.silent = True
+            place.meta.hold_answers = trio.Event()
+            began = trio.current_time()
+            with pytest.raises(DeadlineExceeded, match="earlier written bytes are lost"):
+                await file.close()
+            assert trio.current_time() - began < 1.6
+            assert file.closed
+
+    run(test)
+
+
 @pytest.mark.parametrize("other", [False, True], ids=["ours", "another client's"])
 def test_nothing_is_written_while_a_truncate_that_failed_is_still_to_come(other: bool) -> None:
     """It would be cut off when the truncate reaches the chains; and what lies behind the end would come back when the file grows."""
