@@ -1,0 +1,127 @@
+"""The Meta service: however often a request comes, it is applied once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from tests.unit.meta.namespace.service_world import Service, run
+
+from kvfs.common.errors import AlreadyExists, InvalidArgument
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.meta.namespace import idempotency, keys
+
+S1 = b"1" * 16
+
+
+def retried() -> list[tuple[str, Any]]:
+    return [
+        ("create", pb.CreateRequest(parent=1, name=b"new", exclusive=True)),
+        ("make", pb.MakeRequest(parent=1, name=b"new", type=pb.DIRECTORY)),
+        ("link", pb.LinkRequest(inode=0, parent=1, name=b"new")),
+        ("remove", pb.RemoveRequest(parent=1, name=b"old")),
+        ("rename", pb.RenameRequest(parent=1, name=b"old", new_parent=1, new_name=b"new")),
+        ("rename", pb.RenameRequest(parent=1, name=b"old", new_parent=1, new_name=b"other", exchange=True)),
+        ("append", pb.AppendRequest(inode=0, length=100)),
+        ("set_xattr", pb.XattrRequest(inode=0, name=b"user.a", value=b"1", create=True)),
+        ("set_attr", pb.SetAttrRequest(inode=0, length=5)),
+        ("set_attr", pb.SetAttrRequest(inode=0, mode=0o600)),
+        ("open", pb.OpenRequest(inode=0, write=True, truncate=True, session=S1)),
+        ("set_layout", pb.SetLayoutRequest(inode=1, layout=pb.Layout(stripe=2))),
+    ]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("case", range(len(retried())))
+def test_a_retry_gets_the_first_reply_and_changes_nothing(case: int, restart: bool) -> None:
+    async def main() -> None:
+        service = await Service().start()
+        old = await service.create(b"old")
+        await service.create(b"other")
+        method, request = retried()[case]
+        if "inode" in request.DESCRIPTOR.fields_by_name and not request.inode:
+            request.inode = old.inode
+        request_id = b"r" * 16
+        first = await service.call(method, request, request_id=request_id)
+        before = await service.call("read_dir", pb.ReadDirRequest(inode=1, attributes=True))
+        if restart:
+            service = await Service(service.engine, service.chunks).start()
+        again = await service.call(method, request, request_id=request_id)
+        assert again == first
+        after = await service.call("read_dir", pb.ReadDirRequest(inode=1, attributes=True))
+        assert after == before
+        await service.check()
+
+    run(main)
+
+
+def test_two_tries_at_once_are_applied_once() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        number = (await service.create(b"f")).inode
+        offsets: list[int] = []
+
+        async def one() -> None:
+            reply = await service.call("append", pb.AppendRequest(inode=number, length=10), request_id=b"r" * 16)
+            offsets.append(reply.offset)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(one)
+        assert offsets == [0] * 5
+        assert (await service.stat(number)).length == 10
+
+    run(main)
+
+
+def test_a_failed_change_leaves_no_record() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        await service.create(b"f")
+        with pytest.raises(AlreadyExists):
+            await service.call("create", pb.CreateRequest(parent=1, name=b"f", exclusive=True), request_id=b"r" * 16)
+        await service.remove(b"f")
+        await service.call("create", pb.CreateRequest(parent=1, name=b"f", exclusive=True), request_id=b"r" * 16)
+
+    run(main)
+
+
+def test_request_ids_are_checked() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        with pytest.raises(InvalidArgument):
+            await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"short")
+        await service.call("create", pb.CreateRequest(parent=1, name=b"f"), request_id=b"r" * 16)
+        with pytest.raises(InvalidArgument):
+            await service.call("remove", pb.RemoveRequest(parent=1, name=b"f"), request_id=b"r" * 16)
+
+    run(main)
+
+
+def test_request_records_last_long_enough_and_are_swept() -> None:
+    async def main() -> None:
+        service = await Service().start()
+
+        async def records() -> int:
+            rows, _ = await service.engine.transact(lambda txn: txn.get_range(*keys.span(keys.REQUEST)))
+            return len(rows)
+
+        async def sweep() -> None:
+            while await service.engine.transact(lambda txn: idempotency.sweep(txn, service.clock.wall_ns())):
+                pass
+
+        period_s = idempotency.PERIOD_NS // 10**9
+        await trio.sleep(period_s - service.clock.wall_ns() // 10**9 % period_s - 5)  # 5 s before a period ends
+        request = pb.CreateRequest(parent=1, name=b"f", exclusive=True)
+        await service.call("create", request, request_id=b"r" * 16)
+        for pause_s in (1, 14, 100):
+            await trio.sleep(pause_s)
+            await sweep()
+            assert (await service.call("create", request, request_id=b"r" * 16)).created
+        assert await records() == 1
+        await trio.sleep(2 * period_s)
+        await sweep()
+        assert await records() == 0
+
+    run(main)

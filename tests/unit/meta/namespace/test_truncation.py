@@ -1,0 +1,213 @@
+"""The Meta service: truncations on the chains, whole or not at all, also when the service or a chain dies half-way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from tests.unit.meta.namespace.service_world import CHAINS, SIZE, B, Service, run
+
+from kvfs.common.errors import NoServingTarget
+from kvfs.common.wire import meta_pb2 as pb
+from kvfs.meta.gc import housekeeping
+
+S1, S2 = b"1" * 16, b"2" * 16
+
+
+@pytest.mark.parametrize(
+    ("length", "left"),
+    [
+        (0, {}),
+        (1, {0: 1}),
+        (SIZE, {0: SIZE}),
+        (SIZE + 5, {0: SIZE, 1: 5}),
+        (5 * SIZE + 100, {0: SIZE, 1: SIZE, 2: SIZE, 3: SIZE, 4: SIZE, 5: 100}),
+    ],
+)
+def test_truncate_cuts_the_chunks(length: int, left: dict[int, int]) -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 6 * SIZE + 7)
+        reply = await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=length))
+        assert reply.inode.length == length
+        assert service.chunks.of(made.inode) == left
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10 * SIZE))
+        assert service.chunks.of(made.inode) == left
+        await service.check()
+
+    run(main)
+
+
+def test_opening_with_truncate_cuts_the_chunks() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        await service.call("open", pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S1))
+        assert service.chunks.of(made.inode) == {}
+        service.chunks.write(made, SIZE)
+        reply = await service.call("create", pb.CreateRequest(parent=1, name=b"f", write=True, truncate=True, session=S2))
+        assert reply.inode.length == 0 and not reply.created
+        assert service.chunks.of(made.inode) == {}
+
+    run(main)
+
+
+def test_a_truncation_whose_service_died_is_carried_out_by_the_next() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        service.chunks.failing = set(CHAINS)
+        with pytest.raises(NoServingTarget):
+            await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10))
+        assert (await service.stat(made.inode)).length == 10
+        service.chunks.failing = set()
+        after = await Service(service.engine, service.chunks).start()
+        assert await after.meta.cuts.redo_all() == 1
+        assert service.chunks.of(made.inode) == {0: 10}
+        assert await after.meta.cuts.redo_all() == 0
+
+    run(main)
+
+
+def test_the_retry_of_a_truncation_that_failed_half_way_finishes_it() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        service.chunks.failing = {CHAINS[0]}
+        request = pb.SetAttrRequest(inode=made.inode, length=10)
+        with pytest.raises(NoServingTarget):
+            await service.call("set_attr", request, request_id=b"r" * 16)
+        service.chunks.failing = set()
+        await service.call("set_attr", request, request_id=b"r" * 16)
+        assert service.chunks.of(made.inode) == {0: 10}
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", ["open", "create", "create by path"])
+def test_the_retry_of_an_open_whose_truncation_failed_finishes_it(how: str) -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 3 * SIZE)
+        service.chunks.failing = {CHAINS[0]}
+        if how == "open":
+            request: Any = pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S1)
+        else:
+            request = pb.CreateRequest(parent=1, write=True, truncate=True, session=S1)
+            if how == "create":
+                request.name = b"f"
+            else:
+                request.path.append(b"f")
+        method = how.split()[0]
+        with pytest.raises(NoServingTarget):
+            await service.call(method, request, request_id=b"r" * 16)
+        service.chunks.failing = set()
+        await service.call(method, request, request_id=b"r" * 16)
+        assert service.chunks.of(made.inode) == {}
+        assert not service.meta.cuts._locks
+
+    run(main)
+
+
+async def _left_undone(service: Service) -> pb.Inode:
+    """A file of three chunks whose truncation to 10 bytes could not reach its chains; they serve again."""
+    made = await service.create(b"f", write=True, session=S1)
+    await service.write(made, 3 * SIZE, session=S1, still_open=True)
+    service.chunks.failing = set(CHAINS)
+    with pytest.raises(NoServingTarget):
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10))
+    service.chunks.failing = set()
+    assert service.chunks.of(made.inode) == {0: SIZE, 1: SIZE, 2: SIZE}
+    return made
+
+
+@pytest.mark.parametrize("how", ["open", "create", "append", "ask"])
+def test_nobody_writes_before_a_truncation_that_failed_has_reached_the_chains(how: str) -> None:
+    """Or the file, grown again by the write, would show what had been cut off; and the cut, when it came, would take what was written since."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await _left_undone(service)
+        if how == "open":
+            await service.call("open", pb.OpenRequest(inode=made.inode, write=True, session=S2))
+        elif how == "create":
+            await service.call("create", pb.CreateRequest(parent=1, name=b"f", write=True, session=S2))
+        elif how == "append":
+            reply = await service.call("append", pb.AppendRequest(inode=made.inode, session=S1, length=5))
+            assert reply.offset == 10
+        else:
+            reply = await service.call("append", pb.AppendRequest(inode=made.inode, session=S1))
+            assert (reply.offset, reply.inode.length) == (10, 10)
+        assert service.chunks.of(made.inode) == {0: 10}
+        assert not service.meta.cuts._locks
+        await service.check()
+
+    run(main)
+
+
+def test_a_writer_that_has_not_heard_of_a_failed_truncation_does_not_undo_it() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await _left_undone(service)
+        reply = await service.call(
+            "close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=3 * SIZE, truncate_version=made.truncate_version)
+        )
+        assert reply.inode.length == 10 and service.chunks.of(made.inode) == {0: 10}
+
+    run(main)
+
+
+def test_a_truncation_that_failed_is_tried_again_in_the_background() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(housekeeping.run, service.meta, None)
+            await trio.sleep(1)
+            made = await _left_undone(service)
+            service.chunks.failing = {CHAINS[0]}
+            await trio.sleep(5)
+            service.chunks.failing = set()
+            await trio.sleep(5)
+            assert service.chunks.of(made.inode) == {0: 10}
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_truncations_of_one_file_follow_each_other() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f")
+        await service.write(made, 8 * SIZE)
+        service.chunks.delay_s = 1.0
+
+        async def cut(length: int) -> None:
+            await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=length))
+
+        async with trio.open_nursery() as nursery:
+            for length in (7 * SIZE, 3 * SIZE + 1, 5 * SIZE, 2 * SIZE, 6 * SIZE):
+                nursery.start_soon(cut, length)
+        assert max(service.chunks.of(made.inode)) <= 2
+        assert not service.meta.cuts._locks
+        await service.check()
+
+    run(main)
+
+
+def test_a_report_from_before_a_truncate() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        await service.write(made, 4 * SIZE)
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=100), B)
+        service.chunks.write(made, SIZE + 9)  # written after the cut by a client that has not heard of it
+        reply = await service.call("close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=4 * SIZE, truncate_version=0))
+        assert reply.inode.length == SIZE + 9
+
+    run(main)
