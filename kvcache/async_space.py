@@ -197,7 +197,9 @@ class AsyncSpace:
             for place, digest in enumerate(digests):
                 if first[digest] != place:
                     results[place] = Put.PRESENT if results[first[digest]] else Put.REFUSED
-            self._touch([*above, *(digest for digest, result in zip(digests, results, strict=True) if result)])
+            used = [*above, *(digest for digest, result in zip(digests, results, strict=True) if result)]
+            if len(used) > 1 or Put.PRESENT in results:  # one new block was touched when it was stored: there is no order to tell
+                self._touch(used)
         counters.stored += results.count(Put.STORED)
         counters.present += results.count(Put.PRESENT)
         counters.refused += results.count(Put.REFUSED)

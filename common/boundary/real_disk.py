@@ -176,7 +176,8 @@ class _Readable(ReadableFile):
             return None
         try:
             count = os.preadv(self._fd, buffers, offset, os.RWF_NOWAIT)
-            if count == sum(part.nbytes for part in buffers) or offset + count >= os.fstat(self._fd).st_size:
+            wanted = buffers[0].nbytes if len(buffers) == 1 else sum([part.nbytes for part in buffers])
+            if count == wanted or offset + count >= os.fstat(self._fd).st_size:
                 return count
             return None
         except BlockingIOError:
