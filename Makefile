@@ -1,5 +1,5 @@
 # The commands of the house; HACKING.md says more about each.
-.PHONY: demo demo-kvcache test test-slow check format bench clean setup
+.PHONY: demo demo-kvcache test test-slow test-ecosystem check format bench clean setup
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -16,10 +16,14 @@ demo-kvcache:  ## KV-cache blocks of a real model's size: put, get, restart, rep
 	@$(BIN)/kvfs demo-kvcache --plot build/demo-kvcache.png
 
 test: setup check  ## everything but the tests marked slow
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow and not ecosystem"
 
 test-slow: setup
 	@$(BIN)/pytest -m slow
+
+test-ecosystem:  ## the connectors under the real SGLang, LMCache and vLLM, without a GPU; installs them into .venv-ecosystem
+	@deploy/ecosystem.sh
+	@.venv-ecosystem/bin/python -m pytest -m "not slow" tests/connectors tests/ecosystem
 
 check: setup  ## style, types, the import table
 	@$(BIN)/ruff check .
@@ -34,5 +38,5 @@ bench: setup  ## ratios to the local disk, measured in the same run
 	@$(BIN)/python -m tests.bench
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-ecosystem build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name '*_pb2.py*' -delete -o -name __pycache__ -prune -exec rm -rf {} +

@@ -48,9 +48,10 @@ def basic_check(folder: Path, mode: str, configuration: str, *more: str) -> str:
 
 
 def assert_all_passed(report: str) -> None:
-    validations = re.findall(r"Validation[^\n]*?: (\d+)/(\d+) passed", report)
-    assert len(validations) >= 4, report
-    assert all(int(passed) == int(count) == KEYS for passed, count in validations), report
+    rows = re.findall(r"^\|[^\n]*\| +(\d+)/(\d+) \|", report, re.MULTILINE)
+    validations = re.findall(r"Validation[^\n]*?: (\d+)/(\d+)", report)
+    assert len(rows) == 4 and len(validations) >= 4, report
+    assert all(int(passed) == int(count) == KEYS for passed, count in [*rows, *validations]), report
     assert "mismatch" not in report and "Test Failed" not in report, report
 
 
