@@ -19,7 +19,7 @@ from kvfs.storage.engine.requests import CheckReport
 
 _MAX_PROBLEMS = 1000
 _PAGE_CHUNKS = 500
-_PAGE_GROUPS = 20
+_PAGE_PARTS = 20
 
 
 def check_target(ledger: Ledger, read_data: bool) -> CheckReport:
@@ -92,12 +92,12 @@ class _Structure:
         """A block that was in use at the beginning, is still, and is not new, must have been seen with its chunk; blocks never change hands."""
         ledger, allocator = self._ledger, self._ledger.allocator
         with ledger.lock:
-            groups = allocator.groups()
+            parts = allocator.parts()
         used: set[Block] = set()
-        for at in range(0, len(groups), _PAGE_GROUPS):
+        for at in range(0, len(parts), _PAGE_PARTS):
             with ledger.lock:
-                for group in groups[at : at + _PAGE_GROUPS]:
-                    used.update(group.used())
+                for part in parts[at : at + _PAGE_PARTS]:
+                    used.update(part.used())
         with ledger.lock:
             lost = used - self._holders.keys() - given_out - allocator.waiting() - allocator.in_flight
             lost = {block for block in lost if allocator.in_use(block)}

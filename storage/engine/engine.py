@@ -59,7 +59,7 @@ class ChunkEngine:
         self._disk = disk
         self._closed = False
         self._stager = Stager(self._ledger, clock)
-        self._upkeep = Upkeep(self._ledger, background=config.background)
+        self._upkeep = Upkeep(self._ledger, clock, background=config.background)
         self.superblock = identity
 
     @property
@@ -167,9 +167,9 @@ class ChunkEngine:
         return self._ledger.allocator.quarantined_bytes
 
     def slab_space(self, block_bytes: int) -> tuple[int, int]:
-        """Of one block class: (bytes taken from the disk, blocks that chunks hold)."""
+        """Of the KV-cache blocks of one size: (bytes taken from the disk, blocks that chunks hold)."""
         with self._ledger.lock:
-            return self._ledger.allocator.class_space(block_bytes)
+            return self._ledger.allocator.slab_space(block_bytes)
 
     def check(self, *, read_data: bool = False) -> CheckReport:
         """fsck: structure always; read_data reads every stored byte against its checksum. The engine stands still during the structural part."""

@@ -1,7 +1,8 @@
 """The data files of a target: data/<block bytes>.<number>, opened on first use and kept open.
 
-There are at most 16 classes times `files_per_class` of them, so open descriptors are bounded. Remembers which files were written since the
-last sync. Must never be asked for a block that the allocator did not give out.
+There are at most `files_per_class` of them for each of the 11 sizes of blocks of file chunks, and for each size that KV-cache blocks ever had
+here, so open descriptors are bounded as far as the sizes of spaces are. Remembers which files were written since the last sync. Must never be
+asked for a block that the allocator did not give out.
 """
 
 from __future__ import annotations

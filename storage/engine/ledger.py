@@ -22,7 +22,7 @@ from kvfs.common.errors import InternalError, KvfsError, NoSpace, TargetOffline
 from kvfs.storage.engine import chunk
 from kvfs.storage.engine.allocator import Allocator
 from kvfs.storage.engine.chunk import ChunkMeta
-from kvfs.storage.engine.classes import Block
+from kvfs.storage.engine.classes import Block, Stretch
 from kvfs.storage.engine.config import EngineConfig
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.index import Index
@@ -170,24 +170,27 @@ class Ledger:
 
     # --- blocks ---
 
-    def make_room_and_allocate(self, block_bytes: int) -> Block:
+    def make_room_and_allocate(self, block_bytes: int, *, slab: bool) -> Block:
         """Not locked. For when there is no free block: first what waits in quarantine is made free, then empty groups of other classes."""
         self.sync()
         try:
             with self.lock:
-                return self.allocator.allocate(block_bytes)
+                return self.allocator.allocate(block_bytes, slab=slab)
         except NoSpace:
             self._give_back(everything=True)
         with self.lock:
-            return self.allocator.allocate(block_bytes)
+            return self.allocator.allocate(block_bytes, slab=slab)
 
     def _give_back(self, *, everything: bool = False) -> None:
         with self.lock:
-            groups = self.allocator.take_empty_groups(all_of_them=everything)
-        if groups:
-            self.allocator.give_back(groups)
+            taken = self.allocator.take_empty_groups(all_of_them=everything)
+        self._punch(taken)
+
+    def _punch(self, taken: list[Stretch]) -> None:
+        if taken:
+            self.allocator.give_back(taken)
             with self.lock:
-                self.allocator.forget(groups)
+                self.allocator.forget(taken)
 
     # --- sync ---
 
@@ -293,7 +296,7 @@ class Ledger:
         return self.unsynced_bytes > self.config.unsynced_bytes or waiting > self.config.quarantine_bytes
 
     def wants_release(self) -> bool:
-        return self.allocator.removed_bytes > self.config.removed_bytes
+        return self.allocator.wants_release()
 
     def maintain(self) -> None:
         """Not locked. Do what the limits ask for."""
@@ -304,6 +307,16 @@ class Ledger:
                 self.checkpoint()
             if self.failed is None and self.wants_sync():
                 self.sync()
+
+    def tidy(self) -> None:
+        """Not locked. What KV-cache blocks left behind goes back to the disk, but for a few free places: called once a second while there is some."""
+        with self._in_the_background():
+            if self.failed is None:
+                if self.allocator.removed_slab_bytes:
+                    self.release_removed()
+                with self.lock:
+                    taken = self.allocator.take_spare_slabs()
+                self._punch(taken)
 
     def rest(self, seen: int) -> int:
         """Not locked. Called now and then with what it gave the last time: when nothing was changed since, freed blocks and all empty groups go

@@ -59,9 +59,10 @@ class Stager:
             base = old.content if old is not None else EMPTY
             version = _version(update, old.version if old is not None else 0)
             wanted = content.new_block_bytes(base, update)
+            slab = update.slab_bytes != 0
             if wanted:
                 try:
-                    new_block = ledger.allocator.allocate(wanted)
+                    new_block = ledger.allocator.allocate(wanted, slab=slab)
                 except NoSpace:
                     pass  # tried again below, after making room, which cannot be done under the lock
             pinned = base.block
@@ -69,7 +70,7 @@ class Stager:
                 ledger.allocator.pin(pinned)
         try:
             if wanted and new_block is None:
-                new_block = ledger.make_room_and_allocate(wanted)
+                new_block = ledger.make_room_and_allocate(wanted, slab=slab)
             made = self._writer.make(base, update, new_block)
         except BaseException as error:
             with ledger.lock:

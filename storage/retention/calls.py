@@ -162,7 +162,7 @@ def _check(inode: int, digests: bytes) -> None:
 def _stats(target_id: int, target: Target, inode: int) -> pb.KvSpaceStats:
     table = target.retention.tables[inode]
     replica = target.replica
-    group_bytes, used_blocks = target.engine.slab_space(table.slab_bytes)
+    taken_bytes, used_blocks = target.engine.slab_space(table.slab_bytes)
     counts = table.counts
     return pb.KvSpaceStats(
         target_id=target_id,
@@ -171,7 +171,8 @@ def _stats(target_id: int, target: Target, inode: int) -> pb.KvSpaceStats:
         blocks=len(table),
         bytes=table.bytes,
         block_space=table.block_space,
-        allocated_bytes=group_bytes * len(table) // used_blocks if used_blocks else 0,
+        # Spaces with blocks of one size share their slabs: each counts its part.
+        allocated_bytes=taken_bytes * len(table) // used_blocks if used_blocks else table.block_space,
         hits=counts.hits,
         misses=counts.misses,
         stored=counts.stored,

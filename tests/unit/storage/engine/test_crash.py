@@ -6,10 +6,11 @@ from __future__ import annotations
 import copy
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
-from engine_world import SMALL, LogDisk, cid, content_of, noise, open_engine, remove, truncate, write
+from engine_world import SMALL, LogDisk, cid, content_of, noise, open_engine, remove, replacement, truncate, write
 
 from kvfs.common.errors import KvfsError
 from kvfs.storage.engine.engine import ChunkEngine
@@ -31,6 +32,9 @@ class History:
     synced: list[int] = field(default_factory=lambda: [0])
     """synced[k]: the newest step that a sync had covered when step k was over."""
     starts: list[int] = field(default_factory=lambda: [0])
+
+
+Script = Callable[[int, int], tuple[LogDisk, History]]
 
 
 def run_script(seed: int, steps: int) -> tuple[LogDisk, History]:
@@ -90,6 +94,51 @@ def run_script(seed: int, steps: int) -> tuple[LogDisk, History]:
     return disk, history
 
 
+def run_block_script(seed: int, steps: int) -> tuple[LogDisk, History]:
+    """The same for KV-cache blocks of two sizes: made whole, removed, made anew in what is left, replaced, their space given back."""
+    dice = random.Random(seed)
+    disk = LogDisk()
+    open_engine(disk).close()
+    disk.start_log()
+    engine = open_engine(disk)
+    history = History(ends=[len(disk.log)], starts=[0])
+    state: dict[bytes, bytes] = {}
+    for step in range(1, steps + 1):
+        history.starts.append(len(disk.log))
+        index = dice.randrange(CHUNKS)
+        block, slab = cid(index), (12 << 10, 64 << 10)[index % 2]
+        kind = dice.choice(["create", "create", "create", "remove", "remove", "sync", "tidy", "checkpoint", "drop", "replace"])
+        synced = history.synced[-1]
+        state = dict(state)
+        tag = Tag(CLIENT, 1, step)
+        data = noise(step, dice.randrange(1, slab))
+        if kind == "create" and block not in state:
+            two_steps(engine, dice, write(block, 0, data, slab_bytes=slab), tag)
+            state[block] = data
+        elif kind == "remove":
+            two_steps(engine, dice, remove(block), tag)
+            state.pop(block, None)
+        elif kind == "replace":
+            engine.replace(replace(replacement(block, data, step), slab_bytes=slab))
+            state[block] = data
+        elif kind == "drop" and block not in state:
+            engine.prepare(write(block, 0, data, slab_bytes=slab))
+            engine.drop_pending([block])
+        elif kind == "tidy":
+            engine._ledger.tidy()
+            engine._ledger.tidy()
+        elif kind == "sync":
+            engine.sync()
+            synced = step
+        elif kind == "checkpoint":
+            engine._ledger.checkpoint()
+            synced = step
+        history.states.append(state)
+        history.ends.append(len(disk.log))
+        history.synced.append(synced)
+    return disk, history
+
+
 def two_steps(engine: ChunkEngine, dice: random.Random, update: object, tag: Tag) -> None:
     if dice.random() < 0.5:
         engine.apply(update, 3, tag)  # type: ignore[arg-type]
@@ -120,6 +169,8 @@ def check_reopened(disk: LogDisk, history: History, oldest: int, newest: int, wh
     engine.apply(write(cid(0), 0, noise(1, 70_000)), 4)
     engine.drop_pending([cid(index) for index in range(CHUNKS)])
     engine.apply(write(cid(9), 0, noise(2, 70_000)), 4)
+    for index in range(10, 16):
+        engine.apply(write(cid(index), 0, noise(2, 9000), slab_bytes=(12 << 10, 64 << 10)[index % 2]), 4)
     kept = {index: content_of(engine, cid(index)) for index in range(CHUNKS)}
     engine = open_engine(disk)  # killed again, without a close
     assert kept == {index: content_of(engine, cid(index)) for index in range(CHUNKS)}, where
@@ -133,27 +184,30 @@ def span(history: History, point: int) -> tuple[int, int, int]:
     return over, max(over, begun), history.synced[over]
 
 
+@pytest.mark.parametrize("script", [run_script, run_block_script])
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_killed_at_every_point(seed: int) -> None:
-    disk, history = run_script(seed, 40)
+def test_killed_at_every_point(seed: int, script: Script) -> None:
+    disk, history = script(seed, 40)
     for point in range(len(disk.log) + 1):
         over, begun, _ = span(history, point)
         check_reopened(disk.after_kill(point), history, over, begun, f"seed {seed}, killed after entry {point}")
 
 
+@pytest.mark.parametrize("script", [run_script, run_block_script])
 @pytest.mark.parametrize("seed", range(10, 10 + SEEDS))
-def test_power_loss_at_every_point(seed: int) -> None:
-    disk, history = run_script(seed, 40)
+def test_power_loss_at_every_point(seed: int, script: Script) -> None:
+    disk, history = script(seed, 40)
     for point in range(len(disk.log) + 1):
         _, begun, synced = span(history, point)
         where = f"seed {seed}, power lost after entry {point}"
         check_reopened(disk.after_power_loss(point, random.Random(seed * 1000 + point)), history, synced, begun, where)
 
 
-def test_power_loss_while_opening() -> None:
+@pytest.mark.parametrize("script", [run_script, run_block_script])
+def test_power_loss_while_opening(script: Script) -> None:
     """A crash in the middle of recovery must leave as good a directory as the crash before it."""
     for seed in range(77, 77 + 4 * SEEDS):
-        disk, history = run_script(seed, 30)
+        disk, history = script(seed, 30)
         lost = disk.after_power_loss(len(disk.log), random.Random(seed))
         _, begun, synced = span(history, len(disk.log))
         lost.start_log()
