@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.ecosystem.test_lmcache import assert_all_passed, basic_check
-from tests.ecosystem.test_sglang import PAGE, PAGES, fill, latent_pool
 from tests.real_cluster import RealCluster
 
 torch = pytest.importorskip("torch")
+for _engine in ("sglang", "lmcache", "vllm"):
+    pytest.importorskip(_engine)
+
+from tests.ecosystem.test_lmcache import assert_all_passed, basic_check  # noqa: E402 (they need the engines too)
+from tests.ecosystem.test_sglang import PAGE, PAGES, fill, latent_pool  # noqa: E402
 
 pytestmark = [pytest.mark.ecosystem, pytest.mark.mount]
 
