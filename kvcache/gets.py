@@ -19,12 +19,12 @@ from typing import Any
 
 from kvfs.client.async_client import AsyncClient
 from kvfs.client.block_placement import BlockPlacement
-from kvfs.client.helpers import helpers
 from kvfs.client.place import Place, Read
 from kvfs.client.storage_blocks import Touch
 from kvfs.client.storage_places import ChunkRange
 from kvfs.client.storage_reads import ChunkRead, ReadDone
 from kvfs.common.errors import InvalidArgument, KvfsError
+from kvfs.common.helpers import helpers
 from kvfs.common.ids import block_id
 from kvfs.kvcache import keys as hashing
 from kvfs.kvcache.buffers import Memory, to_fill

@@ -32,6 +32,9 @@ class LentFile(ReadableFile):
 
 
 class DiskFile(ReadableFile):
+    parallel = False
+    """Whether several threads write faster than one: not in a simulation, which has only one."""
+
     def lend(self) -> int | None:
         """A new descriptor of this file, for reading only, to be passed to another process; the caller owns it. None where files have none
         (simulation)."""

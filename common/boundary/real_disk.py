@@ -190,6 +190,8 @@ class _Readable(ReadableFile):
 
 
 class RealFile(_Readable, DiskFile):
+    parallel = True
+
     def lend(self) -> int | None:
         with _typed(f"open {self._path}"):
             return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)

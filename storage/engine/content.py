@@ -6,17 +6,19 @@ Rules:
 - whole units keep the checksum that came with the bytes; copied units keep the one they had (so damage stays visible); a unit that is made
   of old and new bytes gets a fresh one, after its old bytes were verified;
 - bytes that no one wrote are zeros: inside the block between old end and new write they are written, behind `stored` they are implied.
-The bytes that come in were verified by `check`; the caller keeps them unchanged until the call returns.
+The bytes that come in are verified before they are used, by `check`; or, a large chunk that comes whole, piece by piece as they are written, since
+each piece is in the processor's cache then, and threads can share them. The caller keeps the bytes unchanged until the call returns.
 """
 
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from kvfs.common.boundary.disk import DiskFile
 from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, checksums, xxh3_64
 from kvfs.common.errors import ChecksumMismatch, InvalidArgument
+from kvfs.common.helpers import helpers
 from kvfs.storage.engine.chunk import EMPTY, Content
 from kvfs.storage.engine.classes import BLOCK_ALIGNMENT_BYTES, LARGEST_BLOCK_BYTES, Block, block_bytes_for
 from kvfs.storage.engine.files import DataFiles
@@ -24,6 +26,9 @@ from kvfs.storage.engine.requests import Update, UpdateKind
 
 _UNIT = CHECKSUM_UNIT_BYTES
 _COPY_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20
+PIECE_BYTES = 512 << 10
+"""Of a large chunk: whole units."""
 ZEROS = memoryview(bytes(_COPY_BYTES))
 _local = threading.local()
 
@@ -49,7 +54,7 @@ def _copy_buffer() -> memoryview:
 
 
 def check(update: Update) -> None:
-    """Limits and checksums of what came in. InvalidArgument, ChecksumMismatch."""
+    """Limits of what came in, and its checksums if it is not large: `make` looks at those. InvalidArgument, ChecksumMismatch."""
     kind = update.kind
     if len(update.chunk_id) != 24:
         raise InvalidArgument(f"a chunk id has 24 bytes, not {len(update.chunk_id)}")
@@ -67,8 +72,47 @@ def check(update: Update) -> None:
         return
     if update.data is None or len(update.data) != update.length or (kind == UpdateKind.WRITE and not update.length):
         raise InvalidArgument(f"an update of {update.length} bytes came with {0 if update.data is None else len(update.data)}")
+    if update.length < LARGE_BYTES:
+        _verify(update)
+
+
+def _verify(update: Update) -> None:
+    assert update.data is not None
     if checksums(update.data, update.offset) != update.checksums:
-        raise ChecksumMismatch(f"bytes {update.offset}..{end} of chunk {update.chunk_id.hex()} do not have the checksums they came with")
+        raise _mismatch(update)
+
+
+def _mismatch(update: Update) -> ChecksumMismatch:
+    end = update.offset + update.length
+    return ChecksumMismatch(f"bytes {update.offset}..{end} of chunk {update.chunk_id.hex()} do not have the checksums they came with")
+
+
+def _write_verified(file: DiskFile, update: Update, data: memoryview, start: int) -> None:
+    """Write a whole chunk to `start` of the file. On an error, also ChecksumMismatch, some of it was written, where nobody looks yet."""
+    problems: list[BaseException] = []
+
+    def piece(at: int) -> None:
+        part = data[at : at + PIECE_BYTES]
+        first = at // _UNIT * CHECKSUM_BYTES
+        try:
+            if problems:
+                return
+            if checksums(part) != update.checksums[first : first + -(-len(part) // _UNIT) * CHECKSUM_BYTES]:
+                raise _mismatch(update)
+            file.write((part,), start + at)
+        except BaseException as error:
+            problems.append(error)
+
+    pieces = [partial(piece, at) for at in range(0, len(data), PIECE_BYTES)]
+    if file.parallel:
+        helpers().work(pieces)
+    else:
+        for each in pieces:
+            each()
+    if not problems and len(update.checksums) != -(-len(data) // _UNIT) * CHECKSUM_BYTES:
+        problems.append(_mismatch(update))
+    if problems:
+        raise problems[0]
 
 
 def new_block_bytes(old: Content, update: Update) -> int:
@@ -100,8 +144,14 @@ class ContentWriter:
         if update.kind == UpdateKind.REPLACE or (not offset and end >= old.length):
             # A whole chunk: nothing old is left. (Never in place: stored bytes are never written over.)
             assert new_block is not None
-            self._file(new_block).write((data,), new_block.start)
+            file = self._file(new_block)
+            if update.length < LARGE_BYTES:
+                file.write((data,), new_block.start)
+            else:
+                _write_verified(file, update, data, new_block.start)
             return Content(end, end, new_block, update.checksums, False)
+        if update.length >= LARGE_BYTES:
+            _verify(update)
         length = max(old.length, end)
         sums, edges = self._merge(old, update, length)
         pieces: list[memoryview] = []

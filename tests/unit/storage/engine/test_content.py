@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 from engine_world import LogDisk, cid, content_of, noise, open_engine, truncate, write
 
+from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.checksum import checksums
-from kvfs.common.errors import ChecksumMismatch
+from kvfs.common.errors import ChecksumMismatch, InputOutput
+from kvfs.storage.engine.config import EngineConfig
+from kvfs.storage.engine.content import LARGE_BYTES, PIECE_BYTES
+from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.requests import Update, UpdateKind
+from kvfs.storage.engine.superblock import Superblock
 
 A = cid(0)
 UNIT = 32768
@@ -176,3 +187,71 @@ def test_damage_is_never_given_a_fresh_checksum() -> None:
     assert any("unit 1" in problem for problem in engine.check(read_data=True).problems), "a copied unit keeps its checksum"
     engine.apply(write(A, UNIT, noise(3, UNIT)), 1)
     assert not engine.check(read_data=True).problems, "a unit that is overwritten as a whole is good again"
+
+
+@pytest.fixture(params=["simulated", "real"])
+def large(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChunkEngine]:
+    """An engine whose chunks of 3 MiB are written in pieces, on a real disk by several threads."""
+    disk = LogDisk() if request.param == "simulated" else RealDisk(tmp_path)
+    engine = ChunkEngine(disk, SystemClock(), Superblock("c", 1, bytes(16)), EngineConfig(background=False, reserve_bytes=1, files_per_class=1))
+    yield engine
+    engine.close()
+
+
+def large_write(chunk: bytes, data: bytes, sums: bytes | None = None, kind: UpdateKind = UpdateKind.WRITE) -> Update:
+    whole = checksums(data, 0) if sums is None else sums
+    version = {"update_version": 5, "chain_version": 1} if kind is UpdateKind.REPLACE else {}
+    return Update(chunk, kind, 0, len(data), memoryview(data), whole, chunk_size=4 << 20, **version)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [UpdateKind.WRITE, UpdateKind.REPLACE])
+@pytest.mark.parametrize("length", [LARGE_BYTES, LARGE_BYTES + 1, 3 * LARGE_BYTES - 12_345])
+def test_a_large_chunk_is_verified_as_it_is_written(large: ChunkEngine, length: int, kind: UpdateKind) -> None:
+    data = noise(1, length)
+    made = large.replace(large_write(A, data, kind=kind)) if kind is UpdateKind.REPLACE else large.apply(large_write(A, data), 1)
+    assert made.checksums == checksums(data, 0)
+    view = memoryview(bytearray(length))
+    found = large.read(A, 0, length, view)
+    assert found is not None and found.length == length and bytes(view) == data and not large.check(read_data=True).problems
+
+
+def test_a_large_chunk_that_came_damaged_leaves_nothing_behind(large: ChunkEngine) -> None:
+    good = noise(1, 3 * LARGE_BYTES)
+    large.apply(large_write(A, good), 1)
+    used = large.space().used_bytes
+    damaged = bytearray(noise(2, 3 * LARGE_BYTES))
+    sums = checksums(damaged, 0)
+    for place in (0, 5 * PIECE_BYTES // 2, len(damaged) - 1):
+        damaged[place] ^= 1
+        for chunk in (A, cid(1)):
+            with pytest.raises(ChecksumMismatch):
+                large.apply(large_write(chunk, bytes(damaged), sums), 1)
+        damaged[place] ^= 1
+    for wrong in (b"", sums[:-8], sums + sums[:8]):
+        with pytest.raises(ChecksumMismatch):
+            large.prepare(large_write(A, bytes(damaged), wrong))
+    assert large.space().used_bytes == used and large.get(cid(1)) is None
+    view = memoryview(bytearray(len(good)))
+    large.read(A, 0, len(good), view)
+    assert bytes(view) == good
+    # In the middle of a chunk nothing is written before all of it was verified.
+    with pytest.raises(ChecksumMismatch):
+        large.apply(Update(A, UpdateKind.WRITE, UNIT, 2 * LARGE_BYTES, memoryview(damaged)[: 2 * LARGE_BYTES], sums[8:], chunk_size=4 << 20), 1)
+
+
+def test_an_error_of_the_disk_in_one_piece_is_the_error_of_the_write(large: ChunkEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    large.apply(large_write(A, noise(1, LARGE_BYTES)), 1)
+    block = large.get(A).block
+    assert block is not None
+    file = large._ledger.files.get(block.block_bytes, block.file)
+    real, count = type(file).write, iter(range(100))
+
+    def write(self: Any, buffers: Any, offset: int) -> None:
+        if len(buffers[0]) == PIECE_BYTES and next(count) == 3:
+            raise InputOutput("the disk is gone")
+        real(self, buffers, offset)
+
+    monkeypatch.setattr(type(file), "write", write)
+    with pytest.raises(InputOutput, match="is gone"):
+        large.apply(large_write(cid(1), noise(2, 3 * LARGE_BYTES)), 1)
+    assert large.failed is not None and large.get(cid(1)) is None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from kvfs.client.helpers import Helpers, helpers
+from kvfs.common.helpers import Helpers, helpers
 
 
 def noting(done: list[int], number: int, pause_s: float = 0.0) -> Callable[[], None]:
