@@ -33,6 +33,7 @@ from kvfs.kvcache.keys import Tokens
 from kvfs.kvcache.life import Life
 from kvfs.kvcache.outcomes import Put, SpaceCounters, SpaceStats
 from kvfs.kvcache.params import SpaceParams
+from kvfs.kvcache.parcels import Parcel, give_back, make_ready
 
 SLAB_UNIT_BYTES = 4096
 ASK_FIRST_BYTES = 64 << 10
@@ -171,10 +172,16 @@ class AsyncSpace:
         """Store blocks that are not there yet, in the order of the prompt. `prefix`: the keys before them, which count as used too.
 
         Blocks are immutable: what is there stays as the first writer put it. Their memory must not change until the call returns."""
-        digests, above = hashing.digests(keys), hashing.digests(prefix)
+        return await self.put_parcels(keys, self.parcels(keys, blocks), prefix, deadline_s)
+
+    def parcels(self, keys: Sequence[Key], blocks: Sequence[Any]) -> list[Parcel]:
+        """In any thread: the blocks of a put, checked."""
         if len(blocks) != len(keys):
             raise InvalidArgument(f"{len(keys)} keys and {len(blocks)} blocks: one for each")
-        memories = [self._checked(to_send(block, place), place) for place, block in enumerate(blocks)]
+        return [Parcel(self._checked(to_send(block, place), place)) for place, block in enumerate(blocks)]
+
+    async def put_parcels(self, keys: Sequence[Key], parcels: Sequence[Parcel], prefix: Sequence[Key], deadline_s: float | None) -> list[Put]:
+        digests, above = hashing.digests(keys), hashing.digests(prefix)
         results = [Put.REFUSED] * len(keys)
         counters = self.counters
         counters.puts += len(keys)
@@ -187,11 +194,17 @@ class AsyncSpace:
             async def ask(chains: Sequence[int], limit_s: float) -> None:
                 places = sorted((place, chain) for chain in chains for place in groups[chain] if first[digests[place]] == place)
                 asked_s = self._clock.monotonic()
-                places = await self._absent(places, digests, memories, results, limit_s)
-                limit_s = max(0.0, limit_s - (self._clock.monotonic() - asked_s))
-                writes = [self._write(chain, digests[place], memories[place]) for place, chain in places]
-                for (place, chain), outcome in zip(places, await self._storage.write_each(writes, deadline_s=limit_s), strict=True):
-                    results[place] = self._taken(chain, outcome, len(memories[place].view))
+                places = await self._absent(places, digests, parcels, results, limit_s)
+                sent = [parcels[place] for place, chain in places if self._storage.nearby(chain)]
+                try:
+                    await make_ready(sent, self._client.memory)
+                    limit_s = max(0.0, limit_s - (self._clock.monotonic() - asked_s))
+                    writes = [self._write(chain, digests[place], parcels[place]) for place, chain in places]
+                    outcomes = await self._storage.write_each(writes, deadline_s=limit_s)
+                finally:
+                    give_back(sent)
+                for (place, chain), outcome in zip(places, outcomes, strict=True):
+                    results[place] = self._taken(chain, outcome, len(parcels[place].memory.view))
 
             await self._chains.ask(groups, ask, min(end_s, self._clock.monotonic() + left_s))
             for place, digest in enumerate(digests):
@@ -214,10 +227,10 @@ class AsyncSpace:
         return memory
 
     async def _absent(
-        self, places: list[tuple[int, int]], digests: Sequence[bytes], memories: Sequence[Memory], results: list[Put], limit_s: float
+        self, places: list[tuple[int, int]], digests: Sequence[bytes], parcels: Sequence[Parcel], results: list[Put], limit_s: float
     ) -> list[tuple[int, int]]:
         """Without those that are there already, where the bytes would travel to be refused: on this machine they would not even be looked at."""
-        far = [(place, chain) for place, chain in places if len(memories[place].view) >= ASK_FIRST_BYTES and not self._storage.nearby(chain)]
+        far = [(place, chain) for place, chain in places if len(parcels[place].memory.view) >= ASK_FIRST_BYTES and not self._storage.nearby(chain)]
         if not far:
             return places
         groups: dict[int, list[int]] = {}
@@ -232,18 +245,18 @@ class AsyncSpace:
             results[place] = Put.PRESENT
         return [(place, chain) for place, chain in places if place not in present]
 
-    def _write(self, chain: int, digest: bytes, memory: Memory) -> ChunkWrite:
-        length = len(memory.view)
+    def _write(self, chain: int, digest: bytes, parcel: Parcel) -> ChunkWrite:
         return ChunkWrite(
             chain,
             block_id(self.inode, digest),
             0,
-            length,
+            len(parcel.memory.view),
             self.block_bytes,
-            memory.part(length),
+            parcel.data,
             storage_pb2.CREATE,
             self._slab_bytes,
             self._wire,
+            parcel.checksums,
         )
 
     def _taken(self, chain: int, outcome: WriteDone | KvfsError, length: int) -> Put:

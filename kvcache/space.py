@@ -1,7 +1,7 @@
 """A space for threads.
 
-Owns nothing but the way into the client's thread: each batch crosses once there and once back at most, keys of prompts are hashed, and blocks on this
-machine are read, in the calling thread.
+Owns nothing but the way into the client's thread: each batch crosses once there and once back at most, keys of prompts and blocks are hashed, and
+blocks on this machine are read, in the calling thread.
 Invariants and arguments are async_space's. After a fork the child opens the space anew, by its name, at its first call.
 """
 
@@ -20,6 +20,7 @@ from kvfs.kvcache.gets import Batch
 from kvfs.kvcache.keys import Tokens
 from kvfs.kvcache.outcomes import Put, SpaceCounters, SpaceStats
 from kvfs.kvcache.params import SpaceParams
+from kvfs.kvcache.parcels import hash_registered
 
 if TYPE_CHECKING:
     from kvfs.kvcache.cache import AsyncKVCache
@@ -110,7 +111,9 @@ class Space:
 
     def put(self, keys: Sequence[Key], blocks: Sequence[Any], prefix: Sequence[Key] = (), *, deadline_s: float | None = None) -> list[Put]:
         space = self._handle()
-        return self._client.portal.call(lambda: space.put(keys, blocks, prefix, deadline_s=deadline_s))
+        parcels = space.parcels(keys, blocks)
+        hash_registered(parcels)
+        return self._client.portal.call(space.put_parcels, keys, parcels, prefix, deadline_s)
 
     def touch(self, keys: Sequence[Key]) -> None:
         self._client.portal.call(self._handle().touch, keys)
