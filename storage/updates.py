@@ -105,6 +105,8 @@ class Round:
             effects += self._receive(item)
         while True:
             writes, forwards, waits = self._settle(effects)
+            # What waited for its successor may have ended meanwhile: the chain lost that successor while the local copy was being written.
+            waits = [wait for wait in waits if wait.flight in self._owners]
             if writes or forwards:
                 effects = await self._carry_out(writes, forwards)
                 effects += waits  # looked at again when nothing else is left to do
