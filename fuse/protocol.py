@@ -19,7 +19,6 @@ VERSION_MINOR = 45
 """The newest minor version that these structs were compared with (Linux 6.18)."""
 VERSION_MINOR_OLDEST = 31
 """Linux 5.4: below it, structs had other sizes."""
-ROOT_NODE = 1
 
 PAGE_BYTES = 4096
 REQUEST_BYTES_MAX = 1 << 20
@@ -85,7 +84,6 @@ class Init(IntFlag):
     PARALLEL_DIROPS = 1 << 18
     MAX_PAGES = 1 << 22
     CACHE_SYMLINKS = 1 << 23
-    HANDLE_KILLPRIV_V2 = 1 << 28
     INIT_EXT = 1 << 30
     HAS_EXPIRE_ONLY = 1 << 35
 
@@ -137,7 +135,6 @@ INIT_OUT = Struct("=IIIIHHIIHHIIH22x")
 """major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time granularity, max_pages, map alignment, flags2,
 max_stack_depth, request_timeout."""
 
-GETATTR_IN = Struct("=IIQ")
 SETATTR_IN = Struct("=IIQQQqqqIIIIIIII")
 """valid, padding, handle, size, lock owner, atime, mtime, ctime, their nanoseconds, mode, unused, uid, gid, unused."""
 MKNOD_IN = Struct("=IIII")

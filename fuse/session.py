@@ -24,7 +24,7 @@ log = logging.getLogger("kvfs.fuse")
 
 READ_BUFFER_BYTES = protocol.REQUEST_BYTES_MAX + protocol.PAGE_BYTES
 """The largest request: a WRITE of REQUEST_BYTES_MAX behind its header."""
-MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+MS_RDONLY = 1
 FUSERMOUNT_TIMEOUT_S = 30.0
 
 WANTED = (
