@@ -15,7 +15,7 @@ SGLang calls exists, get and set from a thread each.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvfs.kvcache.connectors.common import Connection, EngineSpace, Pieces, Settings, block_key, engine_class, log, memory_at
@@ -173,37 +173,30 @@ class KvfsHiCacheStorage(HiCacheStorage):
         return [True] * len(keys) if self._logical else self._write(KV, keys, host_indices, extra_info)
 
     def _read(self, name: str, keys: list[str], host_indices: Any) -> list[bool]:
+        return self._move("prefetch", name, keys, host_indices, lambda space, blocks, pages: space.get(blocks, pages))
+
+    def _write(self, name: str, keys: list[str], host_indices: Any, extra_info: Any) -> list[bool]:
+        prefix = _prefix(extra_info)
+        return self._move("backup", name, keys, host_indices, lambda space, blocks, pages: space.put(blocks, pages, prefix))
+
+    def _move(
+        self, what: str, name: str, keys: list[str], host_indices: Any, move: Callable[[EngineSpace, list[bytes], list[Pieces]], list[bool]]
+    ) -> list[bool]:
+        """`move` the pages of a pool between its memory and its spaces; a page is there when every space has its part."""
         pool = self._pools.get(name)
         if pool is None or not keys:
             return [False] * len(keys)
         try:
             shards = pool.pieces(keys, host_indices)
         except Exception:
-            log.exception("SGLang's pool %s does not say where its pages lie: they are a miss", name)
+            log.exception("SGLang's pool %s does not say where its pages lie: nothing of it is read or stored", name)
             return [False] * len(keys)
         start_s = time.perf_counter()
         blocks = _keys(keys)
         there = [True] * len(keys)
         for space, pages in zip(pool.spaces, shards, strict=True):
-            there = [hit and before for hit, before in zip(space.get(blocks, pages), there, strict=True)]
-        self._note("prefetch", sum(there), pool, start_s)
-        return there
-
-    def _write(self, name: str, keys: list[str], host_indices: Any, extra_info: Any) -> list[bool]:
-        pool = self._pools.get(name)
-        if pool is None or not keys:
-            return [False] * len(keys)
-        try:
-            shards = pool.pieces(keys, host_indices)
-        except Exception:
-            log.exception("SGLang's pool %s does not say where its pages lie: they are not stored", name)
-            return [False] * len(keys)
-        start_s = time.perf_counter()
-        blocks, prefix = _keys(keys), _prefix(extra_info)
-        there = [True] * len(keys)
-        for space, pages in zip(pool.spaces, shards, strict=True):
-            there = [stored and before for stored, before in zip(space.put(blocks, pages, prefix), there, strict=True)]
-        self._note("backup", sum(there), pool, start_s)
+            there = [moved and before for moved, before in zip(move(space, blocks, pages), there, strict=True)]
+        self._note(what, sum(there), pool, start_s)
         return there
 
     # --- pools beside the first one (v2) -------------------------------------------------------------------------------------------------------
