@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Iterable
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -42,12 +43,25 @@ def checksums(data: bytes | bytearray | memoryview, offset: int = 0) -> bytes:
     if length <= first:
         return xxh3_64_intdigest(data).to_bytes(8, "little")
     view = memoryview(data)
-    if first == _UNIT and length <= _SLICES[-1].stop:
-        digests = list(map(xxh3_64_intdigest, map(view.__getitem__, _SLICES[: -(-length // _UNIT)])))
-    else:
-        digests = [xxh3_64_intdigest(view[:first])]
-        digests += [xxh3_64_intdigest(view[start : start + _UNIT]) for start in range(first, length, _UNIT)]
+    if first == _UNIT:
+        return checksums_of((view,))
+    digests = [xxh3_64_intdigest(view[:first])]
+    digests += [xxh3_64_intdigest(view[start : start + _UNIT]) for start in range(first, length, _UNIT)]
     return struct.pack(f"<{len(digests)}Q", *digests)
+
+
+def checksums_of(pieces: Iterable[memoryview]) -> bytes:
+    """The checksum lists of these, one behind the other. Each begins at the start of a unit, and none is empty."""
+    units: list[memoryview] = []
+    for piece in pieces:
+        length = len(piece)
+        if length <= _UNIT:
+            units.append(piece)
+        elif length <= _SLICES[-1].stop:
+            units.extend(map(piece.__getitem__, _SLICES[: -(-length // _UNIT)]))
+        else:
+            units.extend([piece[start : start + _UNIT] for start in range(0, length, _UNIT)])
+    return struct.pack(f"<{len(units)}Q", *map(xxh3_64_intdigest, units))
 
 
 def verify(data: bytes | bytearray | memoryview, offset: int, expected: bytes) -> bool:

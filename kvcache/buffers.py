@@ -66,14 +66,14 @@ class Memory:
             self._span = self._owner.span(offset, length)  # a service only reads it
 
 
-def to_fill(buffer: Any, place: int, need_bytes: int) -> Memory:
-    """A buffer that a block is to be read into. `need_bytes`: it must hold so many."""
+def to_fill(buffer: Any, place: int, need_bytes: int) -> memoryview:
+    """The bytes of a buffer that a block is to be read into. `need_bytes`: it must hold so many."""
     view = _flat(buffer, "buffer", place)
     if view.readonly:
         raise ReadOnly(f"buffer {place} is read-only: a block cannot be read into it")
     if len(view) < need_bytes:
         raise OutOfRange(f"buffer {place} has {len(view)} bytes, and {need_bytes} are needed")
-    return Memory(view, direct=True)
+    return view
 
 
 def to_send(buffer: Any, place: int) -> Memory:
@@ -83,6 +83,8 @@ def to_send(buffer: Any, place: int) -> Memory:
 
 def _flat(buffer: Any, what: str, place: int) -> memoryview:
     """The bytes of whatever it is."""
+    if type(buffer) is memoryview:  # as nearly always, hundreds at once
+        return _bytes_of(memoryview(buffer), what, place)
     if isinstance(buffer, RegisteredBuffer):
         buffer = buffer.span()
     if isinstance(buffer, Span):
@@ -97,11 +99,14 @@ def _flat(buffer: Any, what: str, place: int) -> memoryview:
             raise InvalidArgument(
                 f"{what} {place} is a {type(buffer).__name__}: it must be a bytes-like object, a numpy array or a torch tensor"
             ) from None
-        if not view.c_contiguous:
-            raise InvalidArgument(f"{what} {place} is not contiguous")
-        if view.format != "B" or view.ndim != 1:
-            view = view.cast("B")
+        view = _bytes_of(view, what, place)
     return view
+
+
+def _bytes_of(view: memoryview, what: str, place: int) -> memoryview:
+    if not view.c_contiguous:
+        raise InvalidArgument(f"{what} {place} is not contiguous")
+    return view.cast("B") if view.format != "B" or view.ndim != 1 else view
 
 
 def _tensor(tensor: Any, what: str) -> memoryview:

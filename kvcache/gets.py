@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from math import inf
 from typing import Any
 
@@ -24,40 +23,27 @@ from kvfs.client.storage_blocks import Touch
 from kvfs.client.storage_places import ChunkRange
 from kvfs.client.storage_reads import ChunkRead, ReadDone
 from kvfs.common.errors import InvalidArgument, KvfsError
-from kvfs.common.helpers import helpers
 from kvfs.common.ids import block_id
 from kvfs.kvcache import keys as hashing
 from kvfs.kvcache.buffers import Memory, to_fill
 from kvfs.kvcache.chains import Chains
 from kvfs.kvcache.known import KNOWN_S, KnownPlaces
+from kvfs.kvcache.local_reads import LocalReads
 from kvfs.kvcache.outcomes import SpaceCounters
 
-PIECE_BYTES = 512 << 10
-"""What one thread reads at a time, when others help it ..."""
-ALONE_BYTES = 1 << 20
-"""... and one block up to this is read by one thread. A second one makes a 4 MiB get a quarter shorter (0.9 of a bare read of a file instead of 0.68)
-and costs a tenth more of the processors' time."""
-SHARED_BYTES = 128 << 10
-"""Reads smaller than this on average are not shared by threads: they would wait for the interpreter more than they gain (64 KiB blocks: 27 us each
-instead of 18)."""
-INLINE_BYTES = 256 << 10
-"""So much is read in the client's thread itself: about 50 us."""
 TELL_S = 0.05
 REST_S = 1.0
 """Where no places are told, none are asked for so long."""
-
-_Operation = tuple[int, Place, int, memoryview]
-"""Which block of the batch, where it lies, from which byte of it on, into what."""
 
 
 class Batch:
     """One get under way."""
 
-    __slots__ = ("asked", "begun", "digests", "end_s", "found", "length", "memories", "offset", "pending", "placed", "whole")
+    __slots__ = ("asked", "begun", "digests", "end_s", "found", "length", "offset", "pending", "placed", "views", "whole")
 
-    def __init__(self, digests: list[bytes], memories: list[Memory], offset: int, length: int, whole: bool, end_s: float) -> None:
+    def __init__(self, digests: list[bytes], views: list[memoryview], offset: int, length: int, whole: bool, end_s: float) -> None:
         self.digests = digests
-        self.memories = memories
+        self.views = views
         self.offset = offset
         self.length = length
         self.whole = whole
@@ -74,7 +60,7 @@ class Batch:
         """Chains that were asked for something."""
 
     def size(self, index: int) -> int:
-        return min(self.length, len(self.memories[index].view))
+        return min(self.length, len(self.views[index]))
 
 
 class Gets:
@@ -113,39 +99,30 @@ class Gets:
         digests = hashing.digests(keys)
         if len(into) != len(keys):
             raise InvalidArgument(f"{len(keys)} keys and {len(into)} buffers: one for each")
-        memories = [to_fill(buffer, place, need) for place, buffer in enumerate(into)]
-        return Batch(digests, memories, offset, length, whole, self._now() + limit_s)
+        views = [to_fill(buffer, place, need) for place, buffer in enumerate(into)]
+        return Batch(digests, views, offset, length, whole, self._now() + limit_s)
 
     def take_known(self, batch: Batch) -> None:
         if not len(self.known) or not self._fresh():
             return
-        pending = []
-        for index, place in enumerate(self.known.find(batch.digests)):
-            if place is None:
-                pending.append(index)
-            else:
-                batch.placed.append((index, place))
-        batch.pending = pending
+        places = self.known.find(batch.digests)
+        batch.placed = [(index, place) for index, place in enumerate(places) if place is not None]
+        if len(batch.placed) == len(places):
+            batch.pending = []
+        elif batch.placed:
+            batch.pending = [index for index, place in enumerate(places) if place is None]
 
     def read(self, batch: Batch) -> None:
         """What has a place, in this thread and those that help it."""
-        operations, total = self._operations(batch)
-        failed: dict[int, Read] = {}
-        if total <= PIECE_BYTES or total < len(operations) * SHARED_BYTES:
-            self._read_some(operations, failed, batch.end_s)
-        else:
-            helpers().work(self._pieces(operations, failed, batch.end_s))
-        self._settle(batch, failed)
+        reads = self._plan(batch)
+        reads.read()
+        self._settle(batch, reads)
 
     async def read_in_task(self, batch: Batch) -> None:
         """The same for a task in the client's thread: in other threads, if it is much."""
-        operations, total = self._operations(batch)
-        failed: dict[int, Read] = {}
-        if total <= INLINE_BYTES:
-            self._read_some(operations, failed, batch.end_s)
-        else:
-            await helpers().work_elsewhere(self._pieces(operations, failed, batch.end_s))
-        self._settle(batch, failed)
+        reads = self._plan(batch)
+        await reads.read_elsewhere()
+        self._settle(batch, reads)
 
     def finish(self, batch: Batch) -> list[int | None]:
         """What each has; counted."""
@@ -159,71 +136,44 @@ class Gets:
             counters.misses += len(found) - len(hits)
         return found
 
-    def _operations(self, batch: Batch) -> tuple[list[_Operation], int]:
-        """Reads, in pieces where threads may share them, and how many bytes they are together. What needs no reading is found, or a miss."""
-        operations: list[_Operation] = []
-        total, offset = 0, batch.offset
-        most = PIECE_BYTES if len(batch.placed) > 1 else ALONE_BYTES
+    def _plan(self, batch: Batch) -> LocalReads:
+        """What is to be read. What needs no reading is found, or a miss."""
+        reads = LocalReads(self._now, batch.end_s, alone=len(batch.placed) == 1)
+        offset, length, whole, found, views = batch.offset, batch.length, batch.whole, batch.found, batch.views
         for index, place in batch.placed:
-            view = batch.memories[index].view
-            size = min(batch.length, len(view))
-            count = max(0, min(size, place.end - offset))
-            batch.found[index] = count
-            if batch.whole and place.end > size:
-                batch.found[index] = None
-                continue
-            total += count
-            if count <= most:
-                if count:
-                    operations.append((index, place, offset, view if count == len(view) else view[:count]))
-                continue
-            at, end = offset, offset + count
-            while at < end:
-                stop = min((at // PIECE_BYTES + 1) * PIECE_BYTES, end)
-                operations.append((index, place, at, view[at - offset : stop - offset]))
-                at = stop
-        return operations, total
+            view = views[index]
+            size = len(view)
+            if size > length:
+                size = length
+            end = place.end
+            if end <= size:
+                count = end - offset
+            elif whole:
+                continue  # it is longer than its buffer
+            else:
+                count = min(size, end - offset)
+            if count > 0:
+                found[index] = count
+                reads.add(index, place, offset, view if count == len(view) else view[:count])
+            else:
+                found[index] = 0
+        return reads
 
-    def _pieces(self, operations: Sequence[_Operation], failed: dict[int, Read], end_s: float) -> list[Callable[[], None]]:
-        pieces: list[Callable[[], None]] = []
-        some: list[_Operation] = []
-        size = 0
-        for operation in operations:
-            some.append(operation)
-            size += len(operation[3])
-            if size >= PIECE_BYTES:
-                pieces.append(partial(self._read_some, some, failed, end_s))
-                some, size = [], 0
-        if some:
-            pieces.append(partial(self._read_some, some, failed, end_s))
-        return pieces
-
-    def _read_some(self, operations: Sequence[_Operation], failed: dict[int, Read], end_s: float) -> None:
-        for index, place, at, view in operations:
-            if index not in failed:
-                outcome = Read.WAITS if self._now() > end_s else place.read(at, view, nowait=True)
-                if outcome is not Read.DONE:
-                    failed[index] = outcome
-
-    def _settle(self, batch: Batch, failed: dict[int, Read]) -> None:
+    def _settle(self, batch: Batch, reads: LocalReads) -> None:
         placed, batch.placed = batch.placed, []
-        total = 0
-        touched = []
-        for index, _ in placed:
-            outcome = failed.get(index)
-            if outcome is None:
-                total += batch.found[index] or 0
-                if index not in batch.asked and batch.found[index] is not None:
-                    touched.append(batch.digests[index])
-                continue
-            batch.found[index] = None
+        found, asked, digests, failed = batch.found, batch.asked, batch.digests, reads.failed
+        self._transfers.direct_bytes += reads.total
+        for index, outcome in failed.items():
+            self._transfers.direct_bytes -= found[index] or 0
+            found[index] = None
             batch.pending.append(index)
             if outcome is Read.STALE:
                 self._transfers.places_stale += 1
-                self.known.stale(batch.digests[index])
-        self._transfers.direct_bytes += total
-        if touched:
-            self.known.touch(reversed(touched))
+                self.known.stale(digests[index])
+        if len(asked) < len(placed):
+            touched = [digests[index] for index, _ in placed if index not in asked and found[index] is not None]
+            touched.reverse()
+            self.known.touch(touched)
 
     # --- in the client's thread --------------------------------------------------------------------------------------------------------------
 
@@ -295,7 +245,7 @@ class Gets:
     async def _fetch(self, batch: Batch, members: Sequence[tuple[int, int]], limit_s: float) -> None:
         """Ask for the bytes. Members are in the order of the keys: the service touches what one request read from its end on, so the deepest block
         comes first."""
-        memories = batch.memories
+        memories = {index: Memory(batch.views[index], direct=True) for index, _ in members}
         reads = []
         for index, chain in members:
             size = batch.size(index)

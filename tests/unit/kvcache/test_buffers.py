@@ -18,24 +18,29 @@ from kvfs.common.errors import InvalidArgument, ReadOnly
 from kvfs.common.ids import SPACE_BIT, block_id
 from kvfs.common.wire import meta_pb2
 from kvfs.kvcache import AsyncSpace, BlockBuffers, CacheConfig
-from kvfs.kvcache.buffers import to_fill, to_send
+from kvfs.kvcache.buffers import Memory, to_fill, to_send
+
+
+def filled(buffer: Any, place: int, need_bytes: int) -> Memory:
+    """As a get makes it where a service is to write."""
+    return Memory(to_fill(buffer, place, need_bytes), direct=True)
 
 
 def test_views_of_registered_memory_are_recognised_whoever_made_them() -> None:
     with BlockBuffers(3, 10_000) as buffers, RegisteredBuffer(8 * PAGE_BYTES) as other:
         for place in range(3):
-            memory = to_fill(buffers[place], place, 10_000)
+            memory = filled(buffers[place], place, 10_000)
             assert memory.span is not None and (memory.span.offset, memory.span.length) == (place * 12_288, 10_000)
             assert memory.part(100).length == 100 if not isinstance(memory.part(100), memoryview) else False
         inside = other.view[PAGE_BYTES : 3 * PAGE_BYTES]
-        span = to_fill(inside, 0, 1).span
+        span = filled(inside, 0, 1).span
         assert span is not None and span.offset == PAGE_BYTES and span.region is other.region
-        assert to_fill(other.span(PAGE_BYTES, PAGE_BYTES), 0, 1).span is not None
-        assert to_fill(other, 0, 1).span is not None
+        assert filled(other.span(PAGE_BYTES, PAGE_BYTES), 0, 1).span is not None
+        assert filled(other, 0, 1).span is not None
         # Not whole pages: it could not be taken from a service again, so a get copies; a put may be read from anywhere.
         for odd in (other.view[100 : 100 + PAGE_BYTES], other.view[: PAGE_BYTES + 100]):
-            assert to_fill(odd, 0, 1).span is None and to_send(odd, 0).span is not None
-        assert to_fill(bytearray(10_000), 0, 1).span is None
+            assert filled(odd, 0, 1).span is None and to_send(odd, 0).span is not None
+        assert filled(bytearray(10_000), 0, 1).span is None
     assert registered_at(buffers.memory.address, 10) is None
 
 
@@ -44,7 +49,7 @@ def test_what_cannot_be_filled() -> None:
         to_fill(bytes(10), 0, 1)
     with pytest.raises(InvalidArgument):
         to_fill(7, 0, 1)
-    assert len(to_fill(array("d", [0.0] * 4), 0, 32).view) == 32
+    assert len(to_fill(array("d", [0.0] * 4), 0, 32)) == 32
 
 
 def test_numpy_views() -> None:
@@ -52,7 +57,7 @@ def test_numpy_views() -> None:
     with BlockBuffers(2, 8192) as buffers:
         one = buffers.numpy(1, "float32", (64, 32))
         one[:] = 1.5
-        memory = to_fill(one, 0, 8192)
+        memory = filled(one, 0, 8192)
         assert memory.span is not None and memory.span.offset == 8192
         assert bytes(buffers[1]) == numpy.full(2048, 1.5, "float32").tobytes()
         with pytest.raises(InvalidArgument, match="not contiguous"):
@@ -68,10 +73,10 @@ def test_torch_views() -> None:
     with BlockBuffers(2, 8192) as buffers:
         one = buffers.torch(1, torch.bfloat16, (64, 64))
         one.fill_(1.5)
-        memory = to_fill(one, 0, 8192)
+        memory = filled(one, 0, 8192)
         assert memory.span is not None and memory.span.offset == 8192
         own = torch.zeros(4096, dtype=torch.bfloat16)
-        to_fill(own, 0, 8192).view[:2] = b"\xc0\x3f"
+        to_fill(own, 0, 8192)[:2] = b"\xc0\x3f"
         assert own[0] == 1.5
         with pytest.raises(InvalidArgument, match="not contiguous"):
             to_fill(one.t(), 0, 1)
@@ -82,7 +87,7 @@ def test_a_registry_under_many_threads() -> None:
     def work() -> None:
         for _ in range(100):
             with RegisteredBuffer(2 * PAGE_BYTES) as buffer:
-                assert to_fill(buffer.view, 0, 1).span is not None
+                assert filled(buffer.view, 0, 1).span is not None
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -96,7 +101,7 @@ def test_forsaken_memory_is_out_of_reach() -> None:
         shared = os.dup(buffer.region.fd or -1)  # what a service holds
         view = buffer.view[PAGE_BYTES : 3 * PAGE_BYTES]
         buffer.view[:] = b"m" * (4 * PAGE_BYTES)
-        span = to_fill(view, 0, 1).span
+        span = filled(view, 0, 1).span
         assert span is not None
         buffer.forsake(span)
         os.pwrite(shared, b"x" * (4 * PAGE_BYTES), 0)
@@ -105,8 +110,8 @@ def test_forsaken_memory_is_out_of_reach() -> None:
         view[:5] = b"still"
         assert bytes(buffer.view[PAGE_BYTES : PAGE_BYTES + 5]) == b"still"
         for again in (view, buffer.view[: 2 * PAGE_BYTES], buffer.view):
-            assert to_fill(again, 0, 1).span is None and to_send(again, 0).span is None
-        assert to_fill(buffer.view[3 * PAGE_BYTES :], 0, 1).span is not None
+            assert filled(again, 0, 1).span is None and to_send(again, 0).span is None
+        assert filled(buffer.view[3 * PAGE_BYTES :], 0, 1).span is not None
         os.close(shared)
 
 

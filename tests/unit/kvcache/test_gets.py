@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.unit.kvcache.test_space import BLOCK, PARAMS, STORED, block, buffers,
 
 from kvfs.client import Client
 from kvfs.client.place import Place, Read
+from kvfs.common.boundary.real_disk import RealLentFile
 from kvfs.kvcache import AsyncKVCache, KVCache, SpaceParams
 from kvfs.kvcache.known import KNOWN_S
 
@@ -162,6 +164,51 @@ def test_what_is_not_in_memory_is_read_by_the_service_and_counts_once() -> None:
             assert (await cache.stats("s")).hits == 10
             before = counters.read_requests
             assert await made.get(keys, into) == [BLOCK] * 10 and counters.read_requests == before
+
+    run(test)
+
+
+@pytest.mark.usefixtures("long_known")
+def test_blocks_side_by_side_are_read_with_one_call_and_a_damaged_one_costs_its_neighbours_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 40_960  # blocks that fill their places lie side by side
+    calls = []
+    real = RealLentFile.try_read_into
+
+    def try_read_into(self: RealLentFile, views: Sequence[memoryview], offset: int) -> int | None:
+        calls.append(len(views))
+        return real(self, views, offset)
+
+    monkeypatch.setattr(RealLentFile, "try_read_into", try_read_into)
+
+    async def test() -> None:
+        async with space(SpaceParams(block_tokens=4, block_bytes=size)) as (made, _, cluster):
+            numbers = list(range(60))
+            lengths = [size if number % 20 else size - 1000 for number in numbers]  # a shorter one ends its run, and others go on behind it
+            blocks = [block(number, length) for number, length in zip(numbers, lengths, strict=True)]
+            await made.put([key(number) for number in numbers], blocks)
+            counters = made.gets._transfers
+            chance = random.Random(1)
+            for order in (numbers, numbers[::-1], chance.choices(numbers, k=60)):  # keys twice, too
+                into = buffers(60, size)
+                calls.clear()
+                assert await made.get([key(number) for number in order], into) == [lengths[number] for number in order]
+                assert [bytes(each[: lengths[number]]) for each, number in zip(into, order, strict=True)] == [blocks[number] for number in order]
+                if order is numbers:
+                    assert sum(calls) == 60 and len(calls) <= 20
+            assert counters.places_stale == counters.read_requests == 0
+            damaged = (7, 8, 31)
+            for path in data_files(cluster):
+                for number in damaged:
+                    at = path.read_bytes().find(blocks[number])
+                    if at >= 0:
+                        with path.open("r+b") as file:
+                            file.seek(at + 35_000)
+                            file.write(b"damage")
+            into = buffers(60, size)
+            found = await made.get([key(number) for number in numbers], into)
+            assert found == [None if number in damaged else lengths[number] for number in numbers]
+            assert all(bytes(into[number][: lengths[number]]) == blocks[number] for number in numbers if number not in damaged)
+            assert counters.places_stale == made.counters.corrupt == len(damaged)
 
     run(test)
 
