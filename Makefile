@@ -1,5 +1,5 @@
 # The commands of the house; HACKING.md says more about each.
-.PHONY: demo demo-kvcache test test-slow test-ecosystem check format bench clean setup
+.PHONY: demo demo-kvcache sim test test-slow test-ecosystem check format bench clean setup
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -24,6 +24,9 @@ test-slow: setup
 test-ecosystem:  ## the connectors under the real SGLang, LMCache and vLLM, without a GPU; installs them into .venv-ecosystem
 	@deploy/ecosystem.sh
 	@.venv-ecosystem/bin/python -m pytest -m "not slow" tests/connectors tests/ecosystem
+
+sim: setup  ## a whole cluster by seed: SEED=n replays one with its trace, SEEDS=n runs so many (FIRST=n: from there)
+	@$(BIN)/python -m tests.sim.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FIRST),1))
 
 check: setup  ## style, types, the import table
 	@$(BIN)/ruff check .

@@ -187,9 +187,10 @@ async def open_client(
     config = config or load(ClientConfig, None, os.environ, "client")
     clock = clock or SystemClock()
     random = random or SystemRandom()
-    identity = Identity(cluster_id=address.cluster_id, client_id=random.bytes(16), role=role)
+    net = net or SystemNet()
+    identity = Identity.of(net, cluster_id=address.cluster_id, client_id=random.bytes(16), role=role)
     failure: BaseException | None = None
-    channel_pool = ChannelPool(net or SystemNet(), clock, identity, shared_memory=config.shared_memory)
+    channel_pool = ChannelPool(net, clock, identity, shared_memory=config.shared_memory)
     async with channel_pool as channels, trio.open_nursery() as nursery:
         try:
             link = ManagerLink(channels, clock, random, address.managers, identity)

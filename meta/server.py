@@ -72,7 +72,7 @@ async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFil
     made_now = await engine.transact(
         lambda txn: store.prepare(txn, clock.wall_ns(), config.chunk_size_bytes, uid=config.root_uid, gid=config.root_gid)
     )
-    identity = Identity(cluster_id=config.cluster_id or node.cluster_id, client_id=random.bytes(16), role="meta")
+    identity = Identity.of(net, cluster_id=config.cluster_id or node.cluster_id, client_id=random.bytes(16), role="meta")
     failure: KvfsError | None = None
     async with ChannelPool(net, clock, identity) as pool, trio.open_nursery() as nursery:
         link = ManagerLink(pool, clock, random, config.managers, identity, rejoin=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
@@ -20,7 +20,7 @@ from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.storage.config import StorageConfig
 from kvfs.storage.engine import superblock
 from kvfs.storage.engine.config import EngineConfig
-from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.engine import DEFAULTS, ChunkEngine
 from kvfs.storage.engine.superblock import Superblock
 
 log = logging.getLogger("kvfs.storage")
@@ -43,11 +43,12 @@ class DataDirectory:
 
 
 class Disks:
-    def __init__(self, config: StorageConfig, clock: Clock, random: Random, open_disk: OpenDisk = RealDisk) -> None:
+    def __init__(self, config: StorageConfig, clock: Clock, random: Random, open_disk: OpenDisk = RealDisk, engine: EngineConfig = DEFAULTS) -> None:
         """Locks every directory. Raises SetupError and has then changed nothing but, at most, made empty directories."""
         self._config = config
         self._clock = clock
         self._open_disk = open_disk
+        self._engine = replace(engine, capacity_bytes=config.target_capacity_bytes)
         self.directories: list[DataDirectory] = []
         try:
             for number, path in enumerate(config.data):
@@ -94,7 +95,7 @@ class Disks:
             cluster_id = there.cluster_id if there is not None else ""
         block = Superblock(cluster_id, target_id, bytes.fromhex(self.node.node_uuid)[:16])
         try:
-            return ChunkEngine(disk, self._clock, block, EngineConfig(capacity_bytes=self._config.target_capacity_bytes))
+            return ChunkEngine(disk, self._clock, block, self._engine)
         except SetupError as error:
             raise type(error)(f"{self.path_of(directory, target_id)}: {error.message}") from error
 

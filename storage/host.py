@@ -18,7 +18,7 @@ from kvfs.common.wire.channel import ChannelPool
 from kvfs.storage.chain.locks import ChunkKey, ChunkLocks, Ticket
 from kvfs.storage.config import StorageConfig
 from kvfs.storage.target import Target
-from kvfs.storage.workers import WorkerPool
+from kvfs.storage.workers import Workers
 
 log = logging.getLogger("kvfs.storage")
 
@@ -29,7 +29,7 @@ class Host:
     clock: Clock
     pool: ChannelPool
     link: ManagerLink
-    workers: WorkerPool
+    workers: Workers
     buffers: BufferPool
     nursery: trio.Nursery
     """Of work that outlives the request it came with."""

@@ -8,7 +8,7 @@ a lease declared dead, a target listed as offline that thinks it serves). What i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ from kvfs.storage.chain.replica import Replica
 from kvfs.storage.chain.view import ChainView
 from kvfs.storage.config import StorageConfig
 from kvfs.storage.disks import DataDirectory, Disks, OpenDisk, infos, openable
-from kvfs.storage.engine.engine import ChunkEngine
+from kvfs.storage.engine.config import EngineConfig
+from kvfs.storage.engine.engine import DEFAULTS, ChunkEngine
 from kvfs.storage.host import Host
 from kvfs.storage.resync import Resync
 from kvfs.storage.retention.keeper import Keeper
@@ -40,7 +41,7 @@ from kvfs.storage.retention.retention import Retention
 from kvfs.storage.service import StorageService
 from kvfs.storage.target import Target
 from kvfs.storage.updates import carry_on
-from kvfs.storage.workers import WorkerPool
+from kvfs.storage.workers import WorkerPool, Workers
 
 log = logging.getLogger("kvfs.storage")
 
@@ -52,9 +53,11 @@ LEAVE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class World(Boundaries):
-    """`open_disk`: None, the real one."""
+    """`open_disk`: None, the real one. `workers`: makes those of the process, so many at once."""
 
     open_disk: OpenDisk | None = None
+    workers: Callable[[int], Workers] = WorkerPool
+    engine: EngineConfig = DEFAULTS
 
 
 async def serve(config: StorageConfig, *, world: World = World(), task_status: trio.TaskStatus[dict[str, Any]] = trio.TASK_STATUS_IGNORED) -> None:
@@ -62,8 +65,8 @@ async def serve(config: StorageConfig, *, world: World = World(), task_status: t
     if not config.data:
         raise ConfigError("storage.data is empty: give one directory per disk")
     clock, random = world.clock, world.random
-    disks = Disks(config, clock, random, world.open_disk or RealDisk)
-    workers = WorkerPool(config.threads)
+    disks = Disks(config, clock, random, world.open_disk or RealDisk, world.engine)
+    workers = world.workers(config.threads)
     try:
         process = _Process(config, clock, random, world.net, disks, workers)
         try:
@@ -87,7 +90,7 @@ def _plain(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 class _Process:
-    def __init__(self, config: StorageConfig, clock: Clock, random: Random, net: Net, disks: Disks, workers: WorkerPool) -> None:
+    def __init__(self, config: StorageConfig, clock: Clock, random: Random, net: Net, disks: Disks, workers: Workers) -> None:
         self._config = config
         self._clock = clock
         self._random = random
@@ -128,7 +131,7 @@ class _Process:
 
     async def _run(self, task_status: trio.TaskStatus[dict[str, Any]]) -> None:
         config = self._config
-        identity = Identity(cluster_id=self._cluster_id, client_id=self._random.bytes(16), role="storage")
+        identity = Identity.of(self._net, cluster_id=self._cluster_id, client_id=self._random.bytes(16), role="storage")
         buffers = BufferPool(config.buffer_bytes, name="kvfs-forward")
         try:
             async with ChannelPool(self._net, self._clock, identity) as pool, trio.open_nursery() as nursery:

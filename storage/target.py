@@ -20,7 +20,7 @@ from kvfs.storage.chain.view import LocalState, PublicState
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import Space, Tag, UpdateKind
 from kvfs.storage.retention.retention import Retention
-from kvfs.storage.workers import WorkerPool
+from kvfs.storage.workers import Workers
 
 log = logging.getLogger("kvfs.storage")
 
@@ -193,7 +193,7 @@ class Target:
             sync_total_chunks=self.progress.total_chunks,
         )
 
-    async def sync(self, workers: WorkerPool) -> None:
+    async def sync(self, workers: Workers) -> None:
         """Everything acknowledged before this call survives power loss after it. One sync runs at a time; who comes meanwhile shares the next."""
         waits = self._next_sync
         if waits is not None:
@@ -205,7 +205,7 @@ class Target:
         if waits.error is not None:
             raise waits.error
 
-    async def _run_sync(self, waits: _SyncRound, workers: WorkerPool) -> None:
+    async def _run_sync(self, waits: _SyncRound, workers: Workers) -> None:
         if self._sync is not None:
             await self._sync.done.wait()
         self._sync, self._next_sync = waits, None

@@ -2,13 +2,14 @@
 
 One hop is a queue.SimpleQueue put and a TrioToken.run_sync_soon: about a third of what trio.to_thread costs. A job always runs to its end, and who
 waits for it cannot be cancelled: the job may be using memory that its owner would otherwise take back. Bounded by its callers, each of which
-waits for what it submitted.
+waits for what it submitted. Who makes the workers of a process is given to it (storage/server.py, `World`): a simulation has no threads.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -51,7 +52,22 @@ class Job(Generic[T]):
         return self.value  # type: ignore[return-value]
 
 
-class WorkerPool:
+class Workers(ABC):
+    """Who does the work that blocks."""
+
+    @abstractmethod
+    def submit(self, work: Callable[[], T]) -> Job[T]:
+        """The caller must wait() for it."""
+
+    async def run(self, work: Callable[[], T]) -> T:
+        return await self.submit(work).wait()
+
+    @abstractmethod
+    def close(self) -> None:
+        """No more work comes."""
+
+
+class WorkerPool(Workers):
     def __init__(self, threads: int, name: str = "kvfs-disk") -> None:
         self._queue: queue.SimpleQueue[Job[object] | None] = queue.SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
@@ -60,13 +76,9 @@ class WorkerPool:
             thread.start()
 
     def submit(self, work: Callable[[], T]) -> Job[T]:
-        """The caller must wait() for it."""
         job = Job(work)
         self._queue.put(job)  # type: ignore[arg-type]
         return job
-
-    async def run(self, work: Callable[[], T]) -> T:
-        return await self.submit(work).wait()
 
     def close(self) -> None:
         for _ in self._threads:

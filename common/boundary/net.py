@@ -18,6 +18,8 @@ import stat
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import trio
@@ -115,7 +117,21 @@ class Listener(ABC):
     async def aclose(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Which process on which machine this is, as it tells others."""
+
+    host_id: str
+    """Names this run of this machine's kernel: equal on both sides means that memory can be shared."""
+    hostname: str
+    pid: int
+
+
 class Net(ABC):
+    @property
+    @abstractmethod
+    def here(self) -> Here: ...
+
     @abstractmethod
     async def connect(self, address: str, *, timeout_s: float) -> ByteStream: ...
 
@@ -149,7 +165,20 @@ def parse_address(address: str) -> tuple[socket.AddressFamily, tuple[str, int] |
     raise ConfigError(f"address {address!r}: expected tcp://HOST:PORT or unix:///PATH")
 
 
+@cache
+def boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 class SystemNet(Net):
+    @property
+    def here(self) -> Here:
+        return Here(boot_id(), socket.gethostname(), os.getpid())
+
     async def connect(self, address: str, *, timeout_s: float) -> ByteStream:
         family, where = parse_address(address)
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)

@@ -34,13 +34,18 @@ class SimDisk(Disk):
         self._medium.holder = None
         self._medium.root.crash(random)
 
+    def kill(self) -> None:
+        """The process ends: every handle opened until now is dead, what was written stays (in the page cache)."""
+        self._medium.life += 1
+        self._medium.holder = None
+
     def reopen(self, hook: Callable[[str, str], None] | None = None) -> SimDisk:
         """The same disk, for the next process."""
         return SimDisk(medium=self._medium, hook=hook)
 
     def _enter(self, operation: str, name: str) -> None:
         if self._life != self._medium.life:
-            raise InputOutput(f"{operation} {name}: this disk lost power")
+            raise InputOutput(f"{operation} {name}: the process that opened this disk is over")
         if self.hook is not None:
             self.hook(operation, name)
 

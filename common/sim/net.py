@@ -1,21 +1,23 @@
 """Simulated network: hosts joined by byte streams that are late, stall, or break, as the seed and the test say.
 
 A `SimFabric` is the whole network; `fabric.host("a")` is the Net of one machine. Streams keep what TCP promises: bytes arrive in order, whole, once,
-or the stream breaks. What may happen to them: a delay per send (drawn from `latency_s`), a stall while two hosts are partitioned (a connection
-attempt then fails after its time), a break of every stream between two hosts, and, with `break_probability`, a break at any send. Unix addresses
-reach only the host that listens on them, and carry file descriptors. Nothing here is random but by the fabric's Random.
+or the stream breaks. What may happen to them: a delay per send (drawn from `latency_s`, more for a host that `lags_s`), a stall while two hosts are
+partitioned, both ways or one (a connection attempt then fails after its time), a break of every stream between two hosts, and, with
+`break_probability`, a break at any send. A host may crash: its peers are told, unless it lost power or cannot reach them, when they learn of it only
+once it is there again. Unix addresses reach only the host that listens on them, and carry file descriptors. Nothing here is random but by the
+fabric's Random.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import trio
 
-from kvfs.common.boundary.net import MAX_FDS, ByteStream, Listener, Net, ReadBuffer, parse_address
+from kvfs.common.boundary.net import MAX_FDS, ByteStream, Here, Listener, Net, ReadBuffer, parse_address
 from kvfs.common.boundary.random import Random, SeededRandom
 from kvfs.common.errors import AddressInUse, ConnectionLost, Unreachable
 
@@ -29,26 +31,47 @@ class SimFabric:
         self.random = random if random is not None else SeededRandom(0)
         self.latency_s = latency_s
         self.break_probability = break_probability
+        self.lags_s: dict[str, float] = {}
+        """By host: what is added to every delay, at most."""
+        self.on_send: Callable[[SimStream, bytes], None] | None = None
+        """Sees what a stream sends."""
+        self._nets: dict[str, SimNet] = {}
         self._listeners: dict[str, SimListener] = {}
-        self._partitions: list[tuple[frozenset[str], frozenset[str]]] = []
+        self._partitions: list[tuple[frozenset[str], frozenset[str], bool]] = []
         self._streams: list[SimStream] = []
+        self._orphans: list[SimStream] = []
+        """Whose other end is gone without their knowledge."""
         self._healed = trio.Event()
         self._next_port = _FIRST_FREE_PORT
 
     def host(self, name: str) -> SimNet:
-        return SimNet(self, name)
+        net = self._nets[name] = SimNet(self, name)
+        self._tell_orphans()
+        return net
 
-    def partition(self, one: Iterable[str], other: Iterable[str]) -> None:
-        """No byte passes between the two groups of hosts until `heal`; what was under way is held."""
-        self._partitions.append((frozenset(one), frozenset(other)))
+    def partition(self, one: Iterable[str], other: Iterable[str], *, one_way: bool = False) -> None:
+        """No byte passes between the two groups of hosts until `heal`; what was under way is held. `one_way`: none from `one` to `other`."""
+        self._partitions.append((frozenset(one), frozenset(other), one_way))
 
     def heal(self) -> None:
         self._partitions.clear()
         healed, self._healed = self._healed, trio.Event()
         healed.set()
+        self._tell_orphans()
+
+    def blocked(self, sender: str, receiver: str) -> bool:
+        return any(
+            (sender in left and receiver in right) or (not one_way and sender in right and receiver in left)
+            for left, right, one_way in self._partitions
+        )
 
     def parted(self, one: str, other: str) -> bool:
-        return any((one in left and other in right) or (one in right and other in left) for left, right in self._partitions)
+        """Whether no connection can be made."""
+        return bool(self._partitions) and (self.blocked(one, other) or self.blocked(other, one))
+
+    def delay_s(self, sender: str, receiver: str) -> float:
+        low, high = self.latency_s
+        return self.random.uniform(low, high + self.lags_s.get(sender, 0.0) + self.lags_s.get(receiver, 0.0))
 
     def break_streams(self, one: str, other: str | None = None) -> None:
         """Resets every stream between two hosts (or of one host)."""
@@ -57,21 +80,46 @@ class SimFabric:
                 stream.reset()
                 stream.far.reset()
 
-    def crash_host(self, name: str) -> None:
-        """As when a machine's processes die: its listeners go and its streams break."""
+    def crash_host(self, name: str, *, silent: bool = False) -> None:
+        """As when a machine's processes die: its listeners go and its streams break; nothing leaves it any more. `silent`: the machine itself died,
+        and nobody is told."""
+        net = self._nets.pop(name, None)
+        if net is not None:
+            net.dead = True
         for address, listener in list(self._listeners.items()):
             if listener.host == name:
                 del self._listeners[address]
                 listener.stop()
-        self.break_streams(name)
+        for stream in [stream for stream in self._streams if stream.host == name]:
+            far = stream.far
+            stream.dead = True
+            stream.reset()
+            if silent or self.blocked(name, far.host):
+                self._orphans.append(far)
+            else:
+                far.reset()
+
+    def _tell_orphans(self) -> None:
+        """A host that is there again resets connections that it does not know."""
+        orphans, self._orphans = self._orphans, []
+        for stream in orphans:
+            if stream.far.host in self._nets and not self.parted(stream.host, stream.far.host):
+                stream.reset()
+            else:
+                self._orphans.append(stream)
 
 
 class SimNet(Net):
-    """The network as one host sees it."""
+    """The network as one host sees it, until that host crashes."""
 
     def __init__(self, fabric: SimFabric, name: str) -> None:
         self._fabric = fabric
         self.name = name
+        self.dead = False
+
+    @property
+    def here(self) -> Here:
+        return Here(self.name, self.name, 1)
 
     def _key(self, address: str) -> str:
         return f"{self.name}|{address}" if address.startswith("unix://") else address
@@ -83,6 +131,8 @@ class SimNet(Net):
         with trio.move_on_after(timeout_s):
             await trio.sleep(fabric.random.uniform(*fabric.latency_s))
             while True:
+                if self.dead:
+                    raise Unreachable(f"cannot connect to {address}: this host is down")
                 listener = fabric._listeners.get(self._key(address))
                 if listener is None:
                     raise Unreachable(f"cannot connect to {address}: nobody listens there")
@@ -104,6 +154,8 @@ class SimNet(Net):
     async def listen(self, address: str) -> Listener:
         await trio.lowlevel.checkpoint()
         fabric = self._fabric
+        if self.dead:
+            raise AddressInUse(f"{address}: this host is down")
         _, where = parse_address(address)
         if isinstance(where, tuple) and where[1] == 0:
             address = f"{address.rpartition(':')[0]}:{fabric._next_port}"
@@ -171,6 +223,8 @@ class SimStream(ByteStream):
         self._queued = 0
         self._last_at = 0.0
         self._no_more = False
+        self.dead = False
+        """Its host crashed: nothing that its owner still does can be seen."""
         self._broken = ""
         self._closed = False
         self._fds: list[int] = []
@@ -190,7 +244,7 @@ class SimStream(ByteStream):
             self.reset()
             far.reset()
             self._check()
-        if far._closed:
+        if far._closed and not far.dead:
             self.reset("broken pipe")
             self._check()
         room = _WINDOW_BYTES - far._queued
@@ -199,7 +253,9 @@ class SimStream(ByteStream):
         data = b"".join(buffers)[:room]
         if not data:
             return 0
-        at = max(far._last_at, trio.current_time() + fabric.random.uniform(*fabric.latency_s))
+        if fabric.on_send is not None:
+            fabric.on_send(self, data)
+        at = max(far._last_at, trio.current_time() + fabric.delay_s(self.host, far.host))
         far._last_at = at
         far._parcels.append(_Parcel(at, data, [os.dup(fd) for fd in fds]))
         far._queued += len(data)
@@ -209,7 +265,7 @@ class SimStream(ByteStream):
     def receive_now(self, views: Sequence[memoryview]) -> int | None:
         if self._closed or (self._broken and not self._parcels):
             self._check()
-        if self._fabric.parted(self.host, self.far.host):
+        if self._fabric._partitions and self._fabric.blocked(self.far.host, self.host):
             self._check()
             return None
         placed = 0
@@ -243,7 +299,7 @@ class SimStream(ByteStream):
 
     async def wait_writable(self) -> None:
         await trio.lowlevel.checkpoint()
-        while not (self._closed or self._broken or self.far._closed) and self.far._queued >= _WINDOW_BYTES:
+        while not (self._closed or self._broken or (self.far._closed and not self.far.dead)) and self.far._queued >= _WINDOW_BYTES:
             self._writable = trio.Event()
             await self._writable.wait()
         self._check()
@@ -251,7 +307,7 @@ class SimStream(ByteStream):
     async def wait_readable(self) -> None:
         await trio.lowlevel.checkpoint()
         while not (self._closed or self._broken):
-            if self._fabric.parted(self.host, self.far.host):
+            if self._fabric._partitions and self._fabric.blocked(self.far.host, self.host):
                 await self._wait_for(self._fabric._healed)
             elif self._parcels:
                 if self._parcels[0].at <= trio.current_time():
@@ -296,8 +352,9 @@ class SimStream(ByteStream):
         if not self._closed:
             self._closed = True
             self._throw_away()
-            self.close_sending()
-            self.far._writable.set()
+            if not self.dead:
+                self.close_sending()
+                self.far._writable.set()
             self._readable.set()
             self._writable.set()
             if self in self._fabric._streams:

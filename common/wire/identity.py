@@ -8,22 +8,12 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, field
-from functools import cache
 
 import kvfs
+from kvfs.common.boundary.net import Net, boot_id
 from kvfs.common.errors import VersionMismatch, WrongCluster
 from kvfs.common.wire import base_pb2 as pb
 from kvfs.common.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN
-
-
-@cache
-def boot_id() -> str:
-    """Names this run of this machine's kernel: equal on both sides means that memory can be shared."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +31,12 @@ class Identity:
     hostname: str = field(default_factory=socket.gethostname)
     lends_files: bool = False
     """A server: to this caller."""
+
+    @classmethod
+    def of(cls, net: Net, *, cluster_id: str, client_id: bytes, role: str) -> Identity:
+        """Of the process that uses this network."""
+        here = net.here
+        return cls(cluster_id, client_id, role, host_id=here.host_id, pid=here.pid, hostname=here.hostname)
 
     def hello(self, *, lends_files: bool = False) -> bytes:
         return pb.Hello(

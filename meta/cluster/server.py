@@ -69,7 +69,7 @@ async def _serve(
     task_status: trio.TaskStatus[dict[str, Any]],
 ) -> None:
     failure: KvfsError | None = None
-    identity = Identity(cluster_id=cluster_id, client_id=random.bytes(16), role="manager")
+    identity = Identity.of(net, cluster_id=cluster_id, client_id=random.bytes(16), role="manager")
     me = Self(node_uuid, cluster_id, identity.host_id, identity.hostname, identity.pid, identity.software)
     manager = Manager(
         engine, clock, random, me, lease_ms=config.lease_ms, client_lease_ms=config.client_lease_ms, primary_lease_ms=config.primary_lease_ms

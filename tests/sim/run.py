@@ -1,0 +1,269 @@
+"""One seed from start to verdict, and the command: `python -m tests.sim.run --seed N`, or `--seeds N` over all processors.
+
+A run: draw a cluster and a plan of faults from the seed, start everything, let clients work while faults strike, mend everything, wait until every
+target serves, check. A run that does not end, or that a wait of a minute of virtual time does not bring to rest, is a failure too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import trio
+from tests.histories.history import History
+from tests.sim import scheduler
+from tests.sim.checks import CHECKS, QUIET_S, End
+from tests.sim.clients import CHUNK_BYTES, LOG, REGISTERS, SPACE, SPACE_PARAMS, WORKS, Blocks, Record, Registers, Work, client_main, connected
+from tests.sim.faults import FAULTS
+from tests.sim.machine import Process
+from tests.sim.trace import Frames, Trace
+from tests.sim.world import Shape, World
+
+from kvfs.client.async_client import AsyncClient
+from kvfs.common.boundary.random import SeededRandom
+from kvfs.kvcache.cache import AsyncKVCache
+
+WALL_S = 60
+SERVE_AGAIN_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a seed decides before anything runs."""
+
+    shape: Shape
+    clients: tuple[tuple[type[Work], ...], ...]
+    operations: int
+    faults: tuple[tuple[float, str, float], ...]
+    """(when, which, how long)"""
+
+
+@dataclass(slots=True)
+class Verdict:
+    seed: int
+    problems: list[str] = field(default_factory=list)
+    digest: str = ""
+    virtual_s: float = 0.0
+    cpu_s: float = 0.0
+    operations: int = 0
+    unknown: int = 0
+    faults: tuple[str, ...] = ()
+
+
+def plan_of(seed: int) -> Plan:
+    random = SeededRandom(seed)
+    storages = 3 + random.randrange(4)
+    shape = Shape(storages=storages, replicas=3 if random.randrange(4) else 2, targets_per_disk=1 + random.randrange(2))
+    clients = []
+    for _ in range(2 + random.randrange(2)):
+        works = [*WORKS, WORKS[0]]
+        random.shuffle(works)
+        clients.append(tuple(works[: 2 + random.randrange(2)]))
+    names = [name for name, (_, weight) in FAULTS.items() for _ in range(weight)]
+    faults = [(random.uniform(0, 12), random.choice(names), random.uniform(0.5, 6)) for _ in range(1 + random.randrange(5))]
+    return Plan(shape, tuple(clients), 12 + random.randrange(14), tuple(sorted(faults)))
+
+
+async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Verdict:
+    plan = plan_of(seed)
+    verdict = Verdict(seed, faults=tuple(name for _, name, _ in plan.faults))
+    async with trio.open_nursery() as nursery:
+        world = World(seed, trace, nursery, plan.shape)
+        if frames is not None:
+            world.fabric.on_send = frames.on_send
+        record = Record(History(trio.current_time))
+        await world.start()
+        async with world.admin() as link:
+            await nursery.start(link.run)
+            async with _looker(world) as (client, process):
+                await _prepare(client)
+                await _trouble(world, plan, record)
+                end = End(
+                    world,
+                    record,
+                    client,
+                    link,
+                    Registers("look", process, client, record),
+                    Blocks("look", process, client, record),
+                    trouble_until_s=trio.current_time(),
+                )
+                await _judge(end, verdict)
+        verdict.virtual_s = trio.current_time()
+        verdict.operations, verdict.unknown = record.operations, record.unknown
+        nursery.cancel_scope.cancel()
+    return verdict
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _looker(world: World):  # type: ignore[no-untyped-def]
+    """A client on a machine without faults."""
+    from contextlib import asynccontextmanager
+
+    @asynccontextmanager
+    async def opened():  # type: ignore[no-untyped-def]
+        ready, done = trio.Event(), trio.Event()
+        box: list[tuple[AsyncClient, Process]] = []
+
+        async def main(process: Process, started: Callable[[], None]) -> None:
+            async with connected(world, process) as client:
+                box.append((client, process))
+                started()
+                ready.set()
+                await done.wait()
+
+        machine = world.add("look", main)
+        await machine.start()
+        await ready.wait()
+        try:
+            yield box[0]
+        finally:
+            done.set()
+            with trio.CancelScope(shield=True), trio.move_on_after(10):
+                await machine.over.wait()
+
+    return opened()
+
+
+async def _prepare(client: AsyncClient) -> None:
+    """What the clients work on."""
+    async with await client.open(REGISTERS, "wb"):
+        pass
+    await client.truncate(REGISTERS, 6 * CHUNK_BYTES)
+    async with await client.open(LOG, "wb"):
+        pass
+    await AsyncKVCache(client).create(SPACE, SPACE_PARAMS)
+
+
+async def _trouble(world: World, plan: Plan, record: Record) -> None:
+    """Clients work, faults strike; returns when both are done and everything runs again."""
+    began_s = trio.current_time()
+    left = len(plan.clients)
+    all_over = trio.Event()
+
+    def over() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            all_over.set()
+
+    async with trio.open_nursery() as nursery:
+        for number, works in enumerate(plan.clients, 1):
+            nursery.start_soon(world.add(f"c{number}", client_main(world, record, works, plan.operations, over)).start)
+        for when_s, name, hold_s in plan.faults:
+            nursery.start_soon(_strike, world, world.fork(), began_s + when_s, name, hold_s)
+    for machine in world.machines.values():
+        if machine.name[0] in "mns" and not machine.up:
+            await machine.start()
+    world.trace.event("--", "everything is mended")
+    with trio.move_on_after(120) as scope:
+        await all_over.wait()
+    if scope.cancelled_caught:
+        record.problems.append("clients do not come to an end within two minutes after everything was mended")
+
+
+async def _strike(world: World, random: SeededRandom, at_s: float, name: str, hold_s: float) -> None:
+    await trio.sleep_until(at_s)
+    world.trace.event("--", f"fault: {name}, {hold_s:.1f} s")
+    await FAULTS[name][0](world, random, hold_s)
+
+
+async def _judge(end: End, verdict: Verdict) -> None:
+    trace = end.world.trace
+    try:
+        await end.world.settled(end.link, SERVE_AGAIN_S)
+    except AssertionError as error:
+        verdict.problems.append(str(error))
+        return
+    trace.event("--", "every target serves")
+    end.trouble_until_s = trio.current_time()
+    await trio.sleep(QUIET_S)
+    await end.registers.begin()
+    await end.blocks.begin()
+    for check in CHECKS:
+        trace.event("--", check.__name__)
+        try:
+            with trio.fail_after(120):
+                verdict.problems += [f"{check.__name__}: {problem}" for problem in await check(end)]
+        except Exception as error:
+            verdict.problems.append(f"{check.__name__}: it ended with {type(error).__name__}: {error}")
+
+
+def run_seed(seed: int, show: Callable[[str], None] | None = None, *, frames: bool = False) -> Verdict:
+    """In this process."""
+    trace = Trace(show)
+    log = logging.getLogger("kvfs")
+    before = log.handlers[:], log.propagate, log.level
+    log.handlers[:], log.propagate = [trace], False
+    log.setLevel(logging.INFO)
+    began_s = time.process_time()
+
+    def too_long(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"the run takes more than {WALL_S} s; tasks wait at:\n" + "\n".join(scheduler.blocked_tasks()))
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(WALL_S)
+    try:
+        verdict = scheduler.run(seed, lambda: simulate(seed, trace, Frames(show) if frames and show else None))
+    except Exception as error:
+        verdict = Verdict(seed, [f"the run ended with {type(error).__name__}: {error}"])
+    finally:
+        signal.alarm(0)
+        log.handlers[:], log.propagate = before[0], before[1]
+        log.setLevel(before[2])
+    verdict.digest, verdict.cpu_s = trace.digest, time.process_time() - began_s
+    return verdict
+
+
+def run_seeds(first: int, count: int, processes: int) -> Iterator[Verdict]:
+    """In processes of their own, as they end."""
+    with multiprocessing.get_context("forkserver").Pool(processes, maxtasksperchild=100) as pool:
+        yield from pool.imap_unordered(run_seed, range(first, first + count), chunksize=4)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
+    parser.add_argument("--seed", type=int, help="replay one, with its trace")
+    parser.add_argument("--seeds", type=int, default=0, help="how many to run")
+    parser.add_argument("--first", type=int, default=1, help="the first of them")
+    parser.add_argument("--frames", action="store_true", help="with --seed: also show every message")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        verdict = run_seed(arguments.seed, print, frames=arguments.frames)
+        print(f"{len(verdict.problems)} problems, {verdict.operations} operations ({verdict.unknown} of unknown outcome),", end=" ")
+        print(f"{verdict.virtual_s:.0f} s of virtual time, trace {verdict.digest}")
+        print("\n".join(verdict.problems))
+        return bool(verdict.problems)
+    bad = 0
+    began_s = time.monotonic()
+    total = Verdict(0)
+    for done, verdict in enumerate(run_seeds(arguments.first, arguments.seeds, arguments.processes), 1):
+        total.operations += verdict.operations
+        total.unknown += verdict.unknown
+        total.virtual_s += verdict.virtual_s
+        total.cpu_s += verdict.cpu_s
+        if verdict.problems:
+            bad += 1
+            print(f"seed {verdict.seed} ({', '.join(verdict.faults)}): {verdict.problems[0][:2000]}\n", flush=True)
+        if sys.stderr.isatty():
+            print(f"\r{done} of {arguments.seeds} seeds, {bad} bad", end="", file=sys.stderr)
+    print(f"{arguments.seeds} seeds from {arguments.first}: {bad} bad; {total.operations} operations, {total.unknown} of unknown outcome,", end=" ")
+    print(f"{total.virtual_s / 3600:.1f} h of virtual time; {total.cpu_s:.0f} s of processor time, {time.monotonic() - began_s:.0f} s")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

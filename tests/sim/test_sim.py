@@ -1,0 +1,42 @@
+"""The simulation as a test: some hundred seeds, seeds that once failed, and that a seed is always the same run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.sim.run import run_seed, run_seeds
+
+SEEDS = int(os.environ.get("KVFS_SIM_SEEDS", "40"))
+FIRST = int(os.environ.get("KVFS_SIM_FIRST", "1"))
+REGRESSIONS: dict[int, str] = {}
+"""Seeds that failed once, and why."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.timeout(0)
+def test_nothing_is_lost_and_nothing_is_wrong() -> None:
+    bad = [f"seed {verdict.seed}: {verdict.problems[0]}" for verdict in run_seeds(FIRST, SEEDS, os.cpu_count() or 1) if verdict.problems]
+    assert not bad, f"{len(bad)} of {SEEDS} seeds; `make sim SEED=n` replays one\n" + "\n".join(bad)
+
+
+@pytest.mark.parametrize("seed", REGRESSIONS)
+def test_a_seed_that_failed_once(seed: int) -> None:
+    assert run_seed(seed).problems == []
+
+
+def test_a_seed_is_the_same_run_in_any_process() -> None:
+    traces = set()
+    for hash_seed in ("0", "1", "4711"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-m", "tests.sim.run", "--seed", "3"]
+        traces.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
+    [trace] = {"\n".join(line for line in trace.splitlines() if "processor" not in line) for trace in traces}
+    assert "every target serves" in trace
+
+
+def test_seeds_differ() -> None:
+    assert run_seed(3).digest != run_seed(4).digest
