@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
-import trio
 
+from kvfs.cli.admin_scrub import scrub
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
-from kvfs.cli.manager_calls import manager_addresses, manager_calls
+from kvfs.cli.manager_calls import ask, routing_of
 from kvfs.cli.status import describe_chains, describe_client, describe_node, describe_target
 from kvfs.common.wire import base_pb2, cluster_pb2
 
@@ -18,18 +18,7 @@ def admin() -> None:
     """Nodes, chains, targets, clients."""
 
 
-def ask(options: Options, name: str, request: Any) -> Any:
-    async def call() -> Any:
-        managers, cluster_id = manager_addresses(options.cluster_spec())
-        async with manager_calls(managers, cluster_id) as manager:
-            return await manager.call(name, request)
-
-    return trio.run(call)
-
-
-def routing_of(options: Options) -> cluster_pb2.RoutingInfo:
-    routing: cluster_pb2.RoutingInfo = ask(options, "GetRouting", cluster_pb2.GetRoutingRequest()).routing
-    return routing
+admin.add_command(scrub)
 
 
 def show(options: Options, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:

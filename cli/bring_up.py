@@ -5,13 +5,10 @@ from __future__ import annotations
 import trio
 
 from kvfs.cli.cluster_dir import ClusterDir
-from kvfs.cli.manager_calls import ManagerCalls, channel_pool
+from kvfs.cli.manager_calls import ManagerCalls, channel_pool, target_statuses
 from kvfs.common.errors import ClusterError, DeadlineExceeded, IndexCorrupt, TransportError
-from kvfs.common.routing import Routing
-from kvfs.common.wire import base_pb2, storage_pb2
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.common.wire.channel import ChannelPool
-from kvfs.common.wire.service import method
 
 DEFAULT_TABLE = 1
 BRING_UP_TIMEOUT_S = 60.0
@@ -63,15 +60,9 @@ def all_chains_serve(routing: pb.RoutingInfo) -> bool:
 async def raise_damage(pool: ChannelPool, routing: pb.RoutingInfo) -> None:
     """Raises IndexCorrupt when no target of a chain can come back by itself: waiting would be in vain."""
     problems: dict[int, str] = {}
-    for node in Routing(routing).nodes_with_role(pb.ROLE_STORAGE):
-        if node.alive:
-            try:
-                status: storage_pb2.StorageStatusReply = await pool.call(
-                    list(node.addresses), method("Storage", "Status"), base_pb2.Empty(), timeout_s=STATUS_TIMEOUT_S
-                )
-            except TransportError:
-                continue  # it is starting, or it has died: the supervisor sees to that
-            problems |= {target.target_id: target.problem for target in status.targets if target.problem}
+    for target_id, status in (await target_statuses(pool, routing, timeout_s=STATUS_TIMEOUT_S)).items():
+        if status.problem:
+            problems[target_id] = status.problem
     for chain in routing.chains:
         if all(target.target_id in problems for target in chain.targets):
             first = chain.targets[0].target_id

@@ -4,11 +4,12 @@ Whole cluster: the namespace's own consistency (Meta.Fsck), then every chunk of 
 chain the layout says, within the file's length, and is the same on all serving replicas of its chain. A file that is open for writing may have chunks
 behind its recorded length; inodes waiting for garbage collection may still have chunks. A difference counts only if it is still there at a second
 look, since the cluster goes on working meanwhile. A KV-cache block must belong to a space that exists, lie on the chain that its digest says, and be
-no longer than the space's blocks. Nothing is repaired here.
+no longer than the space's blocks. What scrubs found damaged on all replicas is told with the name of the file or the space. Nothing is repaired here.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,19 +69,40 @@ class Checker:
         self.files: dict[int, FileFacts] = {}
         self.spaces: dict[int, SpaceFacts] = {}
         self.pending_gc: set[int] = set()
+        self.meta = [address for node in routing.nodes_with_role(cluster_pb2.ROLE_META) if node.alive for address in node.addresses]
 
     async def run(self) -> Report:
         await self.read_metadata()
         for chain in self.routing.chains:
             await self.check_chain(chain.chain_id)
+        for chain in self.routing.chains:
+            for target_id in self.routing.serving(chain.chain_id):
+                await self.read_damage(target_id)
         return self.report
 
+    async def read_damage(self, target_id: int) -> None:
+        """What a scrub found and could not mend, by name."""
+        request = storage_pb2.DamageRequest(target_id=target_id)
+        reply = await self.pool.call(self.routing.addresses_of_target(target_id), method("Storage", "Damage"), request, timeout_s=CALL_TIMEOUT_S)
+        paths = await self.paths({chunk_inode(damage.chunk_id) for damage in reply.damages if damage.chunk_id})
+        for damage in reply.damages:
+            whose = ""
+            if damage.chunk_id:
+                path = paths.get(chunk_inode(damage.chunk_id))
+                whose = f"{named(damage.chunk_id)} ({path or 'it has no name any more'}): "
+            self.add(f"target {target_id}: {whose}{damage.problem}")
+
+    async def paths(self, inodes: set[int]) -> dict[int, str]:
+        if not inodes:
+            return {}
+        reply = await self.pool.call(self.meta, method("Meta", "Fsck"), meta_pb2.FsckRequest(names_of=inodes), timeout_s=CALL_TIMEOUT_S)
+        return {found.inode: os.fsdecode(found.path) for found in reply.paths}
+
     async def read_metadata(self) -> None:
-        meta = [address for node in self.routing.nodes_with_role(cluster_pb2.ROLE_META) if node.alive for address in node.addresses]
         cursor = b""
         while True:
             request = meta_pb2.FsckRequest(cursor=cursor, limit=PAGE)
-            page = await self.pool.call(meta, method("Meta", "Fsck"), request, timeout_s=CALL_TIMEOUT_S)
+            page = await self.pool.call(self.meta, method("Meta", "Fsck"), request, timeout_s=CALL_TIMEOUT_S)
             self.report.problems += page.problems
             self.pending_gc.update(page.pending_gc)
             for inode in page.inodes:

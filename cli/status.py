@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ from rich.text import Text
 
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
-from kvfs.cli.manager_calls import manager_addresses, manager_calls
+from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses, target_statuses
 from kvfs.cli.supervisor import children_of
 from kvfs.common.errors import ClusterNotFound, TransportError
 from kvfs.common.routing import Routing
-from kvfs.common.wire import base_pb2, cluster_pb2
+from kvfs.common.wire import base_pb2, cluster_pb2, storage_pb2
 
 PUBLIC_STATES = {
     cluster_pb2.SERVING: "serving",
@@ -32,7 +33,7 @@ GOOD = {"running", "serving", "ready"}
 async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | None) -> dict[str, Any]:
     """Everything `kvfs status` knows: from the supervisor, if the cluster's directory is here, and from the manager, if it answers."""
     report: dict[str, Any] = {"cluster_id": "", "directory": None, "managers": list(managers), "phase": "unknown", "processes": [], "chains": []}
-    report |= {"tables": [], "clients": [], "capacity_bytes": 0, "free_bytes": 0, "used_bytes": 0, "routing_version": 0, "problem": ""}
+    report |= {"tables": [], "clients": [], "scrub": [], "capacity_bytes": 0, "free_bytes": 0, "used_bytes": 0, "routing_version": 0, "problem": ""}
     if directory is not None:
         report["cluster_id"], report["directory"] = directory.cluster_id, str(directory.path)
         try:
@@ -43,9 +44,11 @@ async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | N
             report["processes"] = [child.describe() for child in children_of(directory)]
             return report
     try:
-        async with manager_calls(managers) as manager:
+        async with channel_pool() as pool:
+            manager = ManagerCalls(pool, managers)
             routing = (await manager.call("GetRouting", cluster_pb2.GetRoutingRequest())).routing
             clients = (await manager.call("ListClients", base_pb2.Empty())).clients
+            targets = await target_statuses(pool, routing)
     except TransportError as error:
         if directory is None:
             raise
@@ -58,6 +61,7 @@ async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | N
         report["processes"] = [describe_node(node) for node in routing.nodes]
     add_routing(report, routing)
     report["clients"] = [describe_client(client) for client in clients]
+    report["scrub"] = [describe_scrub(target) for _, target in sorted(targets.items())]
     return report
 
 
@@ -101,6 +105,23 @@ def describe_target(target: cluster_pb2.Target) -> dict[str, Any]:
     }
 
 
+def describe_scrub(target: storage_pb2.TargetStatus) -> dict[str, Any]:
+    scrub = target.scrub
+    return {
+        "target": target.target_id,
+        "state": ("at once" if scrub.at_once else "running") if scrub.running else "idle",
+        "passes": scrub.passes,
+        "started_ns": scrub.started_ns,
+        "finished_ns": scrub.finished_ns,
+        "checked_chunks": scrub.checked_chunks,
+        "total_chunks": scrub.total_chunks,
+        "checked_bytes": scrub.checked_bytes,
+        "found": scrub.found,
+        "repaired": scrub.repaired,
+        "damaged": scrub.damaged,
+    }
+
+
 def describe_chains(routing: cluster_pb2.RoutingInfo) -> list[dict[str, Any]]:
     node_of = {target.target_id: target.node_id for target in routing.targets}
     return [
@@ -135,6 +156,8 @@ def print_status(report: dict[str, Any]) -> None:
     for entry in report["processes"]:
         processes.add_row(entry["id"], str(entry["pid"] or "-"), colored(entry["state"]), entry["address"])
     console.print(processes)
+    if report["scrub"]:
+        console.print(scrub_line(report["scrub"], time.time_ns()))
     if report["chains"]:
         console.print()
         chains = table("chain", "version", "targets (head first)", right=("version",))
@@ -146,6 +169,29 @@ def print_status(report: dict[str, Any]) -> None:
             f"\ncapacity {human_bytes(report['capacity_bytes'])}, free {human_bytes(report['free_bytes'])}, "
             f"chunks {human_bytes(report['used_bytes'])}; routing version {report['routing_version']}; {len(report['clients'])} clients"
         )
+
+
+def scrub_line(targets: list[dict[str, Any]], now_ns: int) -> Text:
+    """All targets' scrubs in one line; `kvfs admin scrub` shows each."""
+    running = [target for target in targets if target["state"] != "idle"]
+    words = []
+    if running:
+        done, total = (sum(target[key] for target in running) for key in ("checked_chunks", "total_chunks"))
+        words.append(f"{len(running)} of {len(targets)} targets are being read ({min(100, 100 * done // max(1, total))} %)")
+    finished = [target["finished_ns"] for target in targets if target["finished_ns"]]
+    words.append(f"{len(finished)} of {len(targets)} targets read through" + (f", the oldest {ago(now_ns - min(finished))} ago" if finished else ""))
+    words.append(f"{sum(target['repaired'] for target in targets)} of {sum(target['found'] for target in targets)} damaged places mended")
+    line = Text("scrub: " + "; ".join(words))
+    damaged = sum(target["damaged"] for target in targets)
+    return line + Text(f"; {damaged} DAMAGED: `kvfs fsck` names them", style="red") if damaged else line
+
+
+def ago(nanoseconds: int) -> str:
+    seconds = max(0, nanoseconds) // 1_000_000_000
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
 
 
 @click.command()

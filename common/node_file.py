@@ -1,17 +1,19 @@
 """node.json: what a service's data directory says about whose it is.
 
-Invariants: written once, when the directory is new, and never changed after; a directory of another cluster, another role or a newer format is
-refused before anything in it is touched. The uuid is what makes a node the same node after a restart.
+Invariants: written once, when the directory is new, and never changed after (a damaged one may be written again as it was); a directory of another
+cluster, another role or a newer format is refused before anything in it is touched. The uuid is what makes a node the same node after a restart: the
+file carries its checksum, since a flipped bit must not make another node of it.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from kvfs.common.boundary.disk import Disk
 from kvfs.common.boundary.random import Random
+from kvfs.common.checksum import xxh3_64
 from kvfs.common.errors import FormatTooNew, WrongDataDirectory
 
 NAME: Final = "node.json"
@@ -26,8 +28,11 @@ class NodeFile:
     format: int = FORMAT
 
     def encode(self) -> bytes:
-        fields = {"format": self.format, "cluster_id": self.cluster_id, "role": self.role, "node_uuid": self.node_uuid}
+        fields = {"format": self.format, "cluster_id": self.cluster_id, "role": self.role, "node_uuid": self.node_uuid, "check": self._check()}
         return (json.dumps(fields, indent=2) + "\n").encode()
+
+    def _check(self) -> str:
+        return f"{xxh3_64(f'{self.format}/{self.cluster_id}/{self.role}/{self.node_uuid}'.encode()):016x}"
 
 
 def read_node_file(disk: Disk, *, where: str) -> NodeFile | None:
@@ -38,10 +43,19 @@ def read_node_file(disk: Disk, *, where: str) -> NodeFile | None:
         fields = json.loads(disk.read_file(NAME))
         number = fields["format"]
         if isinstance(number, int) and number > FORMAT:
+            if "check" in fields and fields["check"] == _parsed(fields, FORMAT)._check():
+                raise ValueError("it does not have its checksum")
             raise FormatTooNew(f"{where} was written by a newer kvfs (format {number}, this one knows {FORMAT}): upgrade kvfs; nothing was touched")
-        return NodeFile(str(fields["cluster_id"]), str(fields["role"]), str(fields["node_uuid"]), int(number))
+        found = _parsed(fields, int(number))
+        if "check" in fields and fields["check"] != found._check():  # files of the first versions have none
+            raise ValueError("it does not have its checksum")
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise WrongDataDirectory(f"{where}/{NAME} is not a node file ({error}): is this a kvfs data directory? Nothing was touched") from None
+
+
+def _parsed(fields: dict[str, Any], number: int) -> NodeFile:
+    return NodeFile(str(fields["cluster_id"]), str(fields["role"]), str(fields["node_uuid"]), number)
 
 
 def open_node_file(disk: Disk, random: Random, *, where: str, role: str, cluster_id: str) -> NodeFile:

@@ -44,6 +44,10 @@ class StorageConfig:
     """KV-cache blocks are evicted when a target of their chain is fuller than this share of its capacity ..."""
     kv_low_watermark: float = 0.85
     """... until it is no fuller than this."""
+    scrub_interval_s: float = 7 * 86_400.0
+    """Every stored byte of a target is read again so often, from pass to pass, against its checksum; 0: only when asked for."""
+    scrub_bytes_per_s: int = 32 * _MIB
+    """How fast, a disk: 2.7 TB a day. Where that is too slow for the interval, one pass follows another."""
     exit_when_lease_lost: bool = False
     """End the process half a lease after the last answer of a manager. Otherwise it stops serving then, and goes on if the manager still knows it."""
 
@@ -59,8 +63,11 @@ class StorageConfig:
                 f"storage.kv_low_watermark = {self.kv_low_watermark:g} and kv_high_watermark = {self.kv_high_watermark:g}: "
                 "shares of the capacity, the low one under the high one"
             )
+        if not (self.scrub_interval_s == 0 or 1 <= self.scrub_interval_s <= 3e8):
+            raise ConfigError(f"storage.scrub_interval_s = {self.scrub_interval_s:g}: at least 1, or 0 for none")
         limits = (
             ("threads", 1, 256),
+            ("scrub_bytes_per_s", 65_536, 1 << 40),
             ("inline_read_bytes", 0, 64 * _MIB),
             ("in_flight_bytes", 64 * _MIB, 1 << 40),
             ("buffer_bytes", 64 * _MIB, 1 << 40),

@@ -15,6 +15,7 @@ from kvfs.common.boundary.disk import Disk
 from kvfs.common.boundary.random import Random
 from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.errors import KvfsError, SetupError, WrongDataDirectory
+from kvfs.common.node_file import NAME as NODE_FILE
 from kvfs.common.node_file import NodeFile, open_node_file, read_node_file
 from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.storage.config import StorageConfig
@@ -79,8 +80,21 @@ class Disks:
         node = open_node_file(first.disk, random, where=first.path, role="storage", cluster_id=self._config.cluster_id)
         for directory in self.directories[1:]:
             if read_node_file(directory.disk, where=directory.path) is None:
-                directory.disk.write_file("node.json", node.encode())
+                directory.disk.write_file(NODE_FILE, node.encode())
         return node
+
+    def repair_node_files(self) -> list[str]:
+        """Blocking: the files that say whose the directories are, written again where they are not what they were."""
+        found = []
+        for directory in self.directories:
+            try:
+                intact = read_node_file(directory.disk, where=directory.path) == self.node
+            except SetupError:
+                intact = False
+            if not intact:
+                directory.disk.write_file(NODE_FILE, self.node.encode())
+                found.append(f"{directory.path}/{NODE_FILE} was damaged")
+        return found
 
     def path_of(self, directory: DataDirectory, target_id: int) -> str:
         return f"{directory.path}/{TARGETS}/{target_id}"

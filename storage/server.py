@@ -38,6 +38,8 @@ from kvfs.storage.host import Host
 from kvfs.storage.resync import Resync
 from kvfs.storage.retention.keeper import Keeper
 from kvfs.storage.retention.retention import Retention
+from kvfs.storage.scrub.scrubber import Scrubber
+from kvfs.storage.scrub.state import ScrubState
 from kvfs.storage.service import StorageService
 from kvfs.storage.target import Target
 from kvfs.storage.updates import carry_on
@@ -139,12 +141,13 @@ class _Process:
                 self._host = host = Host(config, self._clock, pool, link, self._workers, buffers, nursery)
                 self._keeper = Keeper(host)
                 nursery.start_soon(self._keeper.run)
+                self._scrubber = scrubber = Scrubber(host, self._disks.repair_node_files)
                 nursery.start_soon(self._leave)
                 for directory in self._disks.directories:
                     for target_id in directory.target_ids:
                         await self._open(directory, target_id, 0, fresh=False)
                 server = RpcServer(self._net, self._clock, identity, lends_files=config.direct_reads)
-                server.add("Storage", StorageService(host))
+                server.add("Storage", StorageService(host, scrubber))
                 await nursery.start(self._follow, link)
                 addresses = await nursery.start(self._serve, server)
                 registered = await link.register(
@@ -158,6 +161,8 @@ class _Process:
                 link.on_routing(self._on_routing)
                 self._on_routing(link.routing)
                 link.start_heartbeats(self._report)
+                for directory in self._disks.directories:
+                    nursery.start_soon(scrubber.run, directory.number)
                 log.info("storage node %d of cluster %s serves at %s", registered.node_id, registered.cluster_id, ", ".join(addresses))
                 task_status.started({"addresses": addresses, "node_id": registered.node_id, "cluster_id": registered.cluster_id})
         finally:
@@ -215,18 +220,21 @@ class _Process:
         replica = Replica(target_id, fresh=fresh)
         engine: ChunkEngine | None = None
         retention = Retention(self._clock, None)
+        scrub = ScrubState(self._clock, None)
         try:
             opened = await self._workers.run(lambda: self._disks.open_target(directory, target_id, self._cluster_id))
             self._engines.append(opened)
             retention = Retention(self._clock, opened)
             await self._workers.run(retention.load)
+            scrub = ScrubState(self._clock, opened)
+            await self._workers.run(scrub.load)
             engine = opened
         except KvfsError as error:
             if not openable(error):
                 raise
             log.error("target %d cannot be opened and stays out of service: %s", target_id, error.message)
             replica.fail(error.message)
-        target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica, retention)
+        target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica, retention, scrub)
         target.refresh_space()
         self.host.targets[target_id] = target
         if engine is not None:
@@ -277,6 +285,7 @@ class _Process:
         if replica.version != before:
             target.on_successor()
             target.wake()
+            self._scrubber.look()
 
     def _effect(self, target: Target, effect: m.TargetEffect) -> None:
         host = self.host

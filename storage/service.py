@@ -35,6 +35,7 @@ from kvfs.storage.host import Host
 from kvfs.storage.reads import Reader, Wanted
 from kvfs.storage.retention.calls import RetentionCalls, check_block, note_blocks
 from kvfs.storage.retention.evict import BATCH
+from kvfs.storage.scrub.scrubber import Scrubber
 from kvfs.storage.target import Target
 from kvfs.storage.updates import Item, Round
 from kvfs.storage.versions import Versions
@@ -90,8 +91,9 @@ class Budget:
 
 
 class StorageService:
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, scrubber: Scrubber) -> None:
         self._host = host
+        self._scrubber = scrubber
         self._versions = Versions(host)
         self._reader = Reader(host, self._versions)
         self._budget = Budget(host.config.in_flight_bytes)
@@ -335,6 +337,18 @@ class StorageService:
         target = self._host.usable(request.target_id)
         report = await self._host.workers.run(lambda: target.engine.check(read_data=request.read_data))
         return pb.CheckTargetReply(chunks=report.chunks, bytes=report.bytes, problems=report.problems)
+
+    def scrub(self, request: pb.ScrubRequest, call: Call) -> pb.ScrubReply:
+        return pb.ScrubReply(number=self._scrubber.ask(self._serving(request.target_id), at_once=request.at_once))
+
+    def damage(self, request: pb.DamageRequest, call: Call) -> pb.DamageReply:
+        reply = pb.DamageReply()
+        target = self._host.target(request.target_id)
+        for problem in target.scrub.problems:
+            reply.damages.add(problem=problem)
+        for chunk, version in target.scrub.damaged().items():
+            reply.damages.add(chunk_id=chunk, problem=f"version {version} does not have its checksums here, and no replica had it whole")
+        return reply
 
     # --- resync, the returning side --------------------------------------------------------------------------------------------------
 

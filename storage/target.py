@@ -20,6 +20,7 @@ from kvfs.storage.chain.view import LocalState, PublicState
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import Space, Tag, UpdateKind
 from kvfs.storage.retention.retention import Retention
+from kvfs.storage.scrub.state import ScrubState
 from kvfs.storage.workers import Workers
 
 log = logging.getLogger("kvfs.storage")
@@ -41,7 +42,15 @@ class Progress:
 
 class Target:
     def __init__(
-        self, target_id: int, chain_id: int, disk: int, path: str, engine: ChunkEngine | None, replica: Replica, retention: Retention
+        self,
+        target_id: int,
+        chain_id: int,
+        disk: int,
+        path: str,
+        engine: ChunkEngine | None,
+        replica: Replica,
+        retention: Retention,
+        scrub: ScrubState,
     ) -> None:
         self.target_id = target_id
         self.chain_id = chain_id
@@ -51,6 +60,7 @@ class Target:
         """None: it could not be opened; the replica is failed then."""
         self.replica = replica
         self.retention = retention
+        self.scrub = scrub
         self.moved = trio.Event()
         """Set, and replaced, at every change of the chain."""
         self.forwards: dict[trio.CancelScope, int] = {}
@@ -191,6 +201,7 @@ class Target:
             problem=self.replica.problem,
             sync_done_chunks=self.progress.done_chunks,
             sync_total_chunks=self.progress.total_chunks,
+            scrub=self.scrub.status(self.space.chunks),
         )
 
     async def sync(self, workers: Workers) -> None:

@@ -62,6 +62,11 @@ class Workers(ABC):
     async def run(self, work: Callable[[], T]) -> T:
         return await self.submit(work).wait()
 
+    @property
+    def backlog(self) -> int:
+        """Jobs that wait for a thread."""
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """No more work comes."""
@@ -79,6 +84,10 @@ class WorkerPool(Workers):
         job = Job(work)
         self._queue.put(job)  # type: ignore[arg-type]
         return job
+
+    @property
+    def backlog(self) -> int:
+        return self._queue.qsize()
 
     def close(self) -> None:
         for _ in self._threads:

@@ -40,6 +40,11 @@ class DiskFile(ReadableFile):
         (simulation)."""
         return None
 
+    def read_stored(self, buffer: memoryview, offset: int) -> int:
+        """As `read_into`, but from the device where that can be, past the memory that holds its pages: what a restart would find. The buffer begins
+        at a page of memory (an mmap), and it and the offset are multiples of 4 KiB."""
+        return self.read_into((buffer,), offset)
+
     @abstractmethod
     def write(self, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
         """All of it, or an error (a part may then have been written)."""

@@ -192,6 +192,27 @@ class _Readable(ReadableFile):
 class RealFile(_Readable, DiskFile):
     parallel = True
 
+    def __init__(self, fd: int, path: str) -> None:
+        super().__init__(fd, path)
+        self._direct: _Readable | None = None
+        self._direct_fd = -1
+
+    def read_stored(self, buffer: memoryview, offset: int) -> int:
+        if self._direct is None:
+            try:
+                self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError:  # a file system without: what memory has must do
+                self._direct = self
+            else:
+                self._direct = _Readable(self._direct_fd, self._path)
+        try:
+            return self._direct.read_into((buffer,), offset)
+        except InvalidArgument:
+            if self._direct is self:
+                raise
+            self._direct = self
+            return self.read_into((buffer,), offset)
+
     def lend(self) -> int | None:
         with _typed(f"open {self._path}"):
             return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -244,6 +265,9 @@ class RealFile(_Readable, DiskFile):
             os.fdatasync(self._fd)
 
     def close(self) -> None:
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
+            self._direct, self._direct_fd = None, -1
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             with _typed(f"close {self._path}"):

@@ -1,7 +1,8 @@
 """Checking the metadata: every entry names an inode, every inode has as many names as it says, everything is reachable.
 
 `check_all` reads the whole store in pages, then looks again, in one transaction each, at what seemed wrong: the store lives on meanwhile.
-`Fsck.page` serves the RPC: the first page checks and carries the problems, every page lists inodes. This module must never write.
+`Fsck.page` serves the RPC: the first page checks and carries the problems, every page lists inodes; or it tells inodes' paths, for whoever knows
+what is wrong with their chunks. This module must never write.
 """
 
 from __future__ import annotations
@@ -150,6 +151,25 @@ async def check_all(engine: Engine) -> list[str]:
     return sorted(suspected or ())[:PROBLEMS_MAX]
 
 
+async def paths(engine: Engine, wanted: set[int]) -> dict[int, bytes]:
+    """A path of each inode, as far as it has one. Reads all entries once, and holds the directories' in memory."""
+    above: dict[int, tuple[int, bytes]] = {}
+    for key, value in await _rows(engine, keys.ENTRY):
+        entry = records.decode_entry(value)
+        if entry.type == pb.DIRECTORY or entry.inode in wanted:
+            above[entry.inode] = keys.owner(key), keys.tail(key)
+    found: dict[int, bytes] = {}
+    for number in wanted:
+        parts: list[bytes] = []
+        at = number
+        while at in above and len(parts) <= len(above):
+            at, name = above[at]
+            parts.append(name)
+        if at == ROOT_INODE:
+            found[number] = b"/" + b"/".join(reversed(parts))
+    return found
+
+
 class Fsck:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -157,6 +177,10 @@ class Fsck:
     async def page(self, request: pb.FsckRequest) -> pb.FsckReply:
         """Inodes behind the cursor. The first page (no cursor) carries the problems and what waits to be freed."""
         reply = pb.FsckReply()
+        if request.names_of:
+            for inode, path in sorted((await paths(self._engine, set(request.names_of))).items()):
+                reply.paths.add(inode=inode, path=path)
+            return reply
         if not request.cursor:
             reply.problems.extend(await check_all(self._engine))
             reply.pending_gc.extend(keys.garbage_parts(key)[1] for key, _ in await _rows(self._engine, keys.GARBAGE))

@@ -11,7 +11,7 @@ An error of the disk (InputOutput) on a write or sync path makes the engine `fai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from kvfs.common.boundary.disk import Disk
 from kvfs.common.errors import Busy, ChunkNotFound, InvalidArgument, KvfsError, MissingUpdate
 from kvfs.common.ids import chunk_id as chunk_id_of
 from kvfs.common.ids import chunk_index
-from kvfs.storage.engine import superblock
+from kvfs.storage.engine import inspect, own_files, superblock
 from kvfs.storage.engine.check import check_target
 from kvfs.storage.engine.chunk import ChunkMeta, Content, PendingMeta
 from kvfs.storage.engine.config import EngineConfig
+from kvfs.storage.engine.inspect import Inspection
 from kvfs.storage.engine.ledger import Change
 from kvfs.storage.engine.reader import place_of, read_content
 from kvfs.storage.engine.recovery import open_ledger
@@ -40,6 +41,8 @@ Committed = list[ChunkMeta | None]
 Applied = list[ChunkMeta | KvfsError | None]
 Metas = list[ChunkMeta]
 Tags = list[Tag]
+Units = list[int]
+Problems = list[str]
 
 
 class ChunkEngine:
@@ -174,6 +177,20 @@ class ChunkEngine:
     def check(self, *, read_data: bool = False) -> CheckReport:
         """fsck: structure always; read_data reads every stored byte against its checksum. The engine stands still during the structural part."""
         return check_target(self._ledger, read_data)
+
+    # --- scrub ---
+
+    def inspect(self, chunk_id: bytes) -> Inspection | None:
+        """Read a chunk's committed version from the disk, against its checksums. None: there is none."""
+        return inspect.inspect(self._ledger, chunk_id)
+
+    def repair(self, chunk_id: bytes, units: Mapping[int, memoryview]) -> Units:
+        """Put bytes of a damaged chunk back, unit by unit, those that have the checksum that the index has for them. The units that are right now."""
+        return inspect.repair(self._ledger, chunk_id, units)
+
+    def repair_own_files(self) -> Problems:
+        """Superblock and journal against what is known here; what is damaged is written anew. What was found, one sentence each."""
+        return own_files.repair(self._ledger, self.superblock)
 
     # --- changing ---
 

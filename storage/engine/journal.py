@@ -180,6 +180,10 @@ class Journal:
         """The files whose sync makes all records so far durable. Under the engine's lock; sync them without it."""
         return [*(file for _, file in self._closed), self._file]
 
+    def starts(self) -> list[int]:
+        """First sequences of the segments that are still needed, in order."""
+        return [*(start for start, _ in self._closed), self._first]
+
     def remove_before(self, first: int) -> None:
         """The index has everything of the segments before the one that starts at `first`."""
         kept = []

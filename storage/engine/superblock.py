@@ -59,6 +59,15 @@ def load(disk: Disk) -> Superblock | None:
     return decode(disk.read_file(FILE_NAME)) if disk.exists(FILE_NAME) else None
 
 
+def intact(disk: Disk, identity: Superblock) -> bool:
+    """Whether the file is what `identity` made."""
+    return disk.exists(FILE_NAME) and disk.read_file(FILE_NAME) == identity.encode()
+
+
+def write(disk: Disk, identity: Superblock) -> None:
+    disk.write_file(FILE_NAME, identity.encode())
+
+
 def settle(disk: Disk, wanted: Superblock) -> None:
     """Check the directory's superblock against ours, or write ours into an empty directory.
 
@@ -71,7 +80,7 @@ def settle(disk: Disk, wanted: Superblock) -> None:
             raise WrongDataDirectory(
                 f"the target's directory holds {sorted(strangers)[0]!r} but no superblock: point the target at an empty directory"
             )
-        disk.write_file(FILE_NAME, wanted.encode())
+        write(disk, wanted)
         return
     for what, ours, theirs in (
         ("cluster", wanted.cluster_id, found.cluster_id),

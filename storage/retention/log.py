@@ -6,6 +6,8 @@ off before anything is appended. Nothing here is synced but a rewrite: after a p
 
 from __future__ import annotations
 
+import threading
+
 from kvfs.common.boundary.disk import Disk, DiskFile
 from kvfs.storage.retention import records
 
@@ -19,6 +21,8 @@ class RetentionLog:
         self._disk = disk
         self._file: DiskFile | None = None
         self._end = 0
+        self._work = threading.Lock()
+        """Appends and checks come from different threads."""
 
     def load(self) -> records.Replay:
         """What the log says; an empty one if there is none. A damaged one is reported in the answer. Raises FormatTooNew."""
@@ -27,7 +31,21 @@ class RetentionLog:
         self._end = found.end
         return found
 
+    def damaged(self) -> bool:
+        """Whether the file is no longer what was written: then it has to be written anew."""
+        with self._work:
+            if not self._end:
+                return False
+            if not self._disk.exists(NAME):
+                return True
+            found = records.replay(self._disk.read_file(NAME))
+            return found.problem is not None or found.end != self._end
+
     def append(self, data: bytes) -> None:
+        with self._work:
+            self._append(data)
+
+    def _append(self, data: bytes) -> None:
         if not self._end:
             self._file = None
             self._disk.write_file(NAME, records.header() + data)
@@ -38,9 +56,10 @@ class RetentionLog:
         self._end += len(data)
 
     def rewrite(self, data: bytes) -> None:
-        self.close()
-        self._disk.write_file(NAME, data)
-        self._end = len(data)
+        with self._work:
+            self.close()
+            self._disk.write_file(NAME, data)
+            self._end = len(data)
 
     def too_long(self, blocks: int, spaces: int) -> bool:
         """Whether most of it is of the past."""

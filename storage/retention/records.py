@@ -103,9 +103,9 @@ def replay(data: bytes) -> Replay:
 def _check_header(data: bytes) -> IndexCorrupt | None:
     if len(data) >= HEADER_BYTES:
         magic, form, check = _HEADER.unpack_from(data)
-        if magic == MAGIC and form > FORMAT:
-            raise FormatTooNew(f"the retention log has format {form}, this version of kvfs knows {FORMAT}: upgrade; nothing was touched")
         if magic == MAGIC and check == xxh3_64(data[:12]) & 0xFFFFFFFF:
+            if form > FORMAT:
+                raise FormatTooNew(f"the retention log has format {form}, this version of kvfs knows {FORMAT}: upgrade; nothing was touched")
             return None
     return IndexCorrupt("the retention log has no header: the order of its blocks is taken from the chunk index")
 

@@ -52,6 +52,8 @@ class Retention:
         self._now_ms = 0
         self.tables: dict[int, SpaceTable] = {}
         self._log = RetentionLog(engine.disk) if engine is not None else None
+        self._log_damaged = False
+        """It has to be written anew from the tables."""
         self._news = News()
         self.pressed = False
         """A put was refused for lack of space."""
@@ -244,9 +246,10 @@ class Retention:
     def write_log(self, news: News) -> Callable[[], None] | None:
         """What a worker thread has to do so that the log knows the news; None: nothing."""
         file = self._log
-        if file is None or not (news.touched or news.spaces):
+        if file is None or not (news.touched or news.spaces or self._log_damaged):
             return None
-        if file.too_long(sum(map(len, self.tables.values())), len(self.tables)):
+        if self._log_damaged or file.too_long(sum(map(len, self.tables.values())), len(self.tables)):
+            self._log_damaged = False
             whole = self._snapshot()
             return lambda: file.rewrite(records.snapshot(whole))
         spaces = {inode: (self.tables[inode].policy, self.tables[inode].counts.values()) for inode in news.spaces if inode in self.tables}
@@ -259,6 +262,13 @@ class Retention:
             file.append(b"".join(parts))
 
         return append
+
+    def check_log(self) -> list[str]:
+        """Blocking: read the log again. A damaged one is written anew with the next news; what was found, one sentence each."""
+        if self._log is None or not self._log.damaged():
+            return []
+        self._log_damaged = True
+        return ["the retention log was damaged"]
 
     def close(self) -> None:
         """Blocking."""

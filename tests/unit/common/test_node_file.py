@@ -7,6 +7,7 @@ import json
 import pytest
 
 from kvfs.common.boundary.random import SeededRandom
+from kvfs.common.checksum import xxh3_64
 from kvfs.common.errors import FormatTooNew, WrongDataDirectory
 from kvfs.common.node_file import FORMAT, NAME, NodeFile, open_node_file, read_node_file
 from kvfs.common.sim.disk import SimDisk
@@ -55,7 +56,27 @@ def test_what_is_no_node_file_is_refused(data: bytes) -> None:
 
 def test_what_is_written_is_what_is_documented() -> None:
     fields = json.loads(NodeFile("c", "meta", "u").encode())
-    assert fields == {"format": 1, "cluster_id": "c", "role": "meta", "node_uuid": "u"}
+    check = f"{xxh3_64(b'1/c/meta/u'):016x}"
+    assert fields == {"format": 1, "cluster_id": "c", "role": "meta", "node_uuid": "u", "check": check}
+
+
+def test_any_flipped_bit_is_seen() -> None:
+    """Or makes no difference. Files of the first versions have no checksum, and are read."""
+    made = NodeFile("c", "meta", "u" * 32)
+    data = made.encode()
+    seen = 0
+    for bit in range(len(data) * 8):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        disk = SimDisk()
+        disk.write_file(NAME, bytes(damaged))
+        try:
+            assert read_node_file(disk, where="d") == made, damaged
+        except WrongDataDirectory:
+            seen += 1
+    assert seen > 6 * len(data)
+    disk.write_file(NAME, json.dumps({"format": 1, "cluster_id": "c", "role": "meta", "node_uuid": "u" * 32}).encode())
+    assert read_node_file(disk, where="d") == made
 
 
 def test_a_directory_with_something_in_it_is_not_taken_for_a_new_one() -> None:

@@ -20,6 +20,7 @@ from kvfs.storage.engine.requests import Tag, Update, UpdateKind
 from kvfs.storage.engine.superblock import Superblock
 from kvfs.storage.host import Host
 from kvfs.storage.retention.retention import Retention
+from kvfs.storage.scrub.state import ScrubState
 from kvfs.storage.target import Target
 from kvfs.storage.updates import carry_on
 from kvfs.storage.workers import WorkerPool
@@ -42,7 +43,7 @@ def test_the_last_one_serving_commits_it_with_its_tag(tmp_path: Path) -> None:
             link = SimpleNamespace(report_now=lambda: None, node_id=1)
             host = Host(StorageConfig(data=("x",)), clock, None, link, workers, None, nursery)  # type: ignore[arg-type]
             replica = Replica(1, fresh=False)
-            target = Target(1, 1, 0, "x", engine, replica, Retention(clock, engine))
+            target = Target(1, 1, 0, "x", engine, replica, Retention(clock, engine), ScrubState(clock, engine))
             replica.on_chain(ChainView.of(1, 2, [(1, PublicState.LASTSRV)]))
             assert ResolveLeftovers() in replica.on_chain(ChainView.of(1, 3, [(1, PublicState.SERVING)]))
             assert target.pending_chunks() == [CHUNK]

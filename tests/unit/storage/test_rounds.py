@@ -25,6 +25,7 @@ from kvfs.storage.engine.superblock import Superblock
 from kvfs.storage.forwards import Forwarder
 from kvfs.storage.host import Host
 from kvfs.storage.retention.retention import Retention
+from kvfs.storage.scrub.state import ScrubState
 from kvfs.storage.target import Target
 from kvfs.storage.updates import INLINE_BYTES, Item, Round
 from kvfs.storage.workers import WorkerPool
@@ -52,7 +53,7 @@ def test_a_successor_that_goes_while_the_local_copy_is_written_is_waited_for_no_
         async with trio.open_nursery() as nursery:
             link = SimpleNamespace(report_now=lambda: None, node_id=1)
             host = Host(StorageConfig(data=("x",)), clock, None, link, workers, None, nursery)  # type: ignore[arg-type]
-            target = Target(1, 1, 0, "x", engine, replica, Retention(clock, engine))
+            target = Target(1, 1, 0, "x", engine, replica, Retention(clock, engine), ScrubState(clock, engine))
             replica.on_chain(ChainView.of(1, 2, [(1, PublicState.SERVING), (2, PublicState.SERVING)]))
             data = memoryview(bytes(2 * INLINE_BYTES))  # written in a thread, beside the forward
             io = pb.WriteIO(chunk_id=CHUNK, length=len(data), chunk_size=1 << 20, checksums=checksums(data, 0), chain_version=2)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from engine_world import LogDisk, ManualClock, cid, open_engine, write
 
+from kvfs.common.checksum import xxh3_64
 from kvfs.common.errors import FormatTooNew
 from kvfs.common.ids import SPACE_BIT, block_id
 from kvfs.common.wire import storage_pb2 as pb
@@ -229,7 +230,9 @@ def test_without_a_log_the_order_is_that_of_writing() -> None:
 
 def test_a_log_of_a_newer_version_is_left_alone() -> None:
     disk, clock, _ = lived()
-    disk.files[NAME].data[8] = 2
+    data = disk.files[NAME].data
+    data[8] = 2
+    data[12:16] = (xxh3_64(bytes(data[:12])) & 0xFFFFFFFF).to_bytes(4, "little")
     before = bytes(disk.files[NAME].data)
     with pytest.raises(FormatTooNew):
         Life(disk, clock)
