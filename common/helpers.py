@@ -1,8 +1,9 @@
 """Threads that help with bulk work on memory: reading from the page cache, checksums.
 
 Owns a few threads for the whole process, started when they are first needed, anew after a fork. Invariants: work is cut into pieces, and whoever
-wants it done takes pieces itself; helpers take what is left, so nobody ever waits for a thread that has not begun; when `work` or `work_elsewhere`
-returns or raises, no helper touches the memory of that work any more. A piece must not wait for anything but the processor, and must not raise.
+wants it done takes pieces itself; helpers take what is left, so nobody ever waits for a thread that has not begun; when `work`, `beside` or
+`work_elsewhere` returns or raises, no helper touches the memory of that work any more. A piece must not wait for anything but the processor, and
+must not raise.
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ class Helpers:
         try:
             for _ in range(min(self._count, len(work.pieces) - 1)):
                 self._queue.put(work.help)
+            work.take()
+        finally:
+            work.finish()
+
+    def beside(self, own: Callable[[], None], pieces: Iterable[Callable[[], None]]) -> None:
+        """`own` in this thread, a helper at the pieces meanwhile; what it leaves comes after. For `own` that gives the interpreter away."""
+        work = _Work(pieces)
+        try:
+            self._queue.put(work.help)
+            own()
             work.take()
         finally:
             work.finish()

@@ -6,8 +6,8 @@ Rules:
 - whole units keep the checksum that came with the bytes; copied units keep the one they had (so damage stays visible); a unit that is made
   of old and new bytes gets a fresh one, after its old bytes were verified;
 - bytes that no one wrote are zeros: inside the block between old end and new write they are written, behind `stored` they are implied.
-The bytes that come in are verified before they are used, by `check`; or, a large chunk that comes whole, piece by piece as they are written, since
-each piece is in the processor's cache then, and threads can share them. The caller keeps the bytes unchanged until the call returns.
+The bytes that come in are verified before they are used, by `check`; or, a large chunk that comes whole, beside the write of them, by another thread
+where one is free. The caller keeps the bytes unchanged until the call returns.
 """
 
 from __future__ import annotations
@@ -88,31 +88,30 @@ def _mismatch(update: Update) -> ChecksumMismatch:
 
 
 def _write_verified(file: DiskFile, update: Update, data: memoryview, start: int) -> None:
-    """Write a whole chunk to `start` of the file. On an error, also ChecksumMismatch, some of it was written, where nobody looks yet."""
-    problems: list[BaseException] = []
+    """Write a whole chunk to `start` of the file. On an error, also ChecksumMismatch, some of it was written, where nobody looks yet.
 
-    def piece(at: int) -> None:
+    In one call: a file takes one write at a time, and the kernel puts a large one in large pages."""
+    sums = update.checksums
+    wrong: list[int] = []
+
+    def look(at: int) -> None:
         part = data[at : at + PIECE_BYTES]
         first = at // _UNIT * CHECKSUM_BYTES
-        try:
-            if problems:
-                return
-            if checksums(part) != update.checksums[first : first + -(-len(part) // _UNIT) * CHECKSUM_BYTES]:
-                raise _mismatch(update)
-            file.write((part,), start + at)
-        except BaseException as error:
-            problems.append(error)
+        if not wrong and checksums(part) != sums[first : first + -(-len(part) // _UNIT) * CHECKSUM_BYTES]:
+            wrong.append(at)
 
-    pieces = [partial(piece, at) for at in range(0, len(data), PIECE_BYTES)]
+    pieces = [partial(look, at) for at in range(0, len(data), PIECE_BYTES)]
+    if len(sums) != -(-len(data) // _UNIT) * CHECKSUM_BYTES:
+        raise _mismatch(update)
     if file.parallel:
-        helpers().work(pieces)
+        helpers().beside(partial(file.write, (data,), start), pieces)
     else:
-        for each in pieces:
-            each()
-    if not problems and len(update.checksums) != -(-len(data) // _UNIT) * CHECKSUM_BYTES:
-        problems.append(_mismatch(update))
-    if problems:
-        raise problems[0]
+        for piece in pieces:
+            piece()
+    if wrong:
+        raise _mismatch(update)
+    if not file.parallel:
+        file.write((data,), start)
 
 
 def new_block_bytes(old: Content, update: Update) -> int:

@@ -76,6 +76,26 @@ def test_after_an_error_no_helper_is_at_work() -> None:
     assert len(finished) == count
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_pieces_are_done_beside_the_callers_own_work(busy: bool) -> None:
+    made, release, done, own = Helpers(1), threading.Event(), list[int](), list[list[int]]()
+    if busy:
+        made._queue.put(release.wait)
+
+    def work() -> None:
+        time.sleep(0.1)
+        own.append(sorted(done))
+
+    made.beside(work, [noting(done, number) for number in range(5)])
+    assert own == [[] if busy else [0, 1, 2, 3, 4]] and sorted(done) == [0, 1, 2, 3, 4]
+    release.set()
+    with pytest.raises(ZeroDivisionError):
+        made.beside(lambda: 1 // 0, [noting(done, 9, 0.05)] * 20)
+    count = len(done)
+    time.sleep(0.1)
+    assert len(done) == count <= 7
+
+
 def test_a_task_does_not_hold_up_the_loop_and_gets_the_error() -> None:
     async def main() -> None:
         made = Helpers(1)
