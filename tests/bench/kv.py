@@ -53,7 +53,8 @@ class Operation:
 
     def quick(self) -> Operation:
         calls = max(2, self.calls // 8)
-        return Operation(self.label, self.kind, self.block_bytes, self.batch, min(self.blocks, calls if self.kind == "put" else self.blocks), calls)
+        blocks = min(self.blocks, calls * self.batch) if self.kind == "put" else self.blocks
+        return Operation(self.label, self.kind, self.block_bytes, self.batch, blocks, calls)
 
 
 OPERATIONS = (
@@ -63,6 +64,7 @@ OPERATIONS = (
     Operation("4 MiB get, one by one", "get", 4 * MIB, 1, 24, 96),
     Operation("4 MiB get, batches of 8", "get", 4 * MIB, 8, 24, 12),
     Operation("4 MiB put, one by one", "put", 4 * MIB, 1, 24, 24),
+    Operation("4 MiB put, batches of 8", "put", 4 * MIB, 8, 24, 3),
     Operation("exists, batches of 1,024", "exists", 64 * KIB, 1024, 512, 64),
 )
 
