@@ -24,6 +24,7 @@ from kvfs.client.file.readahead import ReadAhead
 from kvfs.client.file.state import Shared
 from kvfs.client.file.table import FileTable
 from kvfs.client.file.writeback import WriteBack
+from kvfs.client.lines import Lines
 from kvfs.client.locate import ClusterAddress, locate
 from kvfs.client.meta_calls import MetaCalls
 from kvfs.client.meta_client import MetaClient
@@ -66,6 +67,7 @@ class AsyncClient(PathOperations):
         config: ClientConfig,
         nursery: trio.Nursery,
         region: Region | None = None,
+        net: Net | None = None,
         managers: tuple[str, ...] = (),
     ) -> None:
         self.config = config
@@ -82,6 +84,8 @@ class AsyncClient(PathOperations):
         self.counters: Counters = peers.counters
         self.meta = MetaClient(MetaCalls(peers, config), clock, random, user)
         self.storage = StorageClient(peers, config, identity.client_id, nursery)
+        self.lines = Lines(net, identity, peers, config) if net is not None else None
+        """For threads that write blocks by themselves; None: there are none."""
         self.memory = Memory(BufferPool(config.buffer_pool_bytes, region=region, name="kvfs-client"), peers.counters)
         self.pool = self.memory.pool
         back = WriteBack(self.storage, self.memory, config, clock, nursery)
@@ -156,6 +160,8 @@ class AsyncClient(PathOperations):
 
     async def aclose(self) -> None:
         """Close what was left open. The tasks end with the nursery."""
+        if self.lines is not None:
+            self.lines.close()
         try:
             await self.files.close_all()
         finally:
@@ -207,6 +213,7 @@ async def open_client(
                 user=user or User.current(),
                 config=config,
                 nursery=nursery,
+                net=channel_pool.net,
                 managers=address.managers,
             )
             try:

@@ -129,7 +129,7 @@ class Peers:
             return False
         if self.clock.monotonic() < until:
             return True
-        del self._suspects[node_id]
+        self._suspects.pop(node_id, None)  # threads look too
         return False
 
     async def refresh(self, limit_s: float) -> None:

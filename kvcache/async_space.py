@@ -25,6 +25,7 @@ from kvfs.common.errors import AlreadyExists, ArgumentTooBig, ChunkNotFound, Inv
 from kvfs.common.ids import block_id
 from kvfs.common.wire import meta_pb2, storage_pb2
 from kvfs.kvcache import keys as hashing
+from kvfs.kvcache.alone import Alone
 from kvfs.kvcache.buffers import BlockBuffers, Memory, to_send
 from kvfs.kvcache.chains import Chains
 from kvfs.kvcache.config import CacheConfig
@@ -72,6 +73,7 @@ class AsyncSpace:
         )
         self._chains = Chains(self._storage, config, self._clock, self.counters)
         self.life = Life(client, name, self.inode, config)
+        self.alone = Alone(client.lines, self._wire, self._slab_bytes, self._placement, self._chains, self.life, self._clock)
         self.gets = Gets(client, self.inode, self.block_bytes, self._placement, self._chains, self.counters, self._readable, lambda: self.life.fresh)
 
     @property
@@ -179,6 +181,9 @@ class AsyncSpace:
         if len(blocks) != len(keys):
             raise InvalidArgument(f"{len(keys)} keys and {len(blocks)} blocks: one for each")
         return [Parcel(self._checked(to_send(block, place), place)) for place, block in enumerate(blocks)]
+
+    def put_limit_s(self, deadline_s: float | None) -> float:
+        return self._limit(deadline_s, self._config.put_deadline_s)
 
     async def put_parcels(self, keys: Sequence[Key], parcels: Sequence[Parcel], prefix: Sequence[Key], deadline_s: float | None) -> list[Put]:
         digests, above = hashing.digests(keys), hashing.digests(prefix)

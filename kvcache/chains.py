@@ -26,7 +26,7 @@ class Chains:
         self._storage = storage
         self._config = config
         self._clock = clock
-        self._counters = counters
+        self.counters = counters
         self._rests = Rests(config.rest_s, config.rest_max_s)
 
     async def ask(self, groups: Mapping[int, Sequence[int]], ask: Ask, end_s: float, *, begun: Collection[int] = ()) -> None:
@@ -40,13 +40,18 @@ class Chains:
         for chain, places in groups.items():
             state = self._rests.state(chain, self._version(chain), self._clock.monotonic())
             if state == "resting" and chain not in begun:
-                self._counters.resting += len(places)
+                self.counters.resting += len(places)
             else:
                 (well if state == "well" else trial).append(chain)
         async with trio.open_nursery() as nursery:
             for chains, seconds in ((well, limit_s), (trial, min(limit_s, self._config.trial_s))):
                 if chains:
                     nursery.start_soon(ask, chains, seconds)
+
+    @property
+    def resting(self) -> bool:
+        """Whether some chain rests, or is on trial. Any thread may look."""
+        return bool(self._rests)
 
     def _version(self, chain: int) -> int:
         try:
@@ -61,7 +66,7 @@ class Chains:
 
     def trouble(self, chain: int, error: KvfsError, count: int) -> None:
         """Storage could not do it for so many blocks: counted, and the chain may rest."""
-        counters = self._counters
+        counters = self.counters
         if isinstance(error, DeadlineExceeded):
             counters.late += count
         elif isinstance(error, DataError):

@@ -1,7 +1,7 @@
 """A space for threads.
 
-Owns nothing but the way into the client's thread: each batch crosses once there and once back at most, keys of prompts and blocks are hashed, and
-blocks on this machine are read, in the calling thread.
+Owns nothing but the way into the client's thread: each batch crosses once there and once back at most, keys of prompts and blocks are hashed, blocks
+on this machine are read, and a lone one is put there, in the calling thread.
 Invariants and arguments are async_space's. After a fork the child opens the space anew, by its name, at its first call.
 """
 
@@ -112,8 +112,16 @@ class Space:
     def put(self, keys: Sequence[Key], blocks: Sequence[Any], prefix: Sequence[Key] = (), *, deadline_s: float | None = None) -> list[Put]:
         space = self._handle()
         parcels = space.parcels(keys, blocks)
+        portal = self._client.portal
+        if len(keys) == 1 and not portal.inside:
+            used = [*hashing.digests(prefix), *hashing.digests(keys)]
+            result, deadline_s = space.alone.put(used[-1], parcels[0], space.put_limit_s(deadline_s))
+            if result is not None:
+                if prefix or result is Put.PRESENT:  # one new block was touched when it was stored: there is no order to tell
+                    portal.post(space.touch, used)
+                return [result]
         hash_registered(parcels)
-        return self._client.portal.call(space.put_parcels, keys, parcels, prefix, deadline_s)
+        return portal.call(space.put_parcels, keys, parcels, prefix, deadline_s)
 
     def touch(self, keys: Sequence[Key]) -> None:
         self._client.portal.call(self._handle().touch, keys)

@@ -25,6 +25,7 @@ from typing import Final
 import trio
 
 from kvfs.common.boundary.readiness import ReadWatch
+from kvfs.common.boundary.thread_stream import ThreadStream
 from kvfs.common.errors import AddressInUse, ConfigError, ConnectionLost, Unreachable, from_os
 
 ReadBuffer = bytes | bytearray | memoryview
@@ -138,6 +139,10 @@ class Net(ABC):
     @abstractmethod
     async def listen(self, address: str) -> Listener: ...
 
+    def connect_thread(self, path: str, *, timeout_s: float) -> ThreadStream | None:
+        """To a unix socket, for a thread that waits itself. None: this network has none. Raises Unreachable."""
+        return None
+
 
 def after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
     """What is left of `buffers` once the first `count` bytes are gone."""
@@ -198,6 +203,9 @@ class SystemNet(Net):
         except BaseException:
             sock.close()
             raise
+
+    def connect_thread(self, path: str, *, timeout_s: float) -> ThreadStream | None:
+        return ThreadStream(path, timeout_s)
 
     async def listen(self, address: str) -> Listener:
         family, where = parse_address(address)
