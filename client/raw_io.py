@@ -153,9 +153,10 @@ class RawFile(io.RawIOBase):
                 self._borrowed_until = handle.places_until(self._position, self._position + done)
                 self._borrowed, self._borrowed_at = self._steps_memory[:done], self._position
                 return self._borrowed
-        self._borrowed_until = _CLOCK.monotonic() + STALE_S
+        until = _CLOCK.monotonic() + STALE_S
         borrowed: memoryview = self._call(handle.pread, self._position, length)
         self._borrowed, self._borrowed_at = borrowed, self._position
+        self._borrowed_until = min(until, handle.lease_end)
         return borrowed
 
     def _direct(self, offset: int, into: memoryview) -> tuple[int, bool]:

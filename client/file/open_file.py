@@ -219,6 +219,11 @@ class OpenFile:
         return self._state.places.until(offset, end)
 
     @property
+    def lease_end(self) -> float:
+        """Until when the attributes are trusted, and with them what was read since `token` changed last."""
+        return self._state.lease_end
+
+    @property
     def tells_places(self) -> bool:
         """Whether it is worth asking for places: not when none were told a moment ago."""
         return not self._state.places.resting

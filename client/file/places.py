@@ -3,7 +3,8 @@
 `Places` (one a file) holds what the storage told, a slot for each piece of at most 1 MiB; `PlaceTable` (one a client) keeps their number bounded;
 `Reach` (one a handle) says how much to ask for at a time. Invariants:
   - a slot is used for at most `STALE_S` from before it was asked for, and only while nothing was heard of, or made, that changes the file
-    (`FileState.token`): the same rule under which a reader may use bytes that were read ahead;
+    (`FileState.token`), and while the attribute lease runs: when it is over nobody tells us of changes any more. The same rule under which a reader
+    may use bytes that were read ahead;
   - a slot never covers bytes that this client has written and the storage has not acknowledged;
   - no byte is given whose checksum was not verified; a slot whose bytes were replaced is dropped, and the caller asks the service.
 Slots are made in the client's thread; any thread may read through them.
@@ -53,8 +54,9 @@ class _Slot(NamedTuple):
 
 
 class Places:
-    def __init__(self, table: PlaceTable, placement: Placement, dirty: DirtyChunks) -> None:
+    def __init__(self, table: PlaceTable, placement: Placement, dirty: DirtyChunks, lease_end: Callable[[], float]) -> None:
         self._table = table
+        self._lease_end = lease_end
         self._placement = placement
         self._dirty = dirty
         size = placement.chunk_size
@@ -76,6 +78,8 @@ class Places:
         `nowait` and it would wait, or the file ends)."""
         size = len(into)
         now = self._table.now()
+        if now >= self._lease_end():
+            return 0
         done = 0
         while done < size:
             at = offset + done
@@ -102,7 +106,8 @@ class Places:
     def until(self, offset: int, end: int) -> float:
         """Until when what was read of [offset, end) just now may be used."""
         keys = range(offset // self.slot_bytes, -(-end // self.slot_bytes))
-        return min((slot.until if (slot := self._slots.get(key)) is not None else -inf for key in keys), default=-inf)
+        until = min((slot.until if (slot := self._slots.get(key)) is not None else -inf for key in keys), default=-inf)
+        return min(until, self._lease_end())
 
     def _good(self, slot: _Slot | None, offset: int, token: int) -> bool:
         return slot is not None and slot.token == token and offset < slot.stop and self._table.now() < slot.until

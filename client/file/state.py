@@ -73,7 +73,7 @@ class FileState:
         self.handles = 0
         self.windows = Windows(shared.ahead, self.placement)
         self.dirty = DirtyChunks(shared.back, self.placement, shared.clock, self._written, self._stretched)
-        self.places = Places(shared.places, self.placement, self.dirty)
+        self.places = Places(shared.places, self.placement, self.dirty, lambda: self.lease_end)
         self.mtime_ns = 0
         self.unreported_end = 0
         self.unreported = False
@@ -85,7 +85,8 @@ class FileState:
         self._tokens = itertools.count(1)
         self.token = 0
         """Changes whenever bytes read earlier may no longer be true, to what it never was. Any thread may look, and touch."""
-        self._lease_end = float("-inf")
+        self.lease_end = float("-inf")
+        """Until when the attributes are trusted. Any thread may look."""
         self._heard = float("-inf")
         self._asking: trio.Event | None = None
         self._asks = self._answered = 0
@@ -121,12 +122,12 @@ class FileState:
         known = self.attributes
         if inode.type == pb.TYPE_INVALID:
             self._heard = now  # removed while open: what we know of it stays true
-            self._lease_end = now + WRITER_REFRESH_S
+            self.lease_end = now + WRITER_REFRESH_S
             return
         if inode.data_version < known.data_version:
             return  # an answer that another has overtaken
         self._heard = now
-        self._lease_end = now + LEASE_USE * inode.attr_lease_ms / 1000 if self.shared.config.watch else float("-inf")
+        self.lease_end = now + LEASE_USE * inode.attr_lease_ms / 1000 if self.shared.config.watch else float("-inf")
         cut = inode.truncate_version != known.truncate_version
         if cut and not own:
             self.dirty.stop_stretches()
@@ -141,7 +142,7 @@ class FileState:
     def revoke(self) -> None:
         """The lease is over: ask before anything cached is used again."""
         self.touch()
-        self._lease_end = float("-inf")
+        self.lease_end = float("-inf")
         self._heard = float("-inf")
         self.dirty.stop_stretches()
 
@@ -153,7 +154,7 @@ class FileState:
     @property
     def leased(self) -> bool:
         """Whether a lease says that the attributes are true now."""
-        return self.shared.clock.monotonic() < self._lease_end
+        return self.shared.clock.monotonic() < self.lease_end
 
     async def fresh(self, user: User) -> None:
         """Return with attributes that are true now (a lease says so, or the metadata service)."""
@@ -163,7 +164,7 @@ class FileState:
     async def fresh_for_writing(self, user: User) -> None:
         """A writer must hear of another client's truncate, but need not ask before each write."""
         now = self.shared.clock.monotonic()
-        if now >= self._lease_end and now >= self._heard + WRITER_REFRESH_S:
+        if now >= self.lease_end and now >= self._heard + WRITER_REFRESH_S:
             await self._ask(user)
 
     async def _ask(self, user: User) -> None:
@@ -224,7 +225,7 @@ class FileState:
         async with self._no_resizing(session, user):
             stretch = await self.dirty.stretch(offset, self.touch)
         if stretch is not None:
-            stretch.until = max(self._lease_end, self._heard + WRITER_REFRESH_S)
+            stretch.until = max(self.lease_end, self._heard + WRITER_REFRESH_S)
         return stretch
 
     @asynccontextmanager

@@ -246,6 +246,30 @@ def test_changes_of_another_client_are_seen() -> None:
     run(test)
 
 
+def test_places_are_used_only_while_the_lease_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds no lease is not told of changes: a synced write must be seen all the same."""
+    monkeypatch.setattr("kvfs.client.file.places.STALE_S", 60)
+
+    async def test() -> None:
+        async with whole(storage=1, replicas=1) as cluster, cluster.client() as writer, cluster.client() as reader:
+            await writer.write_bytes("/f", b"a" * 1000)
+            file, other = await handle(reader, "/f"), await handle(writer, "/f", "r+b")
+            into = memoryview(bytearray(1000))
+            await file.find_places(0, 1000)
+            assert file.read_now(0, into) == 1000
+            assert file.places_until(0, 1000) <= file.lease_end
+            await trio.sleep(1.1)  # longer than attr_lease_ms
+            await other.pwrite(0, [b"z" * 1000])
+            await other.fsync()
+            assert file.read_now(0, into) == 0
+            await file.find_places(0, 1000)
+            assert file.read_now(0, into) == 1000 and bytes(into) == b"z" * 1000
+            await file.close()
+            await other.close()
+
+    run(test)
+
+
 def test_a_reader_sees_its_own_writes_between_places() -> None:
     async def test() -> None:
         rng = random.Random(10)
