@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+# Most tests of real processes wait most of the time: one worker more than there are cores.
+WORKERS ?= $(shell n=$$(($$(nproc) + 1)); echo $$((n > 8 ? 8 : n)))
 export PYTHON
 
 setup:
@@ -16,7 +18,8 @@ demo-kvcache:  ## KV-cache blocks of a real model's size: put, get, restart, rep
 	@$(BIN)/kvfs demo-kvcache --plot build/demo-kvcache.png
 
 test: setup check  ## everything but the tests marked slow
-	@$(BIN)/pytest -m "not slow and not ecosystem"
+	@deploy/bootstrap.sh plots
+	@$(BIN)/pytest -m "not slow and not ecosystem" -n $(WORKERS) --dist loadfile
 
 test-slow: setup
 	@$(BIN)/pytest -m slow

@@ -63,7 +63,7 @@ def test_kills_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(mini_cluster, "MiniCluster", Processes)
 
     async def main() -> None:
-        async with mini_cluster.mini_cluster(tmp_path, lease_ms=800) as world:
+        async with mini_cluster.mini_cluster(tmp_path, lease_ms=1500) as world:
             assert isinstance(world, Processes)
             for number in (1, 2, 3):
                 await world.start(number)

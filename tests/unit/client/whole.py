@@ -67,7 +67,7 @@ class Whole:
 
 
 @asynccontextmanager
-async def whole(*, storage: int = 3, replicas: int = 2, lease_ms: int = 800, **settings: Any) -> AsyncIterator[Whole]:
+async def whole(*, storage: int = 3, replicas: int = 2, lease_ms: int = 2000, **settings: Any) -> AsyncIterator[Whole]:
     with tempfile.TemporaryDirectory(prefix="kvfs-") as name:
         folder = Path(name)
         async with trio.open_nursery() as nursery:
