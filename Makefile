@@ -1,5 +1,5 @@
 # The commands of the house; HACKING.md says more about each.
-.PHONY: demo demo-kvcache sim test test-slow test-ecosystem check format bench clean setup
+.PHONY: demo demo-kvcache sim test test-slow test-ecosystem fuzz check format bench clean setup
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -23,6 +23,10 @@ test: setup check  ## everything but the tests marked slow
 
 test-slow: setup
 	@$(BIN)/pytest -m slow
+
+FRAMES ?= 1000000
+fuzz: setup  ## mutated frames against real services, and wrong answers against clients; FRAMES=... and KVFS_SEED=... choose
+	@KVFS_FUZZ_FRAMES=$(FRAMES) KVFS_FUZZ_ANSWERS=$$(($(FRAMES) / 200)) $(BIN)/pytest -s tests/fuzz
 
 test-ecosystem:  ## the connectors under the real SGLang, LMCache and vLLM, without a GPU; installs them into .venv-ecosystem
 	@deploy/ecosystem.sh

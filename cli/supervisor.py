@@ -278,8 +278,8 @@ class Supervisor:
                         return
                     line += part
                 try:
-                    reply = {"ok": True, **(await self._command(json.loads(line)))}
-                except (KvfsError, ValueError) as error:
+                    reply = {"ok": True, **(await self._command(_request_of(line)))}
+                except (KvfsError, ValueError, RecursionError) as error:
                     reply = {"ok": False, "error": error.message if isinstance(error, KvfsError) else f"not a command: {error}"}
                 await stream.send_all(json.dumps(reply).encode() + b"\n")
                 if self.phase == "shutdown":
@@ -307,7 +307,7 @@ class Supervisor:
                 await self._stop(child)
                 return {"process": child.describe()}
             case "mount":
-                path = str(request.get("path", ""))
+                path = _mount_path(request)
                 child = self.children.setdefault("mount", mount_child(self.cluster, path))
                 if child.process is not None and child.addresses != [path]:
                     raise SetupError(f"the cluster is mounted at {child.addresses[0]}: `kvfs umount` that first, or `kvfs mount {path}` for one more")
@@ -328,6 +328,23 @@ class Supervisor:
         if name not in self.children:
             raise SetupError(f"no process {name!r} here; there are: {', '.join(self.children)}")
         return self.children[name]
+
+
+def _request_of(line: bytes) -> dict[str, Any]:
+    """Raises ValueError and RecursionError: whoever may open the socket may write anything into it, and the cluster goes on."""
+    request = json.loads(line)
+    if not isinstance(request, dict):
+        raise ValueError(f"an object is expected, not {type(request).__name__}")
+    return request
+
+
+def _mount_path(request: dict[str, Any]) -> str:
+    """One that a process can be started with."""
+    path = str(request.get("path", ""))
+    os.fsencode(path)  # or ValueError
+    if not os.path.isabs(path) or "\0" in path:
+        raise SetupError(f"a mount point is an absolute path, not {path!a}")
+    return path
 
 
 def run_supervisor(cluster: ClusterDir, *, restart: bool, bring_up: Callable[[], Any], stay_when_failed: bool) -> int:

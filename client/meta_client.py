@@ -17,7 +17,7 @@ from kvfs.client.leases import Leases
 from kvfs.client.user import User
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import KvfsError, MalformedFrame
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
 
@@ -70,6 +70,8 @@ class MetaClient:
         """Attributes, in order; an inode that is gone has type TYPE_INVALID."""
         asked = self.leases.asked()
         reply: pb.GetAttrReply = await self._send("GetAttr", pb.GetAttrRequest(context=self._read(user), inodes=inodes))
+        if len(reply.inodes) != len(inodes):
+            raise MalformedFrame(f"the metadata service told of {len(reply.inodes)} inodes, {len(inodes)} were asked for")
         return [self.leases.heard(inode, asked) for inode in reply.inodes]
 
     async def set_attr(

@@ -41,8 +41,8 @@ def is_space(inode: int) -> bool:
 
 
 def is_block(chunk: bytes) -> bool:
-    """Whether a chunk is a KV-cache block."""
-    return chunk[0] & (SPACE_BIT >> 56) != 0
+    """Whether a chunk is a KV-cache block. (An id that came from outside may be anything, also empty.)"""
+    return chunk != b"" and chunk[0] & (SPACE_BIT >> 56) != 0
 
 
 def chunk_inode(chunk: bytes) -> InodeId:

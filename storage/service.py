@@ -28,7 +28,7 @@ from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.lending import Lender
 from kvfs.common.wire.server import Call
-from kvfs.storage.chain.messages import Incoming, Result, TagKey, refusal
+from kvfs.storage.chain.messages import RECORD_BYTES, Incoming, Result, TagKey, refusal
 from kvfs.storage.engine.requests import Tag, UpdateKind
 from kvfs.storage.forwards import MAX_CHUNK_BYTES
 from kvfs.storage.host import Host
@@ -47,6 +47,7 @@ MARGIN_S = 0.05
 LIST_LIMIT = 4096
 CLIENT_ID_BYTES = 16
 REMOVE_LIMIT = 4096
+_KINDS = frozenset(int(kind) for kind in UpdateKind)
 _WITH_BYTES = (pb.WRITE, pb.REPLACE, pb.CREATE)
 
 
@@ -217,6 +218,8 @@ class StorageService:
             raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(io.chunk_id)}")
         if view is not None and len(view) != io.length:
             raise BadRequest(f"an update of {io.length} bytes came with {len(view)}")
+        if io.kind not in _KINDS:
+            raise InvalidArgument(f"unknown kind of update {io.kind}: is the sender newer than this service?")
         if not 0 < io.chunk_size <= MAX_CHUNK_BYTES and io.kind != pb.REMOVE:
             raise InvalidArgument(f"a chunk size of {io.chunk_size}: 1 to {MAX_CHUNK_BYTES}")
         if io.tag.client_id and len(io.tag.client_id) != CLIENT_ID_BYTES:
@@ -365,16 +368,19 @@ class StorageService:
 
     async def sync_done(self, request: pb.SyncDoneRequest, call: Call) -> base.Empty:
         target = self._host.usable(request.target_id)
+        refused = target.replica.screen_sync(request.chain_version, request.from_target)
+        if refused is not None:  # nothing is taken from who is not the predecessor in this version of the chain
+            raise _error(refused)
         tags = []
         for record in request.tags:
+            if len(record.tag.client_id) != CLIENT_ID_BYTES or len(record.result) != RECORD_BYTES:
+                raise BadRequest(f"a tag record of {len(record.tag.client_id)} and {len(record.result)} bytes: {CLIENT_ID_BYTES} and {RECORD_BYTES}")
             known = target.engine.tag(record.tag.client_id, record.tag.channel)
             if known is None or known.sequence < record.tag.sequence:
                 tags.append(Tag(record.tag.client_id, record.tag.channel, record.tag.sequence, record.result))
         if tags:
             target.engine.commit([], target.replica.version, tags)
-        result, _ = target.replica.sync_done(request.chain_version, request.from_target)
-        if result.status:
-            raise _error(result)
+        target.replica.sync_done(request.chain_version, request.from_target)
         self._host.link.report_now()
         return base.Empty()
 

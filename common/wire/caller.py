@@ -213,6 +213,11 @@ class Channel:
             log.warning("%s: %s", self.address, error)
             self._fail(error)
             return False
+        except Exception:
+            # A fault of ours. It ends this channel, not the client with all its others.
+            log.exception("%s: reading failed", self.address)
+            self._fail(ConnectionLost("reading from it failed: the log says why"))
+            return False
 
     async def _await_end(self) -> bool:
         scratch = memoryview(bytearray(64 << 10))
@@ -268,15 +273,27 @@ class Channel:
         elif kind == Kind.FILE and self.peer.lends_files:
             self.files.arrived(header.request_id, self._connection.stream.taken_fds())
         elif kind == Kind.HELLO and not self._greeted.is_set():
-            if header.status:
-                raise _error_of(header, message)
-            self.peer = self._identity.meet(pb.Hello.FromString(bytes(message)))
-            self._greeted.set()
+            self._greet(header, message)
         elif kind == Kind.GOODBYE:
             self._goodbye = True
             raise ConnectionLost(f"the service closed the connection: {_error_of(header, message).message}")
         else:
             raise MalformedFrame(f"a frame of kind {kind} is out of place here")
+
+    def _greet(self, header: Header, message: memoryview) -> None:
+        if header.status:
+            error = _error_of(header, message)
+            raise (
+                error
+                if isinstance(error, TransportError)
+                else MalformedFrame(f"the handshake was refused with no reason of its own: {error.message}")
+            )
+        try:
+            hello = pb.Hello.FromString(bytes(message))
+        except Exception:
+            raise MalformedFrame("the service's Hello does not parse") from None
+        self.peer = self._identity.meet(hello)
+        self._greeted.set()
 
     async def on_payload(self, header: Header, message: memoryview, receive: Receive) -> None:
         if header.kind not in (Kind.REPLY, Kind.REPLY_HELD):

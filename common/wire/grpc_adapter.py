@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvfs.common import errors
-from kvfs.common.errors import AddressInUse, ConfigError, KvfsError
+from kvfs.common.errors import AddressInUse, BadRequest, ConfigError, KvfsError
 from kvfs.common.wire.bulk import ServerBulk
 from kvfs.common.wire.identity import Identity
 from kvfs.common.wire.server import Call, RpcServer
@@ -68,8 +68,14 @@ class _Adapter:
         self._stopping = False
 
     def handler(self, method: Method, function: Callable[[Any, Call], Any]) -> Any:
-        def serve(request: Any, context: Any) -> Any:
+        def serve(data: bytes, context: Any) -> Any:
             """In a thread of grpcio's."""
+            try:
+                request = method.request.FromString(data)
+            except Exception:
+                refused = BadRequest(f"a {method.full_name} request does not parse")
+                context.set_trailing_metadata((("kvfs-error-code", str(refused.code)),))
+                context.abort(status_of(refused), refused.message)
             left = context.time_remaining()
             remaining_s = _DEFAULT_DEADLINE_S if left is None else min(left, 86400.0)
             peer = Identity(role="grpc", host_id="", pid=0, hostname=context.peer(), software="", client_id=_client_id(context))
@@ -81,9 +87,8 @@ class _Adapter:
             except (trio.RunFinishedError, trio.Cancelled):
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the service is stopping")
 
-        return grpc.unary_unary_rpc_method_handler(
-            serve, request_deserializer=method.request.FromString, response_serializer=lambda reply: reply.SerializeToString()
-        )
+        # Without a deserializer: what does not parse is answered as on the framed wire, and not as a fault of the service.
+        return grpc.unary_unary_rpc_method_handler(serve, response_serializer=lambda reply: reply.SerializeToString())
 
     async def _run(self, method: Method, function: Callable[[Any, Call], Any], request: Any, peer: Identity, remaining_s: float) -> Any:
         """In the trio thread."""

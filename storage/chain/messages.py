@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvfs.storage.chain.flight import Flight
 
 _RECORDED = struct.Struct("<Q")
+RECORD_BYTES = _RECORDED.size
 
 CLEAN_REFUSALS = frozenset(
     error.code

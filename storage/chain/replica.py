@@ -161,20 +161,21 @@ class Replica:
 
     def sync_start(self, chain_version: int, from_target: int) -> tuple[Result, list[TargetEffect]]:
         """The predecessor begins to bring this target up to date."""
-        refused = self._screen_sync(chain_version, from_target)
+        refused = self.screen_sync(chain_version, from_target)
         if refused is not None:
             return refused, []
         self.phase = Phase.ONLINE
         return Result(chain_version=self.version), [DropLeftovers()]
 
     def sync_done(self, chain_version: int, from_target: int) -> tuple[Result, list[TargetEffect]]:
-        refused = self._screen_sync(chain_version, from_target)
+        refused = self.screen_sync(chain_version, from_target)
         if refused is not None:
             return refused, []
         self.phase, self.problem = Phase.UPTODATE, ""
         return Result(chain_version=self.version), [Report()]
 
-    def _screen_sync(self, chain_version: int, from_target: int) -> Result | None:
+    def screen_sync(self, chain_version: int, from_target: int) -> Result | None:
+        """Why a message of a resync is not taken; None: it is. What comes with it is taken only then."""
         if chain_version != self.version:
             return refusal(errors.ChainVersionMismatch, self.version)
         if not self.syncing or from_target != self.predecessor:

@@ -363,6 +363,31 @@ def test_a_lying_server_fails_the_call_and_ends_the_channel(transport: str) -> N
     on_transport(transport, main)
 
 
+@pytest.mark.parametrize(
+    "greeting", [encode(Kind.HELLO, 0, b"\x0a\xff"), encode(Kind.HELLO, 0, b"", status=101), encode(Kind.HELLO, 0, b"", status=9999)]
+)
+def test_a_greeting_that_makes_no_sense_ends_that_channel_and_nothing_else(greeting: bytes) -> None:
+    """An exception in the channel's reader came out of the pool's nursery, and ended the client with all its other channels."""
+
+    async def main(world: World) -> None:
+        listener = await world.net.listen(world.address())
+
+        async def greet() -> None:
+            stream = await listener.accept()
+            await stream.send([greeting])
+            await trio.sleep_forever()
+
+        async with world.serve(Store(world)) as where, world.pool() as pool, trio.open_nursery() as nursery:
+            nursery.start_soon(greet)
+            with pytest.raises(TransportError):
+                await pool.call([listener.address], VERSION, version(), timeout_s=2)
+            assert (await pool.call(where, VERSION, version(), timeout_s=5)).versions
+            nursery.cancel_scope.cancel()
+        await listener.aclose()
+
+    on_transport("tcp", main)
+
+
 def test_a_server_that_is_no_kvfs_is_unreachable_or_malformed() -> None:
     async def main(world: World) -> None:
         listener = await world.net.listen(world.address())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.boundary.net import SystemNet
-from kvfs.common.errors import AddressInUse, ConfigError, NotPrimary
+from kvfs.common.errors import AddressInUse, BadRequest, ConfigError, NotPrimary
 from kvfs.common.wire import base_pb2, cluster_pb2, storage_pb2
 from kvfs.common.wire.grpc_adapter import serve_grpc
 from kvfs.common.wire.identity import Identity
@@ -70,6 +71,30 @@ def test_the_same_handlers_answer() -> None:
         assert ask(channel, "Manager/Status", base_pb2.Empty(), cluster_pb2.ManagerStatusReply).routing_version == 12
         assert ask(channel, "Manager/GetRouting", cluster_pb2.GetRoutingRequest(), cluster_pb2.GetRoutingReply).changed
         assert manager.roles == ["grpc"]
+
+    with_grpc(test)
+
+
+def test_messages_that_do_not_parse_are_refused_and_others_are_served_on() -> None:
+    def test(channel: Any, manager: Manager, address: str, server: RpcServer) -> None:
+        chance = random.Random(7)
+        spoiled = [
+            b"\xff",
+            b"\x08",
+            b"\x12\xff\xff\xff\xff\x7f",
+            bytes(5 << 20),
+            *(b"\x0a\xff" + chance.randbytes(chance.randrange(40)) for _ in range(200)),
+        ]
+        call = channel.unary_unary("/kvfs.wire.Manager/GetRouting", None, cluster_pb2.GetRoutingReply.FromString)
+        for data in spoiled:
+            with pytest.raises(grpc.RpcError) as caught:
+                call(data, timeout=10)
+            if len(data) > 1 << 20:
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            else:
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, data
+                assert ("kvfs-error-code", str(BadRequest.code)) in [(entry.key, entry.value) for entry in caught.value.trailing_metadata()]
+        assert ask(channel, "Manager/Status", base_pb2.Empty(), cluster_pb2.ManagerStatusReply).routing_version == 12
 
     with_grpc(test)
 
