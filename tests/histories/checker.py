@@ -6,6 +6,7 @@ one). An operation must have taken effect when it ends, so each end narrows the 
 explains. Invariants:
   - an operation without an end may take effect at any time after its call, or never;
   - of unknown operations that do the same, the earliest takes effect first: it can stand in for any other;
+  - what only looks takes effect as soon as the state fits: later is no better;
   - a search that grows past `LIMIT` raises Undecided: it never passes for a good history.
 """
 
@@ -79,34 +80,37 @@ def _events(operations: Sequence[Operation]) -> list[tuple[float, bool, int]]:
 
 def _after_end(configurations: set[Configuration], number: int, under_way: dict[int, Operation], model: Model, limit: int) -> set[Configuration]:
     """Every configuration in which that operation has taken effect, reached by letting some of those under way take effect before it."""
+    looks = [(other, operation) for other, operation in under_way.items() if model.only_looks(operation)]
+
+    def settled(state: State, effective: frozenset[int]) -> Configuration:
+        return state, effective.union(other for other, operation in looks if other not in effective and model.step(state, operation))
+
     after: set[Configuration] = set()
-    seen = set(configurations)
-    stack = list(configurations)
+    seen = {settled(*configuration) for configuration in configurations}
+    stack = list(seen)
     while stack:
         state, effective = stack.pop()
         if number in effective:
             after.add((state, effective - {number}))
             continue
-        for other, operation in _candidates(under_way, effective):
+        for other, operation in _candidates(under_way, effective, model):
             for reached in model.step(state, operation):
-                if other == number:
-                    after.add((reached, effective))
-                elif operation.known or reached != state:  # an unknown one that changes nothing may as well not have happened
-                    configuration = (reached, effective | {other})
+                if operation.known or reached != state:  # an unknown one that changes nothing may as well not have happened
+                    configuration = settled(reached, effective | {other})
                     if configuration not in seen:
                         seen.add(configuration)
                         stack.append(configuration)
         if len(seen) > limit:
-            raise Undecided(f"more than {limit} ways to explain {operation.key} up to: {under_way[number]}")
+            raise Undecided(f"more than {limit} ways to explain {under_way[number].key} up to: {under_way[number]}")
     return after
 
 
-def _candidates(under_way: dict[int, Operation], effective: frozenset[int]) -> list[tuple[int, Operation]]:
-    """Those that may take effect next."""
+def _candidates(under_way: dict[int, Operation], effective: frozenset[int], model: Model) -> list[tuple[int, Operation]]:
+    """Those that may change the state next."""
     found = []
     alike = set()
     for number, operation in under_way.items():
-        if number in effective:
+        if number in effective or model.only_looks(operation):
             continue
         if not operation.known:
             what = (operation.kind, operation.argument)

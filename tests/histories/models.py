@@ -27,6 +27,10 @@ class Model(Protocol):
 
     def simplify(self, operations: Sequence[Operation]) -> list[Operation]: ...
 
+    def only_looks(self, operation: Operation) -> bool:
+        """Whether it never changes the state, whatever that is: then the first moment that fits is as good as any."""
+        ...
+
     def may_leave_out(self, gone: Sequence[Operation], rest: Sequence[Operation]) -> bool:
         """Whether `rest` has an order if `gone` and `rest` together have one: for the explanation of a bad history."""
         ...
@@ -49,6 +53,9 @@ class Register:
             case "read":
                 return (state,) if operation.result == state else ()
         raise ValueError(f"a register has no {operation.kind}")
+
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.kind == "read"
 
     def may_leave_out(self, gone: Sequence[Operation], rest: Sequence[Operation]) -> bool:
         seen = {operation.result for operation in rest if operation.kind == "read"}
@@ -102,6 +109,11 @@ class CreateOnce:
             return (state,)
         return (None,) if self.evicts else ()
 
+    def only_looks(self, operation: Operation) -> bool:
+        if operation.kind == "put":
+            return operation.result == "present"
+        return operation.kind in ("get", "exists") and not (self.evicts and operation.result in (None, False))
+
     def may_leave_out(self, gone: Sequence[Operation], rest: Sequence[Operation]) -> bool:
         seen = {operation.result for operation in rest if operation.kind == "get" and operation.result is not None}
         anything = any(operation.result in ("present", True) for operation in rest)
@@ -151,6 +163,9 @@ class FileLength:
             case "truncate":
                 return (count,)
         raise ValueError(f"a file's length has no {operation.kind}")
+
+    def only_looks(self, operation: Operation) -> bool:
+        return operation.kind == "length"
 
     def may_leave_out(self, gone: Sequence[Operation], rest: Sequence[Operation]) -> bool:
         return all(operation.kind == "length" for operation in gone)
