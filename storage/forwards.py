@@ -144,6 +144,7 @@ class Forwarder:
             from_target=target.target_id,
             sequence=effect.sequence,
             syncing=effect.syncing,
+            mtime_ns=io.mtime_ns if io is not None and not flight.recovery else target.pending_mtime_ns(item.chunk_id),
         )
         if key is not None:
             _set_tag(write, key)

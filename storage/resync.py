@@ -191,6 +191,7 @@ class Resync:
                 )
                 if meta is not None and meta.version:
                     write.kind, write.update_version, write.length = pb.REPLACE, meta.version, meta.length
+                    write.mtime_ns = meta.mtime_ns
                     if is_block(chunk):
                         write.slab_bytes = target.slab_bytes(chunk)
                         target.retention.tell_space(chunk, spaces)

@@ -225,6 +225,8 @@ class StorageService:
         if io.tag.client_id and len(io.tag.client_id) != CLIENT_ID_BYTES:
             raise InvalidArgument(f"a tag's client id has {CLIENT_ID_BYTES} bytes, not {len(io.tag.client_id)}")
         check_block(io, from_client)
+        if from_client:
+            io.mtime_ns = self._host.clock.wall_ns()
         tag = TagKey(io.tag.client_id, io.tag.channel, io.tag.sequence) if io.tag.client_id else None
         incoming = Incoming(
             chunk_id=io.chunk_id,

@@ -119,6 +119,10 @@ class Target:
         tag = meta.pending.tag if meta is not None and meta.pending is not None else None
         return TagKey(tag.client_id, tag.channel, tag.sequence) if tag is not None else None
 
+    def pending_mtime_ns(self, chunk_id: bytes) -> int:
+        meta = self.engine.get(chunk_id)
+        return meta.pending.mtime_ns if meta is not None and meta.pending is not None else 0
+
     def slab_bytes(self, chunk_id: bytes) -> int:
         """The block class of a chunk's newest version; 0: it has no block."""
         meta = self.engine.get(chunk_id)

@@ -335,6 +335,7 @@ def _update(flight: Flight, item: Item, chain_version: int) -> Update:
         update_version=flight.update_version,
         chunk_size=io.chunk_size,
         chain_version=chain_version,
+        mtime_ns=io.mtime_ns,
         slab_bytes=io.slab_bytes,
         tag=Tag(item.tag.client_id, item.tag.channel, item.tag.sequence) if item.tag is not None else None,
     )

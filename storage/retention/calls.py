@@ -119,6 +119,8 @@ def check_block(io: pb.WriteIO, from_client: bool) -> None:
             raise InvalidArgument("CREATE is for the blocks of KV-cache spaces")
         if io.offset or not io.length:
             raise InvalidArgument(f"a block is made whole and is not empty: offset {io.offset}, length {io.length}")
+        if not io.slab_bytes:
+            raise InvalidArgument("a block comes with the size of its blocks on disk (slab_bytes), so that it lies among them")
     elif from_client and io.kind != pb.REMOVE and is_block(io.chunk_id):
         raise InvalidArgument(f"a block of a KV-cache space is never changed: {pb.UpdateKind.Name(io.kind)} refused")
 

@@ -184,7 +184,7 @@ class MiniCluster:
         """All serving replicas hold the same chunks, byte for byte. How many."""
         targets = self.routing.serving(chain_id)
         lists = [await self.listing(target) for target in targets]
-        plain = [[(c.chunk_id, c.version, c.pending_version, c.length, c.checksum) for c in listed] for listed in lists]
+        plain = [[(c.chunk_id, c.version, c.pending_version, c.length, c.checksum, c.mtime_ns) for c in listed] for listed in lists]
         for other in plain[1:]:
             assert other == plain[0]
         for info in lists[0]:

@@ -81,9 +81,10 @@ def test_a_block_is_never_changed_and_what_is_wrong_is_refused(tmp_path: Path) -
                     ChunkWrite(blocks.chain, block_id(INODE, digest(3)), 0, 5000, BLOCK_BYTES, b"h" * 5000, pb.CREATE, 4096),
                     ChunkWrite(blocks.chain, block_id(INODE, digest(4)), 0, 5, BLOCK_BYTES, b"hello", pb.CREATE, 5000),
                     ChunkWrite(blocks.chain, block_id(INODE, digest(5)), 0, 5, 4, b"hello", pb.CREATE, SLAB_BYTES),
+                    ChunkWrite(blocks.chain, block_id(INODE, digest(6)), 0, 5, BLOCK_BYTES, b"hello", pb.CREATE, 0),
                 ]
             )
-            assert [type(error) for error in refused] == [InvalidArgument] * 7
+            assert [type(error) for error in refused] == [InvalidArgument] * 8
             assert await blocks.get([1, 2, 3, 4, 5]) == [content(1), None, None, None, None]
             await blocks.client.write([ChunkWrite(blocks.chain, name, 0, 0, 1, None, pb.REMOVE)])
             assert await blocks.get([1]) == [None]
