@@ -273,6 +273,10 @@ class RealFile(_Readable, DiskFile):
             with _typed(f"close {self._path}"):
                 os.close(fd)
 
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
 
 class RealLentFile(_Readable, LentFile):
     """Takes the descriptor over, also on failure. Refuses what is no file: reading it could wait for ever."""

@@ -271,7 +271,10 @@ class Channel:
                 raise MalformedFrame("memory was released before the call was answered")
             self._calls.release(header.request_id, pending)
         elif kind == Kind.FILE and self.peer.lends_files:
-            self.files.arrived(header.request_id, self._connection.stream.taken_fds())
+            if header.status:
+                self.files.gone(header.request_id)
+            else:
+                self.files.arrived(header.request_id, self._connection.stream.taken_fds())
         elif kind == Kind.HELLO and not self._greeted.is_set():
             self._greet(header, message)
         elif kind == Kind.GOODBYE:

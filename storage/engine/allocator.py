@@ -16,6 +16,7 @@ Everything here is called under the engine's lock, but for `give_back`. It must 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from kvfs.common.boundary.disk import Disk
 from kvfs.common.errors import NoSpace
@@ -189,6 +190,16 @@ class Allocator:
         for places in stretches:
             self._home(places).forget(places)
             self.group_bytes_total -= places.size
+        self.remove_vacant({places.block_bytes for places in stretches if places.slab})
+
+    def remove_vacant(self, sizes: Iterable[int] | None = None) -> None:
+        """Sizes of KV-cache blocks (None: all) of which none is left have no files either."""
+        for block_bytes in list(self._slabs) if sizes is None else sizes:
+            slabs = self._slabs.get(block_bytes)
+            if slabs is not None and slabs.vacant:
+                for number in slabs.file_numbers:
+                    self._files.remove((block_bytes, number))
+                del self._slabs[block_bytes]
 
     # --- opening ---
 

@@ -117,10 +117,11 @@ class ChunkEngine:
         ledger = self._ledger
         with ledger.lock:
             meta = ledger.lookup(chunk_id)
-        if meta is None:
-            raise ChunkNotFound(f"no chunk {chunk_id.hex()}")
-        version, content = _visible(meta, 0)
-        return place_of(ledger.files, content, offset, length, version, meta.pending.version if meta.pending is not None else 0)
+            if meta is None:
+                raise ChunkNotFound(f"no chunk {chunk_id.hex()}")
+            version, content = _visible(meta, 0)
+            # Under the lock, as nothing holds the block: its file could go with it.
+            return place_of(ledger.files, content, offset, length, version, meta.pending.version if meta.pending is not None else 0)
 
     def tag(self, client_id: bytes, channel: int) -> Tag | None:
         """The last idempotency record of this channel, if it is still kept."""

@@ -1,7 +1,7 @@
 """The data files of a target: data/<block bytes>.<number>, opened on first use and kept open.
 
-There are at most `files_per_class` of them for each of the 11 sizes of blocks of file chunks, and for each size that KV-cache blocks ever had
-here, so open descriptors are bounded as far as the sizes of spaces are. Remembers which files were written since the last sync. Must never be
+There are at most `files_per_class` of them for each of the 11 sizes of blocks of file chunks, and for each size of KV-cache blocks of which there
+are some: when the last block of a size has gone, so do its files (`remove`). Remembers which files were written since the last sync. Must never be
 asked for a block that the allocator did not give out.
 """
 
@@ -52,6 +52,17 @@ class DataFiles:
                         self._disk.sync_directory(FOLDER)
                     self._open[key] = file
         return file
+
+    def opened(self, key: FileKey) -> DiskFile | None:
+        return self._open.get(key)
+
+    def remove(self, key: FileKey) -> None:
+        """Under the engine's lock: nothing is in this file. It is closed when the last who still looks at it lets go."""
+        self.dirty.discard(key)
+        self._open.pop(key, None)
+        name = data_file_name(*key)
+        if self._disk.exists(name):
+            self._disk.unlink(name)  # not synced: a file that a power loss brings back is removed when the target is opened
 
     def close(self) -> None:
         for file in self._open.values():

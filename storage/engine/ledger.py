@@ -229,7 +229,9 @@ class Ledger:
                 self.unsynced_bytes = 0
             try:
                 for key in sorted(dirty):
-                    self.files.get(*key).sync()
+                    file = self.files.opened(key)
+                    if file is not None:  # else its blocks have gone meanwhile, and it with them
+                        file.sync()
                 with self.lock:
                     self._settled = below
                     self._append({})

@@ -60,6 +60,7 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
         raise
     # From here on the directory changes.
     allocator.give_back(unused)
+    allocator.remove_vacant()
     allocator.allocate_again(short)
     remove_segments_behind(disk, next_sequence)
     journal = Journal(disk, next_sequence, config.journal_bytes)

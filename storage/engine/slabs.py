@@ -77,6 +77,16 @@ class SlabClass:
         self.free = 0
         self._idle = 0
         """The fewest that were free since the last `trim`."""
+        self._leaving = 0
+
+    @property
+    def file_numbers(self) -> range:
+        return range(SLAB_FILE, SLAB_FILE + len(self._files))
+
+    @property
+    def vacant(self) -> bool:
+        """Nothing is behind any place, and nothing on its way back."""
+        return not self.places and not self._leaving
 
     @property
     def spare(self) -> int:
@@ -175,6 +185,7 @@ class SlabClass:
                     self.places -= gone
                     self.free -= gone
                     left -= gone
+                    self._leaving += gone
                     if not left:
                         break
                 if not segment.free:
@@ -185,6 +196,7 @@ class SlabClass:
     def forget(self, places: Stretch) -> None:
         """Nothing is behind them any more."""
         file, segment, mask = self._mask(places)
+        self._leaving -= places.blocks
         segment.leaving ^= mask
         segment.absent |= mask
         file.growable.add(segment.number)

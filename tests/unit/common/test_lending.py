@@ -84,6 +84,30 @@ def test_a_file_is_lent_once_a_connection_and_closed_at_its_end(tmp_path: Path) 
     on_transport("shm", main)
 
 
+def test_files_that_are_gone_make_room_for_others(tmp_path: Path) -> None:
+    """A service that lets files go all the time lends new ones for ever, and its callers keep no descriptors of the old ones."""
+
+    async def main(world: World) -> None:
+        files = opened(tmp_path, 3)
+        async with world.serve(Library(files), lends_files=True, limits=Limits(files=4)) as where, world.pool() as pool:
+            assert [await ask(pool, where, place) for place in range(3)] == [1, 2, 3]
+            borrowed = await pool.borrowed(where, timeout_s=5)
+            assert borrowed is not None
+            for number in range(4, 20):
+                folder = tmp_path / f"again{number}"
+                folder.mkdir()
+                files[1] = opened(folder, 2)[1]
+                assert await ask(pool, where, 1) == number
+                data, file = bytearray(6), borrowed.get(number)
+                assert file is not None and file.read_into([memoryview(data)], 0) == 6 and data == b"file 1"
+                assert borrowed.get(2) is None and (number == 4 or borrowed.get(number - 1) is None)
+            del file
+            assert open_descriptors(tmp_path) == 3 + 3
+            assert await ask(pool, where, 0) == 1
+
+    on_transport("shm", main)
+
+
 def test_a_burst_of_files_arrives_whole(tmp_path: Path) -> None:
     """Requests sent together are answered together: the frames with descriptors go out between the others."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from engine_world import IDENTITY, SMALL, LogDisk, ManualClock, cid, content_of, noise, open_engine, remove, write
 
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.boundary.real_disk import RealDisk, RealFile
 from kvfs.common.errors import NoSpace
 from kvfs.storage.engine.classes import Block, Stretch
 from kvfs.storage.engine.config import EngineConfig
@@ -123,6 +124,35 @@ def test_what_is_left_goes_back_to_the_disk_by_itself(tmp_path: Path, slab: int,
             time.sleep(0.05)
         assert engine.slab_space(slab) == (slab, 1)
         assert not engine.check(read_data=True).problems
+
+
+def test_a_size_of_which_nothing_is_left_has_no_files(tmp_path: Path) -> None:
+    """Open or on the disk: spaces of many sizes come and go in the life of a service."""
+    with real_engine(tmp_path) as engine:
+        for slab in range(4 * KIB, 44 * KIB, 4 * KIB):
+            for index in range(40):
+                put(engine, index, slab)
+            place = engine.place(cid(0), 0, 500)
+            assert place.file is not None
+            engine.remove([cid(index) for index in range(40)])
+            for _ in range(3):
+                engine._ledger.tidy()
+            engine.sync()
+            assert not list((tmp_path / "data").iterdir()) and not open_in(tmp_path / "data") - {place.file}
+            buffer = bytearray(500)
+            assert place.file.read_into([memoryview(buffer)], place.file_offset) == 500, "who still looks at it is not led to another file"
+            assert not any(buffer)
+        put(engine, 1, 8 * KIB)
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["8192.32768"]
+        assert not engine.check(read_data=True).problems
+    (tmp_path / "data" / "12288.32768").write_bytes(bytes(24 * KIB))  # the removal of its file did not survive a power loss
+    with real_engine(tmp_path) as engine:
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["8192.32768"]
+        assert not engine.check(read_data=True).problems
+
+
+def open_in(folder: Path) -> set[Any]:
+    return {entry for entry in gc.get_objects() if isinstance(entry, RealFile) and entry._path.startswith(str(folder)) and entry._fd >= 0}
 
 
 def test_what_writes_still_need_is_kept() -> None:
