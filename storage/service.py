@@ -28,7 +28,7 @@ from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.lending import Lender
 from kvfs.common.wire.server import Call
-from kvfs.storage.chain.messages import RECORD_BYTES, Incoming, Result, TagKey, refusal
+from kvfs.storage.chain.messages import RECORD_BYTES, Incoming, Result, TagKey, newer, refusal
 from kvfs.storage.engine.requests import Tag, UpdateKind
 from kvfs.storage.forwards import MAX_CHUNK_BYTES
 from kvfs.storage.host import Host
@@ -377,8 +377,9 @@ class StorageService:
         for record in request.tags:
             if len(record.tag.client_id) != CLIENT_ID_BYTES or len(record.result) != RECORD_BYTES:
                 raise BadRequest(f"a tag record of {len(record.tag.client_id)} and {len(record.result)} bytes: {CLIENT_ID_BYTES} and {RECORD_BYTES}")
-            known = target.engine.tag(record.tag.client_id, record.tag.channel)
-            if known is None or known.sequence < record.tag.sequence:
+            key = TagKey(record.tag.client_id, record.tag.channel, record.tag.sequence)
+            known = target.engine.tag(key.client_id, key.channel)
+            if known is None or newer(key, known.sequence):
                 tags.append(Tag(record.tag.client_id, record.tag.channel, record.tag.sequence, record.result))
         if tags:
             target.engine.commit([], target.replica.version, tags)

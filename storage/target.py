@@ -14,7 +14,7 @@ import trio
 from kvfs.common.errors import KvfsError
 from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.common.wire import storage_pb2 as pb
-from kvfs.storage.chain.messages import ABSENT, Stored, TagKey, record_of
+from kvfs.storage.chain.messages import ABSENT, Stored, TagKey, newer, record_of
 from kvfs.storage.chain.replica import Replica
 from kvfs.storage.chain.view import LocalState, PublicState
 from kvfs.storage.engine.engine import ChunkEngine
@@ -109,7 +109,7 @@ class Target:
         if tag is None:
             return None
         known = self.engine.tag(tag.client_id, tag.channel)
-        if known is not None and known.sequence >= tag.sequence:
+        if known is not None and not newer(tag, known.sequence):
             return None
         return Tag(tag.client_id, tag.channel, tag.sequence, record_of(update_version))
 

@@ -262,7 +262,7 @@ class Round:
             update = _update(flight, item, version)
             if isinstance(effect, m.Prepare):
                 prepares.append((flight, update))
-            elif target.replica.syncing and flight.kind in (UpdateKind.REPLACE, UpdateKind.REMOVE):
+            elif effect.forced:
                 forced.append((flight, update, target.record(item.tag, flight.update_version)))
             else:
                 applies.append((flight, update, target.record(item.tag, flight.update_version)))

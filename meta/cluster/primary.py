@@ -27,7 +27,7 @@ from kvfs.meta.cluster import joining, placing, routing
 from kvfs.meta.cluster.lease import Holding, renew
 from kvfs.meta.cluster.liveness import Leases
 from kvfs.meta.cluster.registry import Change, Records, fence, write_lease, writer
-from kvfs.meta.cluster.states import Local, Public, advance
+from kvfs.meta.cluster.states import Local, Public, advance, heard
 from kvfs.meta.kv import Engine, Transaction
 
 log = logging.getLogger(__name__)
@@ -236,13 +236,7 @@ class Primary:
         if report is None:
             since_s = self._silent_since_s.setdefault(target.target_id, now_s)
             return Local.OFFLINE if now_s - since_s > max(REPORT_GRACE_S, 5 * self._times.lease_s) else Local.UNKNOWN
-        if public is Public.LASTSRV and target.blank:
-            return Local.OFFLINE
-        local = Local(report.local_state)
-        if local is Local.UPTODATE and public is Public.SYNCING and report.chain_version and report.chain_version < chain_version:
-            # It was up to date in an earlier shape of the chain, perhaps before it lost its feeder: it has to say so again.
-            return Local.ONLINE
-        return local
+        return heard(Local(report.local_state), public, blank=target.blank, told_version=report.chain_version, chain_version=chain_version)
 
     # --- the scan --------------------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ A function from (chain, local states) to the next chain; no I/O, no clock, no me
   - targets stand in the order serving, syncing, waiting, lastsrv, offline: what is alive is fed from the head, what goes offline moves to the end;
   - a chain always has a serving target or, failing that, exactly one lastsrv target: some replica with all acknowledged data is known;
   - at most one target is syncing, and the one before it serves and feeds it;
+  - those that serve before and after keep their order: a head holds as pending what the targets behind it may have committed, so nobody is ever put
+    before another that serves;
   - any change raises the chain's version by one; no change leaves the chain as it is.
 It must never revive a chain through any target but its last serving one.
 """
@@ -74,6 +76,15 @@ def next_public(local: Local, public: Public, *, predecessor_serves: bool, anoth
             return Public.SERVING if local in (Local.UPTODATE, Local.ONLINE) else Public.LASTSRV
         case Public.OFFLINE:
             return Public.WAITING if local in (Local.UPTODATE, Local.ONLINE) else Public.OFFLINE
+
+
+def heard(local: Local, public: Public, *, blank: bool, told_version: int, chain_version: int) -> Local:
+    """What counts of a target's report. `told_version`: the chain version that it knew, 0: it did not say. `blank`: it came back without its data."""
+    if public is Public.LASTSRV and blank:
+        return Local.OFFLINE  # it must not revive the chain
+    if local is Local.UPTODATE and public is Public.SYNCING and 0 < told_version < chain_version:
+        return Local.ONLINE  # up to date in an earlier shape of the chain, perhaps before it lost its feeder: it has to say so again
+    return local
 
 
 def advance(chain: Chain, locals_: Mapping[int, Local]) -> Chain:

@@ -89,6 +89,11 @@ def record_of(update_version: int) -> bytes:
     return _RECORDED.pack(update_version)
 
 
+def newer(tag: TagKey, known_sequence: int) -> bool:
+    """Whether a channel's record is to become this tag's: a record never goes back, whatever order updates end in."""
+    return tag.sequence > known_sequence
+
+
 def from_record(record: bytes, chain_version: int, stored: Stored) -> Result:
     """The answer to a duplicate; length and checksum only while the chunk still is as that update left it."""
     (version,) = _RECORDED.unpack(record)
@@ -117,6 +122,8 @@ class Apply:
     """Write and commit in one step. -> applied / prepare_failed"""
 
     flight: Flight
+    forced: bool = False
+    """Whatever is there, also a newer version: the predecessor of a target that syncs is right."""
 
 
 @value

@@ -42,6 +42,7 @@ from kvfs.storage.chain.messages import (
     TargetEffect,
     Wait,
     from_record,
+    newer,
     refusal,
 )
 from kvfs.storage.chain.view import ChainView, LocalState, PublicState, Successor
@@ -265,7 +266,7 @@ class Replica:
         return flight, self._advance(flight)
 
     def _duplicate(self, incoming: Incoming, stored: Stored) -> Result | None:
-        if incoming.tag is None or incoming.tag.sequence > stored.tag_sequence:
+        if incoming.tag is None or newer(incoming.tag, stored.tag_sequence):
             return None
         if incoming.tag.sequence == stored.tag_sequence:
             return from_record(stored.tag_result, self.version, stored)
@@ -390,7 +391,7 @@ class Replica:
                 return [Commit(flight)]
             if flight.local is Local.NONE:
                 flight.local = Local.BUSY
-                return [Apply(flight) if successor is None else Prepare(flight)]
+                return [self._apply(flight) if successor is None else Prepare(flight)]
             return []
         effects: list[FlightEffect] = []
         if not flight.forwarding and not flight.waiting and (flight.local is Local.PREPARED or self._may_overlap(flight, successor)):
@@ -399,6 +400,9 @@ class Replica:
             flight.local = Local.BUSY
             effects.append(Prepare(flight))
         return effects
+
+    def _apply(self, flight: Flight) -> Apply:
+        return Apply(flight, forced=self.syncing and flight.kind in (UpdateKind.REPLACE, UpdateKind.REMOVE))
 
     def _may_overlap(self, flight: Flight, successor: Successor) -> bool:
         """Send it on before the local copy is written: when nothing but a failing disk could keep us from writing it."""

@@ -103,7 +103,7 @@ class ModelDisk:
             self.chunks[chunk] = (pending.version, pending.data)
         if pending.tag is not None:
             key = (pending.tag.client_id, pending.tag.channel)
-            if pending.tag.sequence > self.tags.get(key, (-1, b""))[0]:
+            if m.newer(pending.tag, self.tags.get(key, (-1, b""))[0]):
                 self.tags[key] = (pending.tag.sequence, m.record_of(pending.version))
 
 

@@ -45,10 +45,8 @@ class Manager:
         node = self.world.nodes[name]
         if not node.alive or name in self.seen_dead:
             return states.Local.OFFLINE
-        state = states.Local(int(node.replica.local_state))
-        # Up to date in an earlier shape of the chain: it has to say so again.
-        stale = node.replica.version < self.version and dict(self.members)[name] is PublicState.SYNCING
-        return states.Local.ONLINE if stale and state is states.Local.UPTODATE else state
+        local, public = states.Local(int(node.replica.local_state)), states.Public(int(dict(self.members)[name]))
+        return states.heard(local, public, blank=False, told_version=node.replica.version, chain_version=self.version)
 
     def scan(self) -> None:
         locals_ = {node.target_id: self.local(name) for name, node in self.world.nodes.items()}

@@ -51,6 +51,47 @@ def test_belief_ends_at_two_thirds_and_renewal_is_due_long_before() -> None:
     assert holding.believed(53.999) and not holding.believed(54.0)
 
 
+# A reign from beginning to end, two managers and one record; lease 6 s. When, who, does what; epoch and renewal in the store after it; who believes.
+STORY = [
+    (0.0, "a", "looks", (1, 1), "a"),  # nobody was there: a claims
+    (0.5, "b", "looks", (1, 1), "a"),
+    (1.0, "a", "renews", (1, 2), "a"),
+    (1.5, "b", "looks", (1, 2), "a"),  # a new renewal: b counts from here
+    (5.0, "b", "looks", (1, 2), ""),  # a stopped renewing at 1.0: it believes until 5.0
+    (7.4, "b", "looks", (1, 2), ""),  # not yet a whole duration since b saw the last renewal
+    (7.5, "b", "looks", (2, 1), "b"),
+    (8.0, "a", "renews", (2, 1), "b"),  # a wakes up: the fence refuses it, and it knows
+    (8.5, "a", "looks", (2, 1), "b"),
+    (9.0, "b", "renews", (2, 2), "b"),
+    (9.1, "b", "restarts", (2, 2), ""),
+    (9.2, "b", "looks", (3, 1), "b"),  # its own earlier run is dead: no wait, and another reign
+]
+
+
+def test_the_story_of_a_lease() -> None:
+    stored: Lease | None = None
+    watches: dict[str, Watch] = {}
+    holdings: dict[str, Holding] = {}
+    for now_s, who, does, expected, believers in STORY:
+        if does == "restarts":
+            watches.pop(who, None)
+            holdings.pop(who, None)
+        elif does == "looks":
+            watches[who] = observe(watches.get(who), stored, now_s)
+            if may_take(watches[who], who, now_s):
+                stored = claim(stored, who, "", DURATION_MS)
+                holdings[who] = Holding(stored, now_s)
+        elif same_reign(stored, holdings[who].lease):
+            assert stored is not None
+            stored = renew(stored)
+            holdings[who] = Holding(stored, now_s)
+        else:
+            del holdings[who]
+        assert stored is not None
+        assert (stored.epoch, stored.renewal) == expected, f"at {now_s} s, {who} {does}"
+        assert "".join(name for name, holding in sorted(holdings.items()) if holding.believed(now_s)) == believers, f"at {now_s} s, {who} {does}"
+
+
 @settings(max_examples=200, deadline=None)
 @given(steps=st.lists(st.tuples(st.sampled_from("ab"), st.floats(0.0, 3.0), st.floats(0.0, 2.0)), max_size=60))
 def test_no_two_believe_at_once(steps: list[tuple[str, float, float]]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfs.common.wire import cluster_pb2 as pb
-from kvfs.meta.cluster.states import Chain, Local, Member, Public, advance, next_public, problems
+from kvfs.meta.cluster.states import Chain, Local, Member, Public, advance, heard, next_public, problems
 
 S, Y, W, L, O = Public.SERVING, Public.SYNCING, Public.WAITING, Public.LASTSRV, Public.OFFLINE  # noqa: E741
 UP, ON, OFF, UNKNOWN = Local.UPTODATE, Local.ONLINE, Local.OFFLINE, Local.UNKNOWN
@@ -51,6 +51,26 @@ def test_row_of_the_table(local: Local, public: Public, predecessor: bool | None
 
 def test_the_table_is_whole() -> None:
     assert {(local, public) for local, public, *_ in TABLE} == {(local, public) for local in Local for public in Public}
+
+
+# What a target says, its public state, whether it came back blank, the chain version that it knew of the current 5; what counts.
+HEARD = [
+    (UP, Y, False, 5, UP),
+    (UP, Y, False, 4, ON),  # before the chain changed: its feeder may be another one now, and its copy of less
+    (UP, Y, False, 0, UP),  # it does not say
+    (UP, S, False, 4, UP),  # one that serves has to do nothing for a new version
+    (ON, Y, False, 4, ON),
+    (OFF, Y, False, 4, OFF),
+    (ON, L, False, 4, ON),
+    (ON, L, True, 4, OFF),  # an empty disk is not the last replica
+    (UP, L, True, 5, OFF),
+    (ON, W, True, 5, ON),  # it may be filled
+]
+
+
+@pytest.mark.parametrize(("says", "public", "blank", "told_version", "expected"), HEARD)
+def test_what_counts_of_a_report(says: Local, public: Public, blank: bool, told_version: int, expected: Local) -> None:
+    assert heard(says, public, blank=blank, told_version=told_version, chain_version=5) is expected
 
 
 def test_numbers_are_those_of_the_wire() -> None:
@@ -165,6 +185,8 @@ def test_any_history_keeps_the_chain_sound(size: int, history: list[list[Local]]
             if member.state is Y and before[member.target_id] is not Y:
                 assert before[member.target_id] is W
         serving = {member.target_id for member in after.members if member.state is S}
+        stayed = [[m.target_id for m in of.members if m.state is S and m.target_id in serving and before[m.target_id] is S] for of in (now, after)]
+        assert stayed[0] == stayed[1], "targets that go on serving changed places"
         last = {member.target_id for member in after.members if member.state is L}
         # Whoever stands for the chain's data now was among those who had all of it, or has just been made complete by one that had.
         for target in serving | last:
