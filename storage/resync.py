@@ -1,10 +1,10 @@
 """Bringing a returning target up to date: the predecessor's side.
 
 Owns one task per target whose successor is syncing. It begins when the chain says so, ends with SyncDone, and starts again after any loss or
-change of the chain. Meanwhile ordinary updates pass to the successor as whole chunks (the core sees to that).
-Invariants: nothing is compared before every update that was under way when the successor came has ended, since those do not pass to it; what is sent
-is what is committed here at that moment, under the chunk's lock; "remove there" is decided under the lock too, so a removed chunk cannot come back
-and a new one is never removed. Work and memory are bounded by the configured batches.
+change of the chain. Meanwhile ordinary updates pass to the successor as whole chunks (the replica core sees to that). What is asked, listed and sent
+when is the core's to say (chain/copying.py); this module carries it out.
+Invariants: what is sent is what is committed here at that moment, under the chunk's lock; "remove there" is decided under the lock too, so a removed
+chunk cannot come back and a new one is never removed. Work and memory are bounded by the configured batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from kvfs.common.transport.region import Span
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.channel import Buffer
 from kvfs.common.wire.service import method
-from kvfs.storage.chain.compare import Listed, Side, take_differences
+from kvfs.storage.chain.compare import Listed
+from kvfs.storage.chain.copying import AskStart, CopyEffect, Copying, ListPage, Send, drained, sent_as
+from kvfs.storage.engine.requests import UpdateKind
+from kvfs.storage.forwards import KINDS
 from kvfs.storage.host import Host
 from kvfs.storage.target import Progress, Target
 
@@ -33,7 +36,6 @@ SYNC_START = method("Storage", "SyncStart")
 SYNC_DONE = method("Storage", "SyncDone")
 
 PAGE = 2048
-BATCH_CHUNKS = 256
 CALL_S = 30.0
 LOCK_S = 120.0
 PAUSE_S = 0.1
@@ -70,62 +72,54 @@ class Resync:
         return replica.serving and replica.version == self._chain_version
 
     async def _drain(self) -> None:
-        """Wait for the updates that began before the successor was there."""
         before = list(self._target.replica.flights.values())
-        while any(not flight.done for flight in before):
+        while not drained(before):
             await self._host.clock.sleep(0.005)
 
     async def _attempt(self) -> None:
-        began_s = self._host.clock.monotonic()
-        progress = self._target.progress = Progress(self._successor)
-        start = pb.SyncStartRequest(
-            chain_id=self._target.chain_id, chain_version=self._chain_version, target_id=self._successor, from_target=self._target.target_id
-        )
-        await self._call(SYNC_START, start)
-        progress.total_chunks = self._target.engine.space().chunks
-        sent = 0
-        local, remote = Side.empty(), Side.empty()
-        limiter = trio.Semaphore(self._host.config.resync_concurrency)
+        """Carries out what the core says, all at once. Raises what any part of it raised."""
+        config, began_s = self._host.config, self._host.clock.monotonic()
+        copying = Copying(at_once=config.resync_concurrency, batch_bytes=config.resync_batch_bytes)
+        self._target.progress = progress = Progress(self._successor)
         errors: list[KvfsError] = []
 
-        async def send(batch: list[bytes]) -> None:
+        async def perform(effect: CopyEffect) -> None:
             try:
-                await self._send(batch)
+                more = await self._perform(copying, effect)
             except KvfsError as error:
                 errors.append(error)
-            finally:
-                limiter.release()
+                nursery.cancel_scope.cancel()
+                return
+            progress.done_chunks = copying.chunks_done
+            for following in more:
+                nursery.start_soon(perform, following)
 
         async with trio.open_nursery() as nursery:
-            while local.more or remote.more:
-                if local.more and (not remote.more or local.known <= remote.known):
-                    await self._list_local(local)
-                else:
-                    await self._list_remote(remote)
-                differing, compared = take_differences(local, remote)
-                progress.done_chunks += compared - len(differing)
-                for batch in self._batches(differing):
-                    await limiter.acquire()
-                    if errors:
-                        raise errors[0]
-                    sent += len(batch)
-                    nursery.start_soon(send, batch)
+            for effect in copying.begin():
+                nursery.start_soon(perform, effect)
         if errors:
             raise errors[0]
-        done = pb.SyncDoneRequest(
-            chain_id=self._target.chain_id, chain_version=self._chain_version, target_id=self._successor, from_target=self._target.target_id
-        )
+        took_s = self._host.clock.monotonic() - began_s
+        log.info("target %d: target %d is up to date: %d chunks sent in %.1f s", self._target.target_id, self._successor, copying.chunks_sent, took_s)
+
+    async def _perform(self, copying: Copying, effect: CopyEffect) -> list[CopyEffect]:
+        chain_id, version, source = self._target.chain_id, self._chain_version, self._target.target_id
+        if isinstance(effect, AskStart):
+            start = pb.SyncStartRequest(chain_id=chain_id, chain_version=version, target_id=self._successor, from_target=source)
+            await self._call(SYNC_START, start)
+            self._target.progress.total_chunks = self._target.engine.space().chunks
+            return copying.started()
+        if isinstance(effect, ListPage):
+            return await (self._list_local if effect.here else self._list_remote)(copying, effect)
+        if isinstance(effect, Send):
+            await self._send(effect.chunks)
+            return copying.sent(effect.chunks)
+        done = pb.SyncDoneRequest(chain_id=chain_id, chain_version=version, target_id=self._successor, from_target=source)
         for tag in self._target.engine.tags()[-TAGS_MAX:]:
             record = done.tags.add(result=tag.result)
             record.tag.client_id, record.tag.channel, record.tag.sequence = tag.client_id, tag.channel, tag.sequence
         await self._call(SYNC_DONE, done)
-        log.info(
-            "target %d: target %d is up to date: %d chunks sent in %.1f s",
-            self._target.target_id,
-            self._successor,
-            sent,
-            self._host.clock.monotonic() - began_s,
-        )
+        return copying.done()
 
     async def _call(self, what: object, request: object, send: Sequence[Buffer] = ()) -> pb.ListChunksReply:
         reply: pb.ListChunksReply = await self._host.pool.call(
@@ -139,32 +133,15 @@ class Resync:
 
     # --- the two lists ---------------------------------------------------------------------------------------------------------------
 
-    async def _list_local(self, side: Side) -> None:
-        metas, more = await self._host.workers.run(lambda: self._target.engine.list(after=side.known, limit=PAGE))
-        # One that is only pending is not a chunk yet: its update passes to the successor by itself.
-        side.add_page([Listed(meta.chunk_id, meta.version, meta.length, meta.checksum_of_list) for meta in metas if meta.version], more)
-        if metas:
-            side.known = metas[-1].chunk_id
+    async def _list_local(self, copying: Copying, page: ListPage) -> list[CopyEffect]:
+        metas, more = await self._host.workers.run(lambda: self._target.engine.list(after=page.after, limit=PAGE))
+        chunks = [Listed(meta.chunk_id, meta.version, meta.length, meta.checksum_of_list) for meta in metas if meta.version]
+        return copying.page(True, chunks, metas[-1].chunk_id if metas else b"", more)
 
-    async def _list_remote(self, side: Side) -> None:
-        reply = await self._call(LIST_CHUNKS, pb.ListChunksRequest(target_id=self._successor, after=side.known, limit=PAGE))
-        chunks = reply.chunks
-        side.add_page([Listed(chunk.chunk_id, chunk.version, chunk.length, chunk.checksum) for chunk in chunks if chunk.version], reply.more)
-        if chunks:
-            side.known = chunks[-1].chunk_id
-
-    def _batches(self, differing: Sequence[bytes]) -> list[list[bytes]]:
-        batches: list[list[bytes]] = []
-        room = 0
-        for chunk in differing:
-            meta = self._target.engine.get(chunk)
-            length = meta.length if meta is not None else 0
-            if not batches or length > room or len(batches[-1]) >= BATCH_CHUNKS:
-                batches.append([])
-                room = self._host.config.resync_batch_bytes
-            batches[-1].append(chunk)
-            room -= length
-        return batches
+    async def _list_remote(self, copying: Copying, page: ListPage) -> list[CopyEffect]:
+        reply = await self._call(LIST_CHUNKS, pb.ListChunksRequest(target_id=self._successor, after=page.after, limit=PAGE))
+        chunks = [Listed(chunk.chunk_id, chunk.version, chunk.length, chunk.checksum) for chunk in reply.chunks if chunk.version]
+        return copying.page(False, chunks, reply.chunks[-1].chunk_id if reply.chunks else b"", reply.more)
 
     # --- sending ---------------------------------------------------------------------------------------------------------------------
 
@@ -178,19 +155,20 @@ class Resync:
             spaces: dict[int, pb.KvSpace] = {}
             for chunk in chunks:
                 meta = target.engine.get(chunk)
+                kind = sent_as(meta.version if meta is not None else 0)
                 write = pb.WriteIO(
                     chain_id=target.chain_id,
                     chain_version=self._chain_version,
                     chunk_id=chunk,
-                    kind=pb.REMOVE,
+                    kind=KINDS[kind],
                     chunk_size=MAX_CHUNK_BYTES,
                     target_id=self._successor,
                     from_target=target.target_id,
                     sequence=target.replica.next_sequence(),
                     syncing=True,
                 )
-                if meta is not None and meta.version:
-                    write.kind, write.update_version, write.length = pb.REPLACE, meta.version, meta.length
+                if meta is not None and kind is UpdateKind.REPLACE:
+                    write.update_version, write.length = meta.version, meta.length
                     write.mtime_ns = meta.mtime_ns
                     if is_block(chunk):
                         write.slab_bytes = target.slab_bytes(chunk)
@@ -206,7 +184,6 @@ class Resync:
             for result in reply.results:
                 if result.status:
                     raise from_wire(result.status, result.message)
-            target.progress.done_chunks += len(chunks)
         finally:
             for span in borrowed:
                 host.buffers.release(span)

@@ -12,7 +12,8 @@ import xxhash
 
 from kvfs.common import errors
 from kvfs.storage.chain import messages as m
-from kvfs.storage.chain.compare import Listed, Side, take_differences
+from kvfs.storage.chain.compare import Listed
+from kvfs.storage.chain.copying import AskStart, Copying, ListPage, Send, drained, sent_as
 from kvfs.storage.chain.flight import Flight
 from kvfs.storage.chain.locks import ChunkLocks, Ticket
 from kvfs.storage.chain.messages import Incoming, Result, Stored, TagKey
@@ -526,7 +527,7 @@ class World:
         name = self.name_of(target_id)
         replica = node.replica
         before = self.old_flights(node)
-        while any(not flight.done for flight in before):
+        while not drained(before):
             yield "barrier"
         current = lambda: node.alive and node.resync_version == version  # noqa: E731
         results: list[Result | None] = []
@@ -561,60 +562,63 @@ class World:
 
             return answer_of
 
+        def copied(chunk: bytes) -> Iterator[object]:
+            """Sends one chunk as it is now. Leaves the answer in `results`."""
+            ticket = node.resync_ticket = node.locks.join([(node.target_id, chunk)])
+            ticket.on_ready = lambda: self._step(node)
+            while not ticket.ready:
+                yield "barrier"
+            update, data = node.disk.chunks.get(chunk, (0, b""))
+            kind = sent_as(update)
+            incoming = Incoming(chunk, kind, version, len(data), None, node.target_id, update, replica.next_sequence())
+
+            def answer(result: Result | None) -> None:
+                if current() and node.resync_ticket is ticket:
+                    results.append(result)
+                    node.resync_ticket = None
+                    self._leave(node, ticket)
+                    self._step(node)
+
+            self._request(node, name, f"resync {kind.name.lower()} {chunk.decode()} v{update}", incoming, Change(kind, data), answer)
+
+        listed: list[Listed] = []
+
+        def list_chunks(of: Node) -> Result:
+            listed[:] = [Listed(chunk, update, len(data), checksum(data)) for chunk, (update, data) in sorted(of.disk.chunks.items())]
+            return Result()
+
         while True:  # from the beginning until it went through without a loss
             results.clear()
-            ask("sync-start", sync("sync_start"))
-            while not results:
-                yield "message"
-            if results.pop() != Result(chain_version=version):
-                continue
-            listed: dict[str, list[Listed]] = {}
-
-            def list_chunks(receiver: Node, into: dict[str, list[Listed]] = listed) -> Result:
-                into[receiver.name] = [Listed(c, v, len(d), checksum(d)) for c, (v, d) in sorted(receiver.disk.chunks.items())]
-                return Result()
-
-            list_chunks(node)
-            ask("list", list_chunks)
-            while not results:
-                yield "message"
-            if results.pop() is None:
-                continue
-            sides = Side.empty(), Side.empty()
-            for side, page in zip(sides, (listed[node.name], listed[name]), strict=True):
-                side.add_page(page, more=False)
-            lost = False
-            for chunk in take_differences(*sides)[0]:
-                ticket = node.resync_ticket = node.locks.join([(node.target_id, chunk)])
-                ticket.on_ready = lambda: self._step(node)
-                while not ticket.ready:
-                    yield "barrier"
-                here = node.disk.chunks.get(chunk)
-                kind = UpdateKind.REPLACE if here else UpdateKind.REMOVE
-                update, data = here or (0, b"")
-                incoming = Incoming(chunk, kind, version, len(data), None, node.target_id, update, replica.next_sequence())
-                text = f"resync {kind.name.lower()} {chunk.decode()} v{update}"
-
-                def answer(result: Result | None, ticket: Ticket = ticket) -> None:
-                    if current() and node.resync_ticket is ticket:
-                        results.append(result)
-                        node.resync_ticket = None
-                        self._leave(node, ticket)
-                        self._step(node)
-
-                self._request(node, name, text, incoming, Change(kind, data), answer)
+            copying = Copying(at_once=1, batch_bytes=1 << 20, batch_chunks=1)
+            effects = copying.begin()
+            while effects:
+                effect = effects.pop(0)
+                if isinstance(effect, ListPage) and effect.here:
+                    list_chunks(node)
+                    effects += copying.page(True, listed, b"", False)
+                    continue
+                if isinstance(effect, AskStart):
+                    ask("sync-start", sync("sync_start"))
+                elif isinstance(effect, ListPage):
+                    ask("list", list_chunks)
+                elif isinstance(effect, Send):
+                    yield from copied(*effect.chunks)
+                else:
+                    ask("sync-done", sync("sync_done"))
                 while not results:
                     yield "message"
                 result = results.pop()
                 if result is None or result.status:
-                    lost = True
                     break
-            if lost:
-                continue
-            ask("sync-done", sync("sync_done"))
-            while not results:
-                yield "message"
-            if results.pop() == Result(chain_version=version):
+                if isinstance(effect, AskStart):
+                    effects += copying.started()
+                elif isinstance(effect, ListPage):
+                    effects += copying.page(False, listed, b"", False)
+                elif isinstance(effect, Send):
+                    effects += copying.sent(effect.chunks)
+                else:
+                    effects += copying.done()
+            if copying.over:
                 return
 
 
