@@ -15,6 +15,7 @@ from kvfs.common.boundary.random import Random
 from kvfs.common.errors import KvfsError, TransportError
 from kvfs.common.routing import Routing
 from kvfs.common.transport.region import Span
+from kvfs.common.wire.calls import Arrivals
 from kvfs.common.wire.lending import BorrowedFiles
 from kvfs.common.wire.service import Method
 
@@ -42,6 +43,7 @@ class Caller(Protocol):
         timeout_s: float,
         send: Sequence[Buffer] = (),
         receive: Sequence[Buffer] = (),
+        arrivals: Arrivals | None = None,
     ) -> Any: ...
 
     async def borrowed(self, addresses: Sequence[str], *, timeout_s: float) -> BorrowedFiles | None: ...

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import trio
 
+from kvfs.client.arriving import ArrivingSums
 from kvfs.client.batch import Group, group_by_node
 from kvfs.client.config import ClientConfig
 from kvfs.client.peers import Buffer, Peers
 from kvfs.client.retry import Attempts, worth_retrying
-from kvfs.common.checksum import verify
+from kvfs.common.checksum import checksums
 from kvfs.common.errors import ChainError, ChecksumMismatch, ChunkNotFound, DataError, InputOutput, KvfsError, NoServingTarget, from_wire
 from kvfs.common.ids import ChunkId
 from kvfs.common.transport.region import Span
@@ -143,8 +144,9 @@ class ReadPath:
             read = run.reads[index]
             add(chain_id=read.chain_id, target_id=target, chunk_id=read.chunk_id, offset=read.offset, length=read.length, counted=read.counted)
             memory.append(run.memory(index))
+        sums = ArrivingSums([run.reads[index].offset for index in group.indexes])
         try:
-            reply = await self._peers.caller.call(group.addresses, READ, request, timeout_s=timeout_s, receive=memory)
+            reply = await self._peers.caller.call(group.addresses, READ, request, timeout_s=timeout_s, receive=memory, arrivals=sums)
         except KvfsError as error:
             self._peers.suspect(group.node_id, error)
             for index, target in zip(group.indexes, group.targets, strict=True):
@@ -155,10 +157,11 @@ class ReadPath:
                 self._failed(run, index, target, InputOutput(f"a reply with {len(reply.results)} results for {len(group.indexes)} reads"))
             return
         self._peers.trust(group.node_id)
-        for index, target, buffer, result in zip(group.indexes, group.targets, memory, reply.results, strict=True):
-            self._take(run, index, target, buffer, result)
+        for place, (index, target, buffer, result) in enumerate(zip(group.indexes, group.targets, memory, reply.results, strict=True)):
+            self._take(run, index, target, buffer, result, sums.of(place, result.length))
 
-    def _take(self, run: _Run, index: int, target: int, buffer: Buffer, result: pb.ReadResult) -> None:
+    def _take(self, run: _Run, index: int, target: int, buffer: Buffer, result: pb.ReadResult, found: bytes | None) -> None:
+        """`found`: the checksums of the bytes that came, where they were made on their way in."""
         read = run.reads[index]
         counters = self._peers.counters
         view = buffer.view if isinstance(buffer, Span) else memoryview(buffer)
@@ -167,7 +170,7 @@ class ReadPath:
             due = max(0, min(read.length, result.chunk_length - read.offset))
             if length != due:  # what is missing would be taken for a hole
                 self._failed(run, index, target, InputOutput(f"target {target} sent {length} of the {due} bytes of a chunk that it has"))
-            elif verify(view if length == read.length else view[:length], read.offset, result.checksums):
+            elif result.checksums == (checksums(view[:length], read.offset) if found is None else found):
                 counters.read_bytes += length
                 run.done[index] = ReadDone(length, view, index in run.moved, True, result.version, result.chunk_length)
             else:

@@ -34,6 +34,9 @@ ReadBuffer = bytes | bytearray | memoryview
 MAX_FDS: Final = 16
 _IOV_MAX: Final = 1024
 _BACKLOG: Final = 512
+LOW_WATER_BYTES: Final = 128 << 10
+"""Of bytes that are known to come over TCP so many are waited for at once: a wake-up costs as much as copying them (4 MiB of payload: half the
+wake-ups, a tenth less of the receiver's time)."""
 _CREDENTIALS: Final = struct.Struct("iII")
 _FD_SPACE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
@@ -58,6 +61,10 @@ class ByteStream(ABC):
 
     @abstractmethod
     async def wait_readable(self) -> None: ...
+
+    def expect(self, count: int) -> None:
+        """So many bytes at least are about to come: `wait_readable` may wait until a good part of them is here. 1: no more."""
+        return
 
     def take_over(self, task: trio.lowlevel.Task) -> bool:
         """Wakes `task`, which is about to wait, in place of the task in `wait_readable`: see ReadWatch. False: not here, or nobody waits now."""
@@ -246,6 +253,7 @@ class SocketStream(ByteStream):
         self.trusted = self.carries_fds and _peer_uid(sock) in (0, os.geteuid())
         self._fds: list[int] = []
         self._watch = ReadWatch(sock.fileno())
+        self._expected = 1
         self._write_fd = -1
         """A second descriptor of the socket: trio arms a descriptor for reading and writing together, and reading is the watch's."""
 
@@ -297,6 +305,13 @@ class SocketStream(ByteStream):
             await self._watch.wait()
         except (trio.ClosedResourceError, OSError, ValueError) as error:
             raise self._lost(error) from None
+
+    def expect(self, count: int) -> None:
+        count = min(count, LOW_WATER_BYTES)
+        if count != self._expected and not self.carries_fds:
+            self._expected = count
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
 
     def take_over(self, task: trio.lowlevel.Task) -> bool:
         return self._watch.take_over(task)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import outcome
@@ -32,7 +32,7 @@ from kvfs.common.errors import (
 )
 from kvfs.common.transport.region import BufferPool
 from kvfs.common.wire import base_pb2 as pb
-from kvfs.common.wire.calls import Calls, Pending
+from kvfs.common.wire.calls import Arrivals, Calls, Pending
 from kvfs.common.wire.connection import Connection, Receive
 from kvfs.common.wire.frame import Header, Kind, Limits, decode_table, encode, table_bytes
 from kvfs.common.wire.identity import Identity
@@ -106,7 +106,16 @@ class Channel:
             raise Unreachable(f"{address} did not shake hands within {timeout_s:g} s")
         return channel
 
-    async def call(self, method: Method, request: Any, *, timeout_s: float, send: Sequence[Buffer] = (), receive: Sequence[Buffer] = ()) -> Any:
+    async def call(
+        self,
+        method: Method,
+        request: Any,
+        *,
+        timeout_s: float,
+        send: Sequence[Buffer] = (),
+        receive: Sequence[Buffer] = (),
+        arrivals: Arrivals | None = None,
+    ) -> Any:
         """The reply message. `send` or `receive` name memory whose bytes go with the request or come with the reply; the request's `bulk` field is
         filled in here. Raises what the service raised, or a TransportError."""
         now = self._clock.monotonic()
@@ -115,7 +124,7 @@ class Channel:
             await calls.wait_for_room(timeout_s)
         if calls.ended is not None:
             raise ConnectionLost(f"channel to {self.address} is closed: {calls.ended.message}")
-        pending = Pending(method, now + timeout_s, self._connection.received)
+        pending = Pending(method, now + timeout_s, self._connection.received, arrivals)
         request_id = self._next_id
         self._next_id += 1
         payload: Sequence[bytes | memoryview] = ()
@@ -315,7 +324,8 @@ class Channel:
         if receive.left != (sum(placed) if named.inline_receive else 0):
             raise MalformedFrame(f"{pending.method.full_name}: the payload's length does not match its table")
         if pending.alive and receive.left:
-            await receive.into([view[:size] for view, size in zip(named.destinations(), placed, strict=True)], lambda: pending.alive)
+            views = [view[:size] for view, size in zip(named.destinations(), placed, strict=True)]
+            await receive.into(views, _watch(pending, views, receive.left))
         else:
             await receive.drop()
         self._calls.finish(header.request_id, pending, result, held=header.kind == Kind.REPLY_HELD)
@@ -335,6 +345,20 @@ class Channel:
             return outcome.Value(pending.method.reply.FromString(bytes(message)))
         except Exception:
             raise MalformedFrame(f"the reply to {pending.method.full_name} does not parse") from None
+
+
+def _watch(pending: Pending, views: Sequence[memoryview], size: int) -> Callable[[int], bool]:
+    """For Receive.into: whether the caller is still there, who is told of what arrived."""
+    arrivals = pending.arrivals
+    if arrivals is not None:
+        arrivals.begin(views)
+
+    def wanted(left: int) -> bool:
+        if pending.alive and arrivals is not None:
+            arrivals.arrived(size - left)
+        return pending.alive
+
+    return wanted
 
 
 def _error_of(header: Header, message: memoryview) -> KvfsError:

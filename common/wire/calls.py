@@ -11,8 +11,8 @@ for all callers. Alone, that saves a turn of the loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import outcome
 import trio
@@ -23,14 +23,25 @@ from kvfs.common.wire.outgoing import Named
 from kvfs.common.wire.service import Method
 
 
+class Arrivals(Protocol):
+    """Who wants to know of a reply's bytes while they arrive (by payload: a service that reaches the memory by itself tells nothing)."""
+
+    def begin(self, views: Sequence[memoryview]) -> None:
+        """They will arrive here, in this order."""
+
+    def arrived(self, count: int) -> None:
+        """So many are here. Called now and then, last when all are."""
+
+
 class Pending:
     """A call under way. `alive` until its caller has an outcome."""
 
-    __slots__ = ("alive", "began", "deadline", "entry", "method", "named", "result", "task")
+    __slots__ = ("alive", "arrivals", "began", "deadline", "entry", "method", "named", "result", "task")
 
-    def __init__(self, method: Method, deadline: float, began: int) -> None:
+    def __init__(self, method: Method, deadline: float, began: int, arrivals: Arrivals | None = None) -> None:
         self.method = method
         self.deadline = deadline
+        self.arrivals = arrivals
         self.began = began
         """What the connection had received by then."""
         self.task: trio.lowlevel.Task | None = None

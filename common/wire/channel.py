@@ -19,6 +19,7 @@ from kvfs.common.boundary.net import Net
 from kvfs.common.errors import DeadlineExceeded, TransportError, Unreachable
 from kvfs.common.transport.region import BufferPool
 from kvfs.common.wire.caller import DEFAULT_LIMITS, Channel
+from kvfs.common.wire.calls import Arrivals
 from kvfs.common.wire.frame import Limits
 from kvfs.common.wire.identity import Identity
 from kvfs.common.wire.lending import BorrowedFiles
@@ -80,7 +81,15 @@ class ChannelPool:
                 self._staging.close()
 
     async def call(
-        self, addresses: Sequence[str], method: Method, request: Any, *, timeout_s: float, send: Sequence[Buffer] = (), receive: Sequence[Buffer] = ()
+        self,
+        addresses: Sequence[str],
+        method: Method,
+        request: Any,
+        *,
+        timeout_s: float,
+        send: Sequence[Buffer] = (),
+        receive: Sequence[Buffer] = (),
+        arrivals: Arrivals | None = None,
     ) -> Any:
         """As Channel.call, connecting first where needed; connecting counts against the time. Unreachable: the request was not sent."""
         channel = self._channels.get(addresses if type(addresses) is tuple else tuple(addresses))
@@ -89,7 +98,7 @@ class ChannelPool:
             channel = await self.channel(addresses, timeout_s=timeout_s)
             timeout_s = max(0.001, until - self.clock.monotonic())
         try:
-            return await channel.call(method, request, timeout_s=timeout_s, send=send, receive=receive)
+            return await channel.call(method, request, timeout_s=timeout_s, send=send, receive=receive, arrivals=arrivals)
         except DeadlineExceeded:
             if channel.suspect:
                 self._drop(tuple(addresses), channel)

@@ -49,8 +49,9 @@ class Receive:
         self._connection = connection
         self.left = size
 
-    async def into(self, views: Sequence[memoryview], wanted: Callable[[], bool] | None = None) -> None:
-        """Fills the views. When `wanted` says no, the rest of their bytes is thrown away and the views are not touched again."""
+    async def into(self, views: Sequence[memoryview], wanted: Callable[[int], bool] | None = None) -> None:
+        """Fills the views. `wanted` is told now and then how many of their bytes are missing, last when none is. When it says no, the rest is thrown
+        away and the views are not touched again."""
         rest = [view for view in views if view.nbytes]
         size = sum(view.nbytes for view in rest)
         if size > self.left:
@@ -341,33 +342,42 @@ class Connection:
             self.received += 1
         return count
 
-    async def _fill(self, rest: list[memoryview], wanted: Callable[[], bool] | None) -> None:
+    async def _fill(self, rest: list[memoryview], wanted: Callable[[int], bool] | None) -> None:
+        left = sum(view.nbytes for view in rest)
         while rest and self._end > self._start:
             part = rest[0]
             count = min(part.nbytes, self._end - self._start)
-            if wanted is not None and not wanted():
-                await self._drain(sum(view.nbytes for view in rest))
+            if wanted is not None and not wanted(left):
+                await self._drain(left)
                 return
             part[:count] = self._view[self._start : self._start + count]
             self._start += count
+            left -= count
             rest = after(rest, count)
         in_a_row = 0
-        while rest:
-            if wanted is not None and not wanted():
-                await self._drain(sum(view.nbytes for view in rest))
-                return
-            got = self.stream.receive_now(rest)
-            if got is None:
-                await self.stream.wait_readable()
-            elif got == 0:
-                raise ConnectionLost(f"{self.stream.peer} closed the connection in the middle of a frame")
-            else:
-                self.received += 1
-                rest = after(rest, got)
-                in_a_row += 1
-                if in_a_row >= _READS_IN_A_ROW:
-                    in_a_row = 0
-                    await trio.lowlevel.checkpoint()
+        try:
+            while rest:
+                if wanted is not None and not wanted(left):
+                    await self._drain(left)
+                    return
+                got = self.stream.receive_now(rest)
+                if got is None:
+                    self.stream.expect(left)
+                    await self.stream.wait_readable()
+                elif got == 0:
+                    raise ConnectionLost(f"{self.stream.peer} closed the connection in the middle of a frame")
+                else:
+                    self.received += 1
+                    left -= got
+                    rest = after(rest, got)
+                    in_a_row += 1
+                    if in_a_row >= _READS_IN_A_ROW:
+                        in_a_row = 0
+                        await trio.lowlevel.checkpoint()
+        finally:
+            self.stream.expect(1)
+        if wanted is not None:
+            wanted(0)
 
     async def _drain(self, size: int) -> None:
         here = min(size, self._end - self._start)

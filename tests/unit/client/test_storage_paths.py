@@ -77,9 +77,10 @@ def test_a_replica_that_refuses_is_passed_over_and_routing_refreshed(error: Exce
     run(test)
 
 
-def test_bytes_that_fail_their_checksum_are_read_from_another_replica() -> None:
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_bytes_that_fail_their_checksum_are_read_from_another_replica(shared_memory: bool) -> None:
     async def test() -> None:
-        async with world(nodes=2) as place:
+        async with world(nodes=2, shared_memory=shared_memory) as place:
             place.chunks[ID] = bytearray(range(100))
             place.storage[0].corrupt = place.storage[1].corrupt = True
             with pytest.raises(ChecksumMismatch):  # soon, not at the deadline
