@@ -19,7 +19,7 @@ from kvfs.common.boundary.net import Net
 from kvfs.common.boundary.random import Random
 from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.boundary.world import Boundaries
-from kvfs.common.errors import ConfigError, KvfsError, LeaseExpired
+from kvfs.common.errors import ConfigError, KvfsError, LeaseExpired, NoSpace
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
 from kvfs.common.transport.region import BufferPool
@@ -49,6 +49,7 @@ log = logging.getLogger("kvfs.storage")
 
 RECOVER_CHUNKS = 256
 CREATE_RETRY_S = 1.0
+REOPEN_S = 5.0
 LEAVE_S = 0.5
 """How long a process that is told to stop waits for the cluster to take notice."""
 
@@ -234,12 +235,21 @@ class _Process:
                 raise
             log.error("target %d cannot be opened and stays out of service: %s", target_id, error.message)
             replica.fail(error.message)
+            if isinstance(error, NoSpace):
+                self.host.nursery.start_soon(self._open_later, directory, target_id)
         target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica, retention, scrub)
         target.refresh_space()
         self.host.targets[target_id] = target
         if engine is not None:
             self.host.nursery.start_soon(self._keeper.evict, target)
         return target
+
+    async def _open_later(self, directory: DataDirectory, target_id: int) -> None:
+        """A full disk may have room again; a failed one is looked at by people, who then start the process anew."""
+        await self._clock.sleep(REOPEN_S)
+        await self._open(directory, target_id, self.host.targets[target_id].chain_id, fresh=False)
+        self._on_routing(self.host.link.routing)
+        self.host.link.report_now()
 
     async def _make(self, wanted: cluster.Target) -> None:
         """A target that the manager says this node must have."""

@@ -19,7 +19,7 @@ from tests.sim.world import World
 
 from kvfs.cli.fsck import Checker, ask_target
 from kvfs.client.async_client import AsyncClient
-from kvfs.common.errors import NotFound
+from kvfs.common.errors import ConnectionLost, NotFound
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
 
@@ -38,6 +38,8 @@ class End:
     blocks: Blocks
     trouble_until_s: float
     """No fault was at work after that."""
+    evicts: bool
+    """A disk was full: then blocks may go."""
 
     @property
     def routing(self) -> Routing:
@@ -52,7 +54,7 @@ async def check_histories(end: End) -> list[str]:
 
     def model(key: str) -> Model:
         if key.startswith("block"):
-            return CreateOnce(free_misses_until_s=end.trouble_until_s)
+            return CreateOnce(free_misses_until_s=end.trouble_until_s, evicts=end.evicts)
         return FileLength() if key.startswith("length") else Register()
 
     return [explain(bad) for bad in check(end.record.history.operations(), model)]
@@ -78,10 +80,13 @@ async def check_files(end: End) -> list[str]:
 
 async def check_replicas(end: End) -> list[str]:
     """What `kvfs fsck` looks for: replicas are identical, no chunk is an orphan, lengths fit, the namespace is consistent."""
+    problems: list[str] = []
     with trio.move_on_after(FSCK_S):
         while True:
-            checker = Checker(end.world.pool, await end.link.refresh())
-            problems = (await checker.run()).problems
+            try:
+                problems = (await Checker(end.world.pool, await end.link.refresh()).run()).problems
+            except ConnectionLost as error:  # one that a machine which died has left
+                problems = [error.message]
             if not problems:
                 return []
             await trio.sleep(1.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 import trio
@@ -52,8 +53,18 @@ CONFIG = ClientConfig(
     length_hint_s=1.0,
 )
 CACHE_CONFIG = CacheConfig()
-PAUSE_S = 0.4
-"""Between two operations, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Of all clients."""
+
+    operations: int
+    """Of each work."""
+    pause_s: float
+    """Between two operations of a work, at most."""
+    keys: int
+    """How many chunks the registers are."""
 
 
 @dataclass(slots=True)
@@ -71,8 +82,9 @@ class Record:
 class Work(ABC):
     """One operation after the other. Must never raise what a user would not meet."""
 
-    def __init__(self, name: str, process: Process, client: AsyncClient, record: Record) -> None:
+    def __init__(self, name: str, process: Process, client: AsyncClient, record: Record, pace: Pace) -> None:
         self.name = name
+        self.pace = pace
         self.client = client
         self.record = record
         self.random: Random = process.random
@@ -86,9 +98,9 @@ class Work(ABC):
     @abstractmethod
     async def operate(self) -> None: ...
 
-    async def run(self, operations: int) -> None:
-        for _ in range(operations):
-            await trio.sleep(self.random.uniform(0, PAUSE_S))
+    async def run(self) -> None:
+        for _ in range(self.pace.operations):
+            await trio.sleep(self.random.uniform(0, self.pace.pause_s))
             self.record.operations += 1
             await self.operate()
 
@@ -110,7 +122,7 @@ class Registers(Work):
         self._placement = Placement.of(await self.client.stat(REGISTERS))
 
     async def operate(self) -> None:
-        index = self.random.randrange(self._placement_chunks())
+        index = self.random.randrange(self.pace.keys)
         size = SIZES[index % len(SIZES)]
         halves = index % 2
         right = halves and self.random.randrange(2)
@@ -123,9 +135,6 @@ class Registers(Work):
             await self.remove(key, index)
         else:
             await self.read(key, index, offset, size)
-
-    def _placement_chunks(self) -> int:
-        return 6
 
     async def write(self, key: str, index: int, offset: int, size: int) -> None:
         value = self.value()
@@ -174,7 +183,7 @@ class Registers(Work):
     async def read_all(self) -> bool:
         """Every key once."""
         well = True
-        for index in range(self._placement_chunks()):
+        for index in range(self.pace.keys):
             size = SIZES[index % len(SIZES)]
             if index % 2:
                 well &= await self.read(f"chunk {index} left", index, 0, size)
@@ -233,7 +242,7 @@ class Files(Work):
     """Files of this client's own. After each acknowledged operation exactly one content is right; after one of unknown outcome two are."""
 
     async def operate(self) -> None:
-        path = f"/{self.name}-{self.random.randrange(3)}"
+        path = self._path()
         what = self.random.randrange(10)
         known = self.record.files.setdefault(path, {None})
         if what < 4:
@@ -245,9 +254,13 @@ class Files(Work):
         elif what == 7:
             await self.unlink(path, known)
         elif what == 8:
-            await self.rename(path, f"/{self.name}-{self.random.randrange(3)}")
+            await self.rename(path, self._path())
         else:
             await self.read(path, known)
+
+    def _path(self) -> str:
+        """Of this life of the client: what an earlier one had under way may still arrive."""
+        return f"/{self.name}.{self.process.machine.lives}-{self.random.randrange(3)}"
 
     async def _try(self, what: str, step: Callable[[], Awaitable[None]]) -> KvfsError | None:
         try:
@@ -416,7 +429,7 @@ def shown(content: bytes | None) -> str:
 WORKS: tuple[type[Work], ...] = (Registers, Log, Files, Blocks)
 
 
-def client_main(world: World, record: Record, works: tuple[type[Work], ...], operations: int, over: Callable[[], None]) -> Main:
+def client_main(world: World, record: Record, works: tuple[type[Work], ...], pace: Pace, over: Callable[[], None]) -> Main:
     """The process of one client machine."""
 
     async def main(process: Process, started: Callable[[], None]) -> None:
@@ -424,22 +437,22 @@ def client_main(world: World, record: Record, works: tuple[type[Work], ...], ope
         async with connected(world, process) as client, trio.open_nursery() as nursery:
             for number, work in enumerate(works):
                 name = f"{process.machine.name}{work.__name__[0].lower()}{number}"
-                made = work(name, process, client, record)
-                nursery.start_soon(_work, made, operations)
+                made = work(name, process, client, record, pace)
+                nursery.start_soon(_work, made)
         over()
 
     return main
 
 
-async def _work(work: Work, operations: int) -> None:
+async def _work(work: Work) -> None:
     while True:
         try:
             await work.begin()
             break
         except KvfsError:
             await trio.sleep(0.5)
-    await work.run(operations)
+    await work.run()
 
 
-def connected(world: World, process: Process):  # type: ignore[no-untyped-def]
+def connected(world: World, process: Process) -> AbstractAsyncContextManager[AsyncClient]:
     return open_client(world.address, user=ROOT, config=CONFIG, net=process.net, clock=process.clock, random=process.random)

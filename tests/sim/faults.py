@@ -2,19 +2,22 @@
 
 A fault is `async def name(world, random, hold_s)`, registered with a weight by `@fault(weight)`. It strikes machines of its own choice, drawn from
 `random` alone, says in the trace what it did, and leaves everything mended when it returns (a process that it killed runs again). Several are at work
-at once, so it must cope with a machine that is down already. Must never make the cluster lose what it does not promise to keep: power goes only
-where every chain has another serving replica.
+at once, so it must cope with a machine that is down already. Must never make the cluster lose what it does not promise to keep: power goes, and disks
+are emptied, only where every chain has another serving replica, and while nothing else is struck (`alone`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
-from tests.sim.machine import Machine
+from tests.sim.machine import Machine, Process
 from tests.sim.world import World
 
 from kvfs.common.boundary.random import Random
+from kvfs.common.errors import InputOutput
+from kvfs.common.wire import cluster_pb2
 
 Fault = Callable[[World, Random, float], Awaitable[None]]
 FAULTS: dict[str, tuple[Fault, int]] = {}
@@ -26,6 +29,41 @@ def fault(weight: int) -> Callable[[Fault], Fault]:
         return function
 
     return register
+
+
+@asynccontextmanager
+async def alone(world: World) -> AsyncIterator[bool]:
+    """With every target serving and no other fault at work; others wait. False: it does not come to that."""
+    with trio.move_on_after(20):
+        while world.striking > 1 or world.fragile or not _all_serve(world):
+            await trio.sleep(0.2)
+    well = world.striking == 1 and not world.fragile and _all_serve(world)
+    if not well:
+        yield False
+        return
+    world.fragile = True
+    try:
+        yield True
+    finally:
+        world.fragile = False
+
+
+def _all_serve(world: World) -> bool:
+    routing = world.link.routing
+    return all(machine.up for machine in world.of_kind("s")) and all(
+        member.state == cluster_pb2.SERVING for chain in routing.chains for member in chain.targets
+    )
+
+
+async def _until_missed(world: World, machine: Machine) -> None:
+    """Until the cluster knows that this storage service is gone."""
+    with trio.move_on_after(15):
+        while True:
+            routing = world.link.routing
+            own = {target.target_id for target in routing.targets if routing.node(target.node_id).hostname == machine.name}
+            if not any(member.target_id in own and member.state == cluster_pb2.SERVING for chain in routing.chains for member in chain.targets):
+                return
+            await trio.sleep(0.2)
 
 
 def _up(world: World, kinds: str) -> list[Machine]:
@@ -81,3 +119,184 @@ async def partition(world: World, random: Random, hold_s: float) -> None:
     await trio.sleep(hold_s)
     _say(world, "no partition")
     world.fabric.heal()
+
+
+@fault(2)
+async def cut_off(world: World, random: Random, hold_s: float) -> None:
+    """Machines lose the managers, and nothing else: they live on with old routing."""
+    names = [machine.name for machine in _up(world, "snc") if random.randrange(3) == 0]
+    one_way = random.randrange(3) == 0
+    if names:
+        _say(world, f"{' '.join(names)} cannot reach the managers" + (" but hear them" if one_way else ""))
+        world.fabric.partition(names, [machine.name for machine in world.of_kind("m")], one_way=one_way)
+        await trio.sleep(hold_s)
+        world.fabric.heal()
+
+
+@fault(2)
+async def resets(world: World, random: Random, hold_s: float) -> None:
+    """Connections break at any moment: requests are lost, or carried out and not answered, and come again on another connection."""
+    world.fabric.break_probability = random.uniform(0.005, 0.05)
+    await trio.sleep(hold_s)
+    world.fabric.break_probability = 0.0
+
+
+@fault(2)
+async def slow_network(world: World, random: Random, hold_s: float) -> None:
+    """Every message is late, some machines' most of all: what goes by different connections arrives in another order."""
+    names = [name for name in world.machines if random.randrange(2)]
+    for name in names:
+        world.fabric.lags_s[name] = random.uniform(0.01, 0.8)
+    _say(world, f"late: {' '.join(names)}")
+    await trio.sleep(hold_s)
+    for name in names:
+        world.fabric.lags_s.pop(name, None)
+
+
+@fault(2)
+async def slow_disk(world: World, random: Random, hold_s: float) -> None:
+    machine = random.choice(world.of_kind("s"))
+    machine.slow_s = random.uniform(0.01, 0.6)
+    _say(world, f"the disks of {machine.name} are slow")
+    await trio.sleep(hold_s)
+    machine.slow_s = 0.0
+
+
+@fault(2)
+async def full_disk(world: World, random: Random, hold_s: float) -> None:
+    """No room is left for a while."""
+    machine = random.choice(world.of_kind("s"))
+    media = list(machine.media.values())
+    before = [medium.capacity_bytes for medium in media]
+    for medium in media:
+        medium.capacity_bytes = medium.used_bytes() + random.randrange(64 << 10)
+    _say(world, f"the disks of {machine.name} are full")
+    await trio.sleep(hold_s)
+    for medium, capacity_bytes in zip(media, before, strict=True):
+        medium.capacity_bytes = capacity_bytes
+
+
+@fault(2)
+async def io_errors(world: World, random: Random, hold_s: float) -> None:
+    """A disk fails at some operation and goes on failing; then it is mended and the service started anew."""
+    machine = random.choice(world.of_kind("s"))
+    paths = [path for path in machine.media if path != "/d"]
+    if not paths or machine.disk_hook is not None:
+        return
+    failing, left = random.choice(paths), random.randrange(30)
+
+    def hook(process: Process, path: str, operation: str, name: str) -> None:
+        nonlocal left
+        if path == failing and operation in ("read", "write", "sync", "map_commit", "allocate", "sync_directory"):
+            left -= 1
+            if left < 0:
+                raise InputOutput(f"{operation} {name}: the disk failed")
+
+    machine.disk_hook = hook
+    _say(world, f"disk {failing} of {machine.name} fails after {left} operations")
+    await trio.sleep(hold_s)
+    machine.disk_hook = None
+    await machine.stop()
+    await _restart(machine)
+
+
+@fault(4)
+async def kill_at_a_disk_operation(world: World, random: Random, hold_s: float) -> None:
+    """A storage service dies between two steps of its disk."""
+    machine = random.choice(world.of_kind("s"))
+    if machine.disk_hook is not None:
+        return
+    left = random.randrange(60)
+
+    def hook(process: Process, path: str, operation: str, name: str) -> None:
+        nonlocal left
+        if operation in ("write", "sync", "map_commit", "allocate", "unlink", "sync_directory", "open") and not process.dead:
+            left -= 1
+            if left < 0:
+                machine.disk_hook = None
+                _say(world, f"before {operation} {path}/{name}:")
+                machine.kill()
+                raise InputOutput("the process is dead")
+
+    machine.disk_hook = hook
+    await trio.sleep(hold_s)
+    machine.disk_hook = None
+    await _restart(machine)
+
+
+@fault(3)
+async def power(world: World, random: Random, hold_s: float) -> None:
+    """A storage machine loses power: what was not synced is gone, and nobody is told."""
+    async with alone(world) as well:
+        machine = random.choice(world.of_kind("s"))
+        if well:
+            machine.kill(power=True)
+            await _until_missed(world, machine)
+    await trio.sleep(hold_s)
+    await _restart(machine)
+
+
+@fault(2)
+async def empty_disks(world: World, random: Random, hold_s: float) -> None:
+    """A storage machine comes back with new, empty disks, under its old node id."""
+    async with alone(world) as well:
+        machine = random.choice(world.of_kind("s"))
+        if well:
+            machine.kill()
+            await _until_missed(world, machine)
+            machine.wipe()
+    await trio.sleep(hold_s)
+    await _restart(machine)
+
+
+@fault(2)
+async def restart(world: World, random: Random, hold_s: float) -> None:
+    """A service is stopped in order and started again."""
+    victims = _up(world, "ssnm")
+    if victims:
+        machine = random.choice(victims)
+        await machine.stop()
+        await trio.sleep(random.uniform(0, hold_s))
+        await _restart(machine)
+
+
+@fault(2)
+async def no_manager(world: World, random: Random, hold_s: float) -> None:
+    """All managers die."""
+    victims = _up(world, "m")
+    for machine in victims:
+        machine.kill()
+    await trio.sleep(hold_s)
+    for machine in victims:
+        await _restart(machine)
+
+
+@fault(2)
+async def clock_jump(world: World, random: Random, hold_s: float) -> None:
+    """Wall clocks step, forward or back, for good."""
+    for machine in world.machines.values():
+        if random.randrange(3) == 0:
+            step_s = random.uniform(-3600, 3600)
+            machine.clock.wall_offset_ns += round(step_s * 1e9)
+            _say(world, f"the clock of {machine.name} steps by {step_s:.0f} s")
+    await trio.sleep(0)
+
+
+@fault(2)
+async def kill_client(world: World, random: Random, hold_s: float) -> None:
+    """A client dies with whatever it had under way, and another starts in its place."""
+    victims = [machine for machine in _up(world, "c") if machine.name != "look"]
+    if victims:
+        machine = random.choice(victims)
+        machine.kill()
+        await trio.sleep(random.uniform(0, hold_s))
+        await _restart(machine)
+
+
+@fault(2)
+async def slow_store(world: World, random: Random, hold_s: float) -> None:
+    """The store of managers and metadata services takes its time, and does not always tell what became of a commit."""
+    faults = world.store_faults
+    faults.latency_s, faults.unknown = random.uniform(0.01, 0.5), random.uniform(0, 0.2)
+    await trio.sleep(hold_s)
+    faults.latency_s, faults.unknown = 0.002, 0.0

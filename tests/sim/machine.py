@@ -65,6 +65,8 @@ class Machine:
         self.over = trio.Event()
         self.over.set()
         self.lives = 0
+        self.node_id = 0
+        """In the cluster, once it has joined."""
         self._main = main
         self._fabric = fabric
         self._random = random

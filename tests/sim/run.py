@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -22,7 +22,7 @@ import trio
 from tests.histories.history import History
 from tests.sim import scheduler
 from tests.sim.checks import CHECKS, QUIET_S, End
-from tests.sim.clients import CHUNK_BYTES, LOG, REGISTERS, SPACE, SPACE_PARAMS, WORKS, Blocks, Record, Registers, Work, client_main, connected
+from tests.sim.clients import CHUNK_BYTES, LOG, REGISTERS, SPACE, SPACE_PARAMS, WORKS, Blocks, Pace, Record, Registers, Work, client_main, connected
 from tests.sim.faults import FAULTS
 from tests.sim.machine import Process
 from tests.sim.trace import Frames, Trace
@@ -31,6 +31,7 @@ from tests.sim.world import Shape, World
 from kvfs.client.async_client import AsyncClient
 from kvfs.common.boundary.random import SeededRandom
 from kvfs.kvcache.cache import AsyncKVCache
+from kvfs.meta.cluster import tables
 
 WALL_S = 60
 SERVE_AGAIN_S = 90.0
@@ -42,7 +43,9 @@ class Plan:
 
     shape: Shape
     clients: tuple[tuple[type[Work], ...], ...]
-    operations: int
+    pace: Pace
+    latency_s: float
+    """Of a message, at most."""
     faults: tuple[tuple[float, str, float], ...]
     """(when, which, how long)"""
 
@@ -69,8 +72,10 @@ def plan_of(seed: int) -> Plan:
         random.shuffle(works)
         clients.append(tuple(works[: 2 + random.randrange(2)]))
     names = [name for name, (_, weight) in FAULTS.items() for _ in range(weight)]
-    faults = [(random.uniform(0, 12), random.choice(names), random.uniform(0.5, 6)) for _ in range(1 + random.randrange(5))]
-    return Plan(shape, tuple(clients), 12 + random.randrange(14), tuple(sorted(faults)))
+    faults = [(random.uniform(0, 12), random.choice(names), random.uniform(0.5, 6)) for _ in range(1 + random.randrange(6))]
+    pause_s = random.choice((0.02, 0.1, 0.4))
+    pace = Pace(operations=round(12 + random.randrange(14) + 0.8 / pause_s), pause_s=pause_s, keys=2 + 2 * random.randrange(3))
+    return Plan(shape, tuple(clients), pace, random.choice((0.002, 0.02, 0.06)), tuple(sorted(faults)))
 
 
 async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Verdict:
@@ -78,11 +83,13 @@ async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Ver
     verdict = Verdict(seed, faults=tuple(name for _, name, _ in plan.faults))
     async with trio.open_nursery() as nursery:
         world = World(seed, trace, nursery, plan.shape)
+        world.fabric.latency_s = (0.0002, plan.latency_s)
         if frames is not None:
             world.fabric.on_send = frames.on_send
         record = Record(History(trio.current_time))
         await world.start()
         async with world.admin() as link:
+            world.link = link
             await nursery.start(link.run)
             async with _looker(world) as (client, process):
                 await _prepare(client)
@@ -92,9 +99,10 @@ async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Ver
                     record,
                     client,
                     link,
-                    Registers("look", process, client, record),
-                    Blocks("look", process, client, record),
+                    Registers("look", process, client, record, plan.pace),
+                    Blocks("look", process, client, record, plan.pace),
                     trouble_until_s=trio.current_time(),
+                    evicts="full_disk" in verdict.faults,
                 )
                 await _judge(end, verdict)
         verdict.virtual_s = trio.current_time()
@@ -103,38 +111,26 @@ async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Ver
     return verdict
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+@asynccontextmanager
+async def _looker(world: World) -> AsyncIterator[tuple[AsyncClient, Process]]:
+    """A client on a machine that nothing happens to but partitions."""
+    done = trio.Event()
+    found: list[tuple[AsyncClient, Process]] = []
 
+    async def main(process: Process, started: Callable[[], None]) -> None:
+        async with connected(world, process) as client:
+            found.append((client, process))
+            started()
+            await done.wait()
 
-def _looker(world: World):  # type: ignore[no-untyped-def]
-    """A client on a machine without faults."""
-    from contextlib import asynccontextmanager
-
-    @asynccontextmanager
-    async def opened():  # type: ignore[no-untyped-def]
-        ready, done = trio.Event(), trio.Event()
-        box: list[tuple[AsyncClient, Process]] = []
-
-        async def main(process: Process, started: Callable[[], None]) -> None:
-            async with connected(world, process) as client:
-                box.append((client, process))
-                started()
-                ready.set()
-                await done.wait()
-
-        machine = world.add("look", main)
-        await machine.start()
-        await ready.wait()
-        try:
-            yield box[0]
-        finally:
-            done.set()
-            with trio.CancelScope(shield=True), trio.move_on_after(10):
-                await machine.over.wait()
-
-    return opened()
+    machine = world.add("look", main)
+    await machine.start()
+    try:
+        yield found[0]
+    finally:
+        done.set()
+        with trio.CancelScope(shield=True), trio.move_on_after(10):
+            await machine.over.wait()
 
 
 async def _prepare(client: AsyncClient) -> None:
@@ -161,7 +157,7 @@ async def _trouble(world: World, plan: Plan, record: Record) -> None:
 
     async with trio.open_nursery() as nursery:
         for number, works in enumerate(plan.clients, 1):
-            nursery.start_soon(world.add(f"c{number}", client_main(world, record, works, plan.operations, over)).start)
+            nursery.start_soon(world.add(f"c{number}", client_main(world, record, works, plan.pace, over)).start)
         for when_s, name, hold_s in plan.faults:
             nursery.start_soon(_strike, world, world.fork(), began_s + when_s, name, hold_s)
     for machine in world.machines.values():
@@ -176,8 +172,15 @@ async def _trouble(world: World, plan: Plan, record: Record) -> None:
 
 async def _strike(world: World, random: SeededRandom, at_s: float, name: str, hold_s: float) -> None:
     await trio.sleep_until(at_s)
+    while world.fragile:
+        await trio.sleep(0.1)
     world.trace.event("--", f"fault: {name}, {hold_s:.1f} s")
-    await FAULTS[name][0](world, random, hold_s)
+    world.striking += 1
+    try:
+        await FAULTS[name][0](world, random, hold_s)
+    finally:
+        world.striking -= 1
+        world.trace.event("--", f"over: {name}")
 
 
 async def _judge(end: End, verdict: Verdict) -> None:
@@ -213,6 +216,7 @@ def run_seed(seed: int, show: Callable[[str], None] | None = None, *, frames: bo
     def too_long(_number: int, _frame: FrameType | None) -> None:
         raise TimeoutError(f"the run takes more than {WALL_S} s; tasks wait at:\n" + "\n".join(scheduler.blocked_tasks()))
 
+    search, tables.MAX_STEPS = tables.MAX_STEPS, 2000  # a third of the run would go into the balance of its chain table
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(WALL_S)
     try:
@@ -221,6 +225,7 @@ def run_seed(seed: int, show: Callable[[str], None] | None = None, *, frames: bo
         verdict = Verdict(seed, [f"the run ended with {type(error).__name__}: {error}"])
     finally:
         signal.alarm(0)
+        tables.MAX_STEPS = search
         log.handlers[:], log.propagate = before[0], before[1]
         log.setLevel(before[2])
     verdict.digest, verdict.cpu_s = trace.digest, time.process_time() - began_s
@@ -258,8 +263,8 @@ def main() -> int:
         if verdict.problems:
             bad += 1
             print(f"seed {verdict.seed} ({', '.join(verdict.faults)}): {verdict.problems[0][:2000]}\n", flush=True)
-        if sys.stderr.isatty():
-            print(f"\r{done} of {arguments.seeds} seeds, {bad} bad", end="", file=sys.stderr)
+        if done % 50 == 0:
+            print(f"{done} of {arguments.seeds} seeds, {bad} bad", file=sys.stderr, flush=True)
     print(f"{arguments.seeds} seeds from {arguments.first}: {bad} bad; {total.operations} operations, {total.unknown} of unknown outcome,", end=" ")
     print(f"{total.virtual_s / 3600:.1f} h of virtual time; {total.cpu_s:.0f} s of processor time, {time.monotonic() - began_s:.0f} s")
     return bool(bad)

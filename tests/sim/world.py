@@ -66,6 +66,12 @@ class World:
         self.fabric = SimFabric(self.fork(), latency_s=(0.0002, 0.002))
         self.store_faults = StoreFaults()
         self.machines: dict[str, Machine] = {}
+        self.striking = 0
+        """Faults at work."""
+        self.fragile = False
+        """Another loss now would be more than the cluster promises to bear."""
+        self.link: ManagerLink
+        """Of someone who has no faults: what the managers say."""
         self._cluster_store = MemoryEngine()
         self._namespace_store = MemoryEngine()
         for number in range(1, shape.managers + 1):
@@ -132,6 +138,7 @@ class World:
         machine = process.machine
         config = StorageConfig(
             data=("/d",),
+            node_id=machine.node_id,
             listen=(f"tcp://{machine.name}:7003",),
             cluster_id=CLUSTER,
             managers=self.managers,
@@ -148,11 +155,23 @@ class World:
             workers=lambda _: SimWorkers(process.nursery, process.random, lambda: machine.slow_s),
             engine=ENGINE,
         )
-        await self._serve(storage_server.serve, started, config, boundaries)
 
-    async def _serve(self, serve: Callable[..., Any], started: Callable[[], None], config: Any, boundaries: Any) -> None:
+        def joined(facts: dict[str, Any]) -> None:
+            machine.node_id = facts["node_id"]
+
+        await self._serve(storage_server.serve, started, config, boundaries, joined)
+
+    async def _serve(
+        self,
+        serve: Callable[..., Any],
+        started: Callable[[], None],
+        config: Any,
+        boundaries: Any,
+        told: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
         class Status:
-            def started(self, value: object = None) -> None:
+            def started(self, value: dict[str, Any]) -> None:
+                told(value)
                 started()
 
         await serve(config, world=boundaries, task_status=Status())

@@ -82,6 +82,42 @@ def test_a_failing_disk_takes_its_targets_out_and_no_others(tmp_path: Path) -> N
     trio.run(main)
 
 
+def test_a_target_whose_disk_was_full_at_the_start_serves_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 108 of the simulation: it stayed out of service until the process was started anew."""
+    monkeypatch.setattr(server, "REOPEN_S", 0.2)
+
+    class FullDisk(RealDisk):
+        full = True
+
+        def write_file(self, name: str, data: bytes) -> None:
+            if FullDisk.full and "targets" in str(self.path):
+                raise errors.NoSpace("planted")
+            super().write_file(name, data)
+
+        def open(self, name: str, *, create: bool = False) -> DiskFile:
+            if FullDisk.full and create and "targets" in str(self.path):
+                raise errors.NoSpace("planted")
+            return super().open(name, create=create)
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            await world.start(1)
+            await world.start(2)
+            await world.create(2, 2)
+            (chain,) = chains_of(world)
+            await world.write(chain, chunk_id(5, 0), b"before")
+            world.stop(1)
+            world.services = World(open_disk=FullDisk)
+            await world.start(1)
+            await world.write(chain, chunk_id(5, 0), b"after!")
+            assert len(world.routing.serving(chain)) == 1
+            FullDisk.full = False
+            await world.settled(2)
+            assert await world.assert_identical(chain) == 1
+
+    trio.run(main)
+
+
 def test_a_full_target_refuses_and_keeps_what_it_has(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
