@@ -193,11 +193,15 @@ class _Process:
         host.nursery.cancel_scope.cancel()
 
     def close(self) -> None:
-        for engine in self._engines:
-            try:
-                engine.close()
-            except KvfsError as error:
-                log.error("closing a target: %s", error.message)
+        for engine in list(self._engines):
+            self._let_go(engine)
+
+    def _let_go(self, engine: ChunkEngine) -> None:
+        self._engines.remove(engine)
+        try:
+            engine.close()
+        except KvfsError as error:
+            log.error("closing a target: %s", error.message)
 
     async def _follow(self, link: ManagerLink, *, task_status: trio.TaskStatus[None]) -> None:
         try:
@@ -220,6 +224,7 @@ class _Process:
     async def _open(self, directory: DataDirectory, target_id: int, chain_id: int, *, fresh: bool) -> Target:
         replica = Replica(target_id, fresh=fresh)
         engine: ChunkEngine | None = None
+        opened: ChunkEngine | None = None
         retention = Retention(self._clock, None)
         scrub = ScrubState(self._clock, None)
         try:
@@ -236,6 +241,8 @@ class _Process:
             log.error("target %d cannot be opened and stays out of service: %s", target_id, error.message)
             replica.fail(error.message)
             if isinstance(error, NoSpace):
+                if opened is not None:
+                    self._let_go(opened)
                 self.host.nursery.start_soon(self._open_later, directory, target_id)
         target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica, retention, scrub)
         target.refresh_space()

@@ -113,6 +113,22 @@ class Medium:
         self.holder: SimDisk | None = None
         self.life = 0
 
+    def flip(self, folder: str, random: Random) -> str:
+        """Turn one bit of a file in that folder; which file, empty when there is nothing to turn."""
+        found = self.root.names.get(folder)
+        files = [(name, entry) for name, entry in sorted(found.names.items()) if entry.pages] if isinstance(found, Folder) else []
+        if not files:
+            return ""
+        name, content = random.choice(files)
+        page = random.choice(sorted(content.pages))
+        bit = random.randrange(8 * PAGE_BYTES)
+        for pages in (content.pages, content.durable_pages):
+            if page in pages:
+                damaged = bytearray(pages[page])
+                damaged[bit // 8] ^= 1 << bit % 8
+                pages[page] = bytes(damaged)
+        return f"{folder}/{name} at {page * PAGE_BYTES + bit // 8}"
+
     def used_bytes(self) -> int:
         total = 0
         folders = [self.root]

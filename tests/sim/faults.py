@@ -16,10 +16,12 @@ from tests.sim.machine import Machine, Process
 from tests.sim.world import World
 
 from kvfs.common.boundary.random import Random
-from kvfs.common.errors import InputOutput
-from kvfs.common.wire import cluster_pb2
+from kvfs.common.errors import InputOutput, KvfsError
+from kvfs.common.wire import base_pb2, cluster_pb2, storage_pb2
+from kvfs.common.wire.service import method
 
 Fault = Callable[[World, Random, float], Awaitable[None]]
+STATUS, SCRUB = method("Storage", "Status"), method("Storage", "Scrub")
 FAULTS: dict[str, tuple[Fault, int]] = {}
 
 
@@ -247,6 +249,43 @@ async def empty_disks(world: World, random: Random, hold_s: float) -> None:
             machine.wipe()
     await trio.sleep(hold_s)
     await _restart(machine)
+
+
+@fault(2)
+async def bit_flip(world: World, random: Random, hold_s: float) -> None:
+    """Bits of one machine's data files turn; reads must not show it, and the scrubber mends them from the chain."""
+    async with alone(world) as well:
+        machine = random.choice(world.of_kind("s"))
+        if not well:
+            return
+        for path, medium in sorted(machine.media.items()):
+            for _ in range(random.randrange(6)):
+                if where := medium.flip("data", random):
+                    _say(world, f"a bit turns on {machine.name}: {path}/{where}")
+        await trio.sleep(hold_s)
+        await _scrub(world, machine)
+
+
+async def _scrub(world: World, machine: Machine) -> None:
+    """Ask for a pass over every target of the machine, and wait for its end."""
+    addresses = (f"tcp://{machine.name}:7003",)
+    passes: dict[int, int] = {}
+    with trio.move_on_after(60):
+        while True:
+            try:
+                status = await world.pool.call(addresses, STATUS, base_pb2.Empty(), timeout_s=5)
+                for target in status.targets:
+                    if target.target_id not in passes:
+                        reply = await world.pool.call(
+                            addresses, SCRUB, storage_pb2.ScrubRequest(target_id=target.target_id, at_once=True), timeout_s=5
+                        )
+                        passes[target.target_id] = reply.number
+                if all(target.scrub.passes >= passes[target.target_id] for target in status.targets):
+                    return
+            except KvfsError:
+                pass  # its connection is of an earlier life, say
+            await trio.sleep(0.3)
+    _say(world, f"{machine.name} was not scrubbed within a minute")
 
 
 @fault(2)

@@ -70,6 +70,7 @@ class World:
         """Faults at work."""
         self.fragile = False
         """Another loss now would be more than the cluster promises to bear."""
+        self.pool: ChannelPool
         self.link: ManagerLink
         """Of someone who has no faults: what the managers say."""
         self._cluster_store = MemoryEngine()
@@ -144,6 +145,7 @@ class World:
             managers=self.managers,
             direct_reads=False,
             inline_read_bytes=0,
+            scrub_interval_s=0,
             forward_timeout_ms=3000,
             buffer_bytes=64 * MIB,
         )
