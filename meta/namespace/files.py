@@ -11,9 +11,9 @@ from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
 from kvfs.meta.namespace.attributes import check_layout, truncate
 from kvfs.meta.namespace.lookup import walk_to_inode, walk_to_place, with_writers
+from kvfs.meta.namespace.open_files import check_session
 from kvfs.meta.namespace.step import LENGTH_MAX, Step, check_name
 
-SESSION_BYTES = 16
 APPEND_BYTES_MAX = 1 << 40
 
 
@@ -36,12 +36,13 @@ def create(step: Step, request: pb.CreateRequest) -> pb.CreateReply:
         return pb.CreateReply(inode=with_writers(step, inode), created=False)
     access.require(parent, step.user, access.WRITE | access.EXECUTE)
     access.require_room(parent)
+    if request.write or request.session:
+        check_session(request.session)
     inode = new_file(step, parent, request.mode, request.layout if request.HasField("layout") else None)
     step.put(inode)
     step.put_entry(number, name, inode)
     step.touch_directory(number)
     if request.write:
-        _check_session(request.session)
         step.put_session(inode.inode, request.session, write=True)
         inode.writers = 1
     step.files_made += 1
@@ -91,6 +92,8 @@ def _open(step: Step, inode: pb.Inode, *, read: bool, write: bool, cut: bool, se
         raise IsDirectory("a directory cannot be opened for writing")
     mask = (access.READ if read else 0) | (access.WRITE if write or cut else 0)
     access.require(inode, step.user, mask)
+    if write or session:
+        check_session(session)
     if inode.type != pb.FILE:
         step.full(inode)
         return
@@ -103,18 +106,14 @@ def _open(step: Step, inode: pb.Inode, *, read: bool, write: bool, cut: bool, se
     elif write and step.must_settle(inode.inode):
         return
     if write:
-        _check_session(session)
         step.put_session(inode.inode, session, write=True)
         step.changed.add(inode.inode)
 
 
-def _check_session(session: bytes) -> None:
-    if len(session) != SESSION_BYTES:
-        raise InvalidArgument(f"a write session has a name of {SESSION_BYTES} bytes, not {len(session)}")
-
-
 def close(step: Step, request: pb.CloseRequest, *, measured: int | None = None) -> pb.InodeReply:
     """Close, or fsync (still_open): take in what was written, then let go of the session. `measured`: the length as the chains have it."""
+    if request.session:
+        check_session(request.session)
     inode = step.peek(request.inode)
     if inode is None:  # removed, and freed after its sessions were pruned: nothing is left to tell
         if request.session:
@@ -173,6 +172,7 @@ def append(step: Step, request: pb.AppendRequest) -> pb.AppendReply:
     if inode.type != pb.FILE:
         raise InvalidArgument("only a regular file can be appended to")
     if request.session:
+        check_session(request.session)
         data = step.txn.get(keys.session(inode.inode, request.session))
         if data is None or not records.decode_session(data).write:
             raise BadHandle("no such write session: the file was closed, or the client was thought dead")

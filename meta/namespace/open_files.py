@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from kvfs.common.errors import Overloaded
+from kvfs.common.errors import InvalidArgument, Overloaded
 from kvfs.meta.namespace.step import Reader
 
 OPEN_MAX = 1_000_000
+SESSION_BYTES = 16
 STORE_AFTER_NS = 1_000_000_000
+
+
+def check_session(session: bytes) -> None:
+    """Before anything is kept of it: one that cannot be stored would be in the way of all that are to be stored or cleared with it."""
+    if len(session) != SESSION_BYTES:
+        raise InvalidArgument(f"a session has a name of {SESSION_BYTES} bytes, not {len(session)}")
 
 
 class OpenFiles:
@@ -28,6 +35,7 @@ class OpenFiles:
         """`nameless`: the file has no name any more. Then the end of the session is looked at in the background, for it may be the last."""
         if self._count >= OPEN_MAX:
             raise Overloaded(f"{OPEN_MAX} files are open for reading")
+        check_session(session)
         by_session = self._readers.setdefault(inode, {})
         if session not in by_session:
             self._count += 1
@@ -36,6 +44,7 @@ class OpenFiles:
 
     def close(self, inode: int, session: bytes) -> None:
         """A session ends: nothing is stored of it, or it will be cleared in the background."""
+        check_session(session)
         by_session = self._readers.get(inode)
         reader = by_session.pop(session, None) if by_session is not None else None
         if reader is not None:

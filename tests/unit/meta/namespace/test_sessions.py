@@ -8,7 +8,7 @@ import pytest
 import trio
 from tests.unit.meta.namespace.service_world import SIZE, B, Service, run
 
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import InvalidArgument, KvfsError
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.common.wire.service import SERVICES, Method
@@ -210,5 +210,31 @@ def test_a_file_in_the_queue_that_is_opened_by_number_waits() -> None:
         await service.call("collect_garbage", base_pb2.Empty())
         assert service.chunks.lengths == {}
         await service.check()
+
+    run(main)
+
+
+@pytest.mark.parametrize("name", [b"short", b"k" * 70_000])
+def test_a_session_that_cannot_be_stored_is_refused_and_in_nobodys_way(name: bytes) -> None:
+    """One of 70,000 bytes was kept, and from then on no closed session was cleared: the transaction that clears them was too large, each second."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        requests = (
+            ("open", pb.OpenRequest(inode=made.inode, read=True, session=name)),
+            ("close", pb.CloseRequest(inode=made.inode, session=name)),
+            ("close", pb.CloseRequest(inode=made.inode, session=name, wrote=True, length=5)),
+            ("append", pb.AppendRequest(inode=made.inode, session=name, length=5)),
+            ("create", pb.CreateRequest(parent=1, name=b"g", mode=0o600, read=True, session=name)),
+            ("end_sessions", pb.EndSessionsRequest(context=pb.Context(ended=[pb.Ended(inode=made.inode, session=name)]))),
+        )
+        for operation, request in requests:
+            with pytest.raises(InvalidArgument):
+                await service.call(operation, request)
+        await service.call("close", pb.CloseRequest(inode=made.inode, session=S1))
+        assert await service.meta.clear_closed() == 1
+        await service.meta.store_readers()
+        assert (await service.call("status", base_pb2.Empty())).sessions == 0
 
     run(main)
