@@ -67,8 +67,10 @@ async def attack(net: Net, address: str, hello: bytes, shots: Sequence[Shot], fi
     try:
         with trio.move_on_after(PATIENCE_S):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_send, stream, hello, shots)
+                cut_off: list[bool] = []
+                nursery.start_soon(_send, stream, hello, shots, cut_off)
                 closed = await _receive(stream, got)
+                closed = "reset" if cut_off else closed  # the kernel tells of it only once, whoever comes first
                 nursery.cancel_scope.cancel()
     finally:
         stream.close()
@@ -81,14 +83,14 @@ async def attack(net: Net, address: str, hello: bytes, shots: Sequence[Shot], fi
         findings.faults.append(f"{name}, {address}: {fault}; sent after the handshake: {asked[:4000].hex()}")
 
 
-async def _send(stream: ByteStream, hello: bytes, shots: Sequence[Shot]) -> None:
+async def _send(stream: ByteStream, hello: bytes, shots: Sequence[Shot], cut_off: list[bool]) -> None:
     try:
         await stream.send([hello])
         for shot in shots:
             await stream.send([shot.data], shot.fds)
         stream.close_sending()
     except (ConnectionLost, OSError):
-        pass  # the service closed first, or the kernel takes no such descriptors
+        cut_off.append(True)  # the service closed first, or the kernel takes no such descriptors
 
 
 async def _receive(stream: ByteStream, got: bytearray) -> str:
