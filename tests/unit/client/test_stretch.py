@@ -8,7 +8,7 @@ import threading
 import pytest
 import trio
 from tests.unit.client.fakes import CHUNK, World, run, world
-from tests.unit.client.test_files import nothing_is_held, opened
+from tests.unit.client.handles import nothing_is_held, opened
 
 from kvfs.client.config import ClientConfig
 from kvfs.client.file import stretch as module

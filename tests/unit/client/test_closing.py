@@ -1,0 +1,100 @@
+"""The end of open files over fake services: what it tells, when, and what it says when nobody answers."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from tests.unit.client.fakes import CHUNK, run, world
+from tests.unit.client.handles import opened
+
+from kvfs.client.config import ClientConfig
+from kvfs.common.errors import DeadlineExceeded, InputOutput
+
+
+def test_a_close_that_nobody_answers_ends_by_its_deadline_and_says_what_is_lost() -> None:
+    """Sending the bytes and reporting their end do not take a deadline each."""
+
+    async def test() -> None:
+        async with world(config=ClientConfig(deadline_s=1.0, write_attempt_s=0.4)) as place:
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * CHUNK])
+            for storage in place.storage:
+                storage.silent = True
+            place.meta.hold_answers = trio.Event()
+            began = trio.current_time()
+            with pytest.raises(DeadlineExceeded, match="earlier written bytes are lost"):
+                await file.close()
+            assert trio.current_time() - began < 1.6
+            assert file.closed
+
+    run(test)
+
+
+def test_the_end_of_a_file_with_nothing_to_report_travels_with_the_next_request() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=60)) as place:
+            place.meta.make(7)
+            written = opened(place, 7)
+            await written.pwrite(0, [b"x"])
+            await written.fsync()
+            sessions = [written.session]
+            await written.close()
+            for _ in range(2):
+                file = opened(place, 7)
+                sessions.append(file.session)
+                await file.close()
+            assert len(place.meta.closes) == 1 and not place.meta.ended  # fsync has told all there was
+            await place.client.meta.get_attr([7])
+            assert place.meta.ended == [(7, session) for session in sessions]
+            await place.client.meta.get_attr([7])
+            assert len(place.meta.ended) == 3 and not place.meta.end_requests
+
+    run(test)
+
+
+def test_ends_that_no_request_takes_along_are_told_together_soon() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=0.05)) as place:
+            place.meta.make(7)
+            files = [opened(place, 7) for _ in range(20)]
+            for file in files:
+                await file.close()
+            assert not place.meta.ended
+            while not place.meta.ended:
+                await trio.sleep(0.01)
+            assert sorted(place.meta.ended) == sorted((7, file.session) for file in files)
+            assert place.meta.end_requests == 1
+
+    run(test)
+
+
+def test_ends_that_a_failed_request_carried_are_told_again() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=0.02)) as place:
+            place.meta.make(7)
+            place.meta.fail_ends = InputOutput("no")
+            file = opened(place, 7)
+            await file.close()
+            while place.meta.end_requests < 2:
+                await trio.sleep(0.01)
+            assert not place.meta.ended
+            place.meta.fail_ends = None
+            while not place.meta.ended:
+                await trio.sleep(0.01)
+            assert place.meta.ended == [(7, file.session)]
+
+    run(test)
+
+
+def test_a_client_tells_what_has_ended_before_it_goes() -> None:
+    async def test() -> None:
+        async with world(config=ClientConfig(buffer_pool_bytes=32 << 20, session_end_s=60)) as place:
+            place.meta.make(7)
+            files = [opened(place, 7) for _ in range(1000)]  # more than one request takes
+            for file in files[:-1]:
+                await file.close()
+            await place.client.aclose()
+            assert sorted(place.meta.ended) == sorted((7, file.session) for file in files)
+
+    run(test)
