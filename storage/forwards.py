@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,8 +58,8 @@ class Forwarder:
         self._owners = owners
         self._deadline = deadline
 
-    async def send(self, forwards: Sequence[Forward]) -> list[FlightEffect]:
-        """What the cores say to the answers."""
+    async def send(self, forwards: Sequence[Forward], sent: Callable[[], None] | None) -> list[FlightEffect]:
+        """What the cores say to the answers. `sent` is called each time a request has left."""
         effects: list[FlightEffect] = []
         per_node: dict[tuple[str, ...], list[Forward]] = defaultdict(list)
         for effect in forwards:
@@ -69,11 +69,11 @@ class Forwarder:
                 effects += self._fail(effect, error)
         if len(per_node) == 1:
             for addresses, group in per_node.items():
-                effects += await self._send(addresses, group)
+                effects += await self._send(addresses, group, sent)
         elif per_node:
 
             async def collect(addresses: tuple[str, ...], group: list[Forward]) -> None:
-                effects.extend(await self._send(addresses, group))
+                effects.extend(await self._send(addresses, group, sent))
 
             async with trio.open_nursery() as nursery:
                 for addresses, group in per_node.items():
@@ -84,7 +84,7 @@ class Forwarder:
         log.info("forwarding %r to target %d: %s", effect.flight, effect.target_id, error.message)
         return self._owners[effect.flight].target.replica.forward_failed(effect.flight)
 
-    async def _send(self, addresses: tuple[str, ...], group: Sequence[Forward]) -> list[FlightEffect]:
+    async def _send(self, addresses: tuple[str, ...], group: Sequence[Forward], sent: Callable[[], None] | None) -> list[FlightEffect]:
         parcel = Parcel()
         effects: list[FlightEffect] = []
         scope = trio.CancelScope()
@@ -97,15 +97,15 @@ class Forwarder:
             results: Sequence[pb.WriteResult] | None = None
             with scope:
                 try:
-                    with trio.fail_after(timeout_s):
-                        for effect in group:
-                            try:
-                                await self._pack(parcel, effect)
-                            except KvfsError as error:
-                                effects += self._fail(effect, error)
+                    until = self._host.clock.monotonic() + timeout_s
+                    for effect in group:
+                        try:
+                            await self._pack(parcel, effect, until)
+                        except KvfsError as error:
+                            effects += self._fail(effect, error)
                     if parcel.effects:
                         request = pb.WriteRequest(writes=parcel.writes, from_target=parcel.writes[0].from_target, spaces=parcel.spaces.values())
-                        reply = await self._host.pool.call(addresses, WRITE, request, timeout_s=timeout_s, send=parcel.buffers)
+                        reply = await self._host.pool.call(addresses, WRITE, request, timeout_s=timeout_s, send=parcel.buffers, sent=sent)
                         results = reply.results
                 except trio.TooSlowError:
                     log.info("no buffers for forwards within %.1f s", timeout_s)
@@ -129,7 +129,7 @@ class Forwarder:
                 effects += self._owners[effect.flight].target.replica.forward_failed(effect.flight)
         return effects
 
-    async def _pack(self, parcel: Parcel, effect: Forward) -> None:
+    async def _pack(self, parcel: Parcel, effect: Forward, until: float) -> None:
         flight, item = effect.flight, self._owners[effect.flight]
         target, io = item.target, item.io
         key = target.pending_tag(item.chunk_id) if flight.recovery else item.tag
@@ -155,7 +155,8 @@ class Forwarder:
         if effect.kind is UpdateKind.REPLACE and not self._came_whole(item, flight):
             write.length = flight.length
             if flight.length:
-                span = await self._host.buffers.acquire(flight.length)
+                with trio.fail_after(max(0.0, until - self._host.clock.monotonic())):
+                    span = await self._host.buffers.acquire(flight.length)
                 parcel.borrowed.append(span)
                 write.checksums = await self._read_back(target, flight, span)
                 buffer = span

@@ -26,6 +26,7 @@ from kvfs.storage.engine.requests import Tag, Update, UpdateKind
 from kvfs.storage.forwards import Forwarder
 from kvfs.storage.host import Host
 from kvfs.storage.target import Target
+from kvfs.storage.workers import Job
 
 log = logging.getLogger("kvfs.storage")
 
@@ -227,11 +228,20 @@ class Round:
             for target, work in self._works(writes):
                 for flight, outcome in work():
                     effects += self._written(target, flight, outcome)
-            return effects + await self._forwarder.send(forwards) if forwards else effects
-        jobs = [(target, self._host.workers.submit(work)) for target, work in self._works(writes)]
+            return effects + await self._forwarder.send(forwards, None) if forwards else effects
+        works = self._works(writes)
+        jobs: list[tuple[Target, Job[list[_Written]]]] = []
+
+        def begin() -> None:
+            while works:
+                target, work = works.pop(0)
+                jobs.append((target, self._host.workers.submit(work)))
+
         try:
             if forwards:
-                effects += await self._forwarder.send(forwards)
+                # Once they have left: on one machine our own copying would keep the next replicas from a processor.
+                effects += await self._forwarder.send(forwards, begin)
+            begin()
         finally:
             # Also when this task is being ended: the threads use memory that its caller takes back then.
             for target, job in jobs:
@@ -259,7 +269,7 @@ class Round:
         for effect in effects:
             flight = effect.flight
             item = self._owners[flight]
-            update = _update(flight, item, version)
+            update = _update(flight, item, version, waited_for=isinstance(effect, m.Apply))
             if isinstance(effect, m.Prepare):
                 prepares.append((flight, update))
             elif effect.forced:
@@ -322,7 +332,7 @@ class Round:
         return effects
 
 
-def _update(flight: Flight, item: Item, chain_version: int) -> Update:
+def _update(flight: Flight, item: Item, chain_version: int, *, waited_for: bool) -> Update:
     io = item.io
     assert io is not None, "only an update that came in is written"
     return Update(
@@ -338,6 +348,7 @@ def _update(flight: Flight, item: Item, chain_version: int) -> Update:
         mtime_ns=io.mtime_ns,
         slab_bytes=io.slab_bytes,
         tag=Tag(item.tag.client_id, item.tag.channel, item.tag.sequence) if item.tag is not None else None,
+        waited_for=waited_for,
     )
 
 

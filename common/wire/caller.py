@@ -115,9 +115,10 @@ class Channel:
         send: Sequence[Buffer] = (),
         receive: Sequence[Buffer] = (),
         arrivals: Arrivals | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> Any:
         """The reply message. `send` or `receive` name memory whose bytes go with the request or come with the reply; the request's `bulk` field is
-        filled in here. Raises what the service raised, or a TransportError."""
+        filled in here. `sent` is called when the request is on its way. Raises what the service raised, or a TransportError."""
         now = self._clock.monotonic()
         calls = self._calls
         if len(calls.table) >= self._limits.in_flight:
@@ -154,6 +155,8 @@ class Channel:
             raise
         if pending.deadline < self._alarm_at:
             self._alarm.set()
+        if sent is not None:
+            sent()
         return await calls.answer(request_id, pending, self)
 
     @property

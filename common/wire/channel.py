@@ -7,7 +7,7 @@ calls: the peer may hang, or the network may swallow its packets. A pool belongs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs
@@ -90,6 +90,7 @@ class ChannelPool:
         send: Sequence[Buffer] = (),
         receive: Sequence[Buffer] = (),
         arrivals: Arrivals | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> Any:
         """As Channel.call, connecting first where needed; connecting counts against the time. Unreachable: the request was not sent."""
         channel = self._channels.get(addresses if type(addresses) is tuple else tuple(addresses))
@@ -98,7 +99,7 @@ class ChannelPool:
             channel = await self.channel(addresses, timeout_s=timeout_s)
             timeout_s = max(0.001, until - self.clock.monotonic())
         try:
-            return await channel.call(method, request, timeout_s=timeout_s, send=send, receive=receive, arrivals=arrivals)
+            return await channel.call(method, request, timeout_s=timeout_s, send=send, receive=receive, arrivals=arrivals, sent=sent)
         except DeadlineExceeded:
             if channel.suspect:
                 self._drop(tuple(addresses), channel)

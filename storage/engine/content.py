@@ -6,8 +6,8 @@ Rules:
 - whole units keep the checksum that came with the bytes; copied units keep the one they had (so damage stays visible); a unit that is made
   of old and new bytes gets a fresh one, after its old bytes were verified;
 - bytes that no one wrote are zeros: inside the block between old end and new write they are written, behind `stored` they are implied.
-The bytes that come in are verified before they are used, by `check`; or, a large chunk that comes whole, beside the write of them, by another thread
-where one is free. The caller keeps the bytes unchanged until the call returns.
+The bytes that come in are verified before they are used, by `check`; or, a large chunk that comes whole to the last of a chain, beside the write of
+them, by another thread where one is free. The caller keeps the bytes unchanged until the call returns.
 """
 
 from __future__ import annotations
@@ -103,14 +103,15 @@ def _write_verified(file: DiskFile, update: Update, data: memoryview, start: int
     pieces = [partial(look, at) for at in range(0, len(data), PIECE_BYTES)]
     if len(sums) != -(-len(data) // _UNIT) * CHECKSUM_BYTES:
         raise _mismatch(update)
-    if file.parallel:
+    beside = update.waited_for and file.parallel
+    if beside:
         helpers().beside(partial(file.write, (data,), start), pieces)
     else:
         for piece in pieces:
             piece()
     if wrong:
         raise _mismatch(update)
-    if not file.parallel:
+    if not beside:
         file.write((data,), start)
 
 

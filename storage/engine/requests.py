@@ -61,6 +61,8 @@ class Update:
     """The block class of a KV-cache block; 0: by length."""
     tag: Tag | None = None
     """Prepare only: whose update it is, kept with the pending version (without the result), so that a commit after a restart can record it."""
+    waited_for: bool = False
+    """The last of its chain: everybody waits for this copy, so threads may help with a large one. Elsewhere they would only take processors."""
 
 
 @value

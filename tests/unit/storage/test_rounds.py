@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,8 +33,12 @@ from kvfs.storage.workers import WorkerPool
 CHUNK = chunk_id(5, 0)
 
 
-def test_a_successor_that_goes_while_the_local_copy_is_written_is_waited_for_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by CI: the forward failed, the chain went on without the successor, the local copy was committed, and then the wait was looked at."""
+@pytest.mark.parametrize("left", [True, False])
+def test_a_successor_that_goes_while_the_local_copy_is_written_is_waited_for_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """Found by CI: the forward failed, the chain went on without the successor, the local copy was committed, and then the wait was looked at.
+    `left`: the forward had been sent, so that the copy was begun beside it; else it is made all the same."""
 
     async def main() -> None:
         clock = SystemClock()
@@ -42,8 +46,10 @@ def test_a_successor_that_goes_while_the_local_copy_is_written_is_waited_for_no_
         workers = WorkerPool(1)
         replica = Replica(1, fresh=True)
 
-        async def lost(self: Forwarder, forwards: Sequence[m.Forward]) -> list[m.FlightEffect]:
+        async def lost(self: Forwarder, forwards: Sequence[m.Forward], sent: Callable[[], None]) -> list[m.FlightEffect]:
             [forward] = forwards
+            if left:
+                sent()
             effects = replica.forward_failed(forward.flight)
             assert [type(effect) for effect in effects] == [m.Wait]
             replica.on_chain(ChainView.of(1, 3, [(1, PublicState.SERVING), (2, PublicState.OFFLINE)]))

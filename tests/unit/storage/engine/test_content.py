@@ -198,24 +198,27 @@ def large(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChunkEngin
     engine.close()
 
 
-def large_write(chunk: bytes, data: bytes, sums: bytes | None = None, kind: UpdateKind = UpdateKind.WRITE) -> Update:
+def large_write(chunk: bytes, data: bytes, sums: bytes | None = None, kind: UpdateKind = UpdateKind.WRITE, waited_for: bool = False) -> Update:
     whole = checksums(data, 0) if sums is None else sums
     version = {"update_version": 5, "chain_version": 1} if kind is UpdateKind.REPLACE else {}
-    return Update(chunk, kind, 0, len(data), memoryview(data), whole, chunk_size=4 << 20, **version)  # type: ignore[arg-type]
+    return Update(chunk, kind, 0, len(data), memoryview(data), whole, chunk_size=4 << 20, waited_for=waited_for, **version)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [UpdateKind.WRITE, UpdateKind.REPLACE])
 @pytest.mark.parametrize("length", [LARGE_BYTES, LARGE_BYTES + 1, 3 * LARGE_BYTES - 12_345])
-def test_a_large_chunk_is_verified_as_it_is_written(large: ChunkEngine, length: int, kind: UpdateKind) -> None:
+@pytest.mark.parametrize("waited_for", [False, True])
+def test_a_large_chunk_is_verified_as_it_is_written(large: ChunkEngine, length: int, kind: UpdateKind, waited_for: bool) -> None:
     data = noise(1, length)
-    made = large.replace(large_write(A, data, kind=kind)) if kind is UpdateKind.REPLACE else large.apply(large_write(A, data), 1)
+    update = large_write(A, data, kind=kind, waited_for=waited_for)
+    made = large.replace(update) if kind is UpdateKind.REPLACE else large.apply(update, 1)
     assert made.checksums == checksums(data, 0)
     view = memoryview(bytearray(length))
     found = large.read(A, 0, length, view)
     assert found is not None and found.length == length and bytes(view) == data and not large.check(read_data=True).problems
 
 
-def test_a_large_chunk_that_came_damaged_leaves_nothing_behind(large: ChunkEngine) -> None:
+@pytest.mark.parametrize("waited_for", [False, True])
+def test_a_large_chunk_that_came_damaged_leaves_nothing_behind(large: ChunkEngine, waited_for: bool) -> None:
     good = noise(1, 3 * LARGE_BYTES)
     large.apply(large_write(A, good), 1)
     used = large.space().used_bytes
@@ -225,11 +228,11 @@ def test_a_large_chunk_that_came_damaged_leaves_nothing_behind(large: ChunkEngin
         damaged[place] ^= 1
         for chunk in (A, cid(1)):
             with pytest.raises(ChecksumMismatch):
-                large.apply(large_write(chunk, bytes(damaged), sums), 1)
+                large.apply(large_write(chunk, bytes(damaged), sums, waited_for=waited_for), 1)
         damaged[place] ^= 1
     for wrong in (b"", sums[:-8], sums + sums[:8]):
         with pytest.raises(ChecksumMismatch):
-            large.prepare(large_write(A, bytes(damaged), wrong))
+            large.prepare(large_write(A, bytes(damaged), wrong, waited_for=waited_for))
     assert large.space().used_bytes == used and large.get(cid(1)) is None
     view = memoryview(bytearray(len(good)))
     large.read(A, 0, len(good), view)
@@ -239,7 +242,8 @@ def test_a_large_chunk_that_came_damaged_leaves_nothing_behind(large: ChunkEngin
         large.apply(Update(A, UpdateKind.WRITE, UNIT, 2 * LARGE_BYTES, memoryview(damaged)[: 2 * LARGE_BYTES], sums[8:], chunk_size=4 << 20), 1)
 
 
-def test_an_error_of_the_disk_is_the_error_of_the_write(large: ChunkEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waited_for", [False, True])
+def test_an_error_of_the_disk_is_the_error_of_the_write(large: ChunkEngine, monkeypatch: pytest.MonkeyPatch, waited_for: bool) -> None:
     large.apply(large_write(A, noise(1, LARGE_BYTES)), 1)
     block = large.get(A).block
     assert block is not None
@@ -253,5 +257,5 @@ def test_an_error_of_the_disk_is_the_error_of_the_write(large: ChunkEngine, monk
 
     monkeypatch.setattr(type(file), "write", write)
     with pytest.raises(InputOutput, match="is gone"):
-        large.apply(large_write(cid(1), noise(2, 3 * LARGE_BYTES)), 1)
+        large.apply(large_write(cid(1), noise(2, 3 * LARGE_BYTES), waited_for=waited_for), 1)
     assert large.failed is not None and large.get(cid(1)) is None
