@@ -13,7 +13,7 @@ import trio
 
 from kvfs.client.batch import Group, group_by_node
 from kvfs.client.config import ClientConfig
-from kvfs.client.peers import Peers
+from kvfs.client.peers import Peers, Where
 from kvfs.client.place import Place
 from kvfs.client.storage_reads import READ, choose
 from kvfs.common.checksum import CHECKSUM_UNIT_BYTES
@@ -49,13 +49,18 @@ class PlacePath:
         if timeout_s <= 0:
             return found
         asked = []
+        only: dict[int, tuple[int, Where] | None] = {}
+        """Of chains that have one replica to ask: it, if it is on this machine."""
         for index, wanted in enumerate(ranges):
-            try:
-                target = choose(peers, wanted.chain_id, wanted.chunk_id, ())
-                where = peers.where(target)
-            except KvfsError:
-                continue
-            if where.here:
+            chain_id = wanted.chain_id
+            if chain_id in only:
+                chosen = only[chain_id]
+            else:
+                chosen = self._choose(chain_id, wanted.chunk_id)
+                if len(peers.routing.serving(chain_id)) <= 1:
+                    only[chain_id] = chosen
+            if chosen is not None:
+                target, where = chosen
                 asked.append((index, target, where.node_id, where.addresses, wanted.length))
         groups = group_by_node(asked, max_ios=self._config.batch_max_ios, max_bytes=REQUEST_BYTES)
         if len(groups) == 1:
@@ -65,6 +70,15 @@ class PlacePath:
                 for group in groups:
                     nursery.start_soon(self._ask, ranges, group, found, timeout_s)
         return found
+
+    def _choose(self, chain_id: int, chunk_id: ChunkId) -> tuple[int, Where] | None:
+        """The replica to ask, if it is on this machine."""
+        try:
+            target = choose(self._peers, chain_id, chunk_id, ())
+            where = self._peers.where(target)
+        except KvfsError:
+            return None
+        return (target, where) if where.here else None
 
     async def _ask(self, ranges: Sequence[ChunkRange], group: Group, found: list[Place | None], timeout_s: float) -> None:
         peers = self._peers
@@ -91,12 +105,14 @@ class PlacePath:
 
 def _place(wanted: ChunkRange, result: pb.ReadResult, files: BorrowedFiles) -> Place | None:
     """None: the service could not tell it, or contradicts itself."""
-    if result.status == ChunkNotFound.code:
-        return Place(wanted.offset, 0, None, 0, 0, 0, b"")
-    chunk_length = result.chunk_length
-    end = min(-(-(wanted.offset + wanted.length) // _UNIT) * _UNIT, chunk_length)
-    if result.status or result.length != max(0, min(wanted.length, chunk_length - wanted.offset)):
+    _, _, offset, length = wanted
+    status, chunk_length = result.status, result.chunk_length
+    if status == ChunkNotFound.code:
+        return Place(offset, 0, None, 0, 0, 0, b"")
+    end = min(-(-(offset + length) // _UNIT) * _UNIT, chunk_length)
+    if status or result.length != max(0, min(length, chunk_length - offset)):
         return None
-    if result.stored and files.get(result.file) is None:
+    file, stored = result.file, result.stored
+    if stored and files.get(file) is None:
         return None
-    return Place(wanted.offset, end, files if result.stored else None, result.file, result.file_offset, result.stored, result.checksums)
+    return Place(offset, end, files if stored else None, file, result.file_offset, stored, result.checksums)

@@ -225,16 +225,19 @@ class Gets:
         others = []
         known = self.known
         known.tidy()
+        told: set[int] = set()
         for member, place in zip(members, places, strict=True):
             index, chain = member
             if place is None:
                 others.append(member)
                 continue
-            self._chains.well(chain)
+            told.add(chain)
             batch.asked.add(index)
             if place.end:
                 batch.placed.append((index, place))
                 known.learn(batch.digests[index], place, until)
+        for chain in told:
+            self._chains.well(chain)
         if len(others) == len(members):
             self._rests_until = self._now() + REST_S
         elif len(known) and not self._telling:

@@ -32,6 +32,8 @@ SMALL_TOTAL_BYTES = 256 << 10
 SPREAD_BYTES = 1 << 20
 """A worker job reads about this much before a second one is worth its hop."""
 SPREAD_MAX = 4
+SPREAD_FROM_BYTES = 128 << 10
+"""Reads smaller than this on average are one thread's as far as they are in memory: several would wait for the interpreter more than they read."""
 
 
 class Wanted:
@@ -76,18 +78,20 @@ class Reader:
             largest, inline_left = large_bytes, large_bytes
         else:
             largest, inline_left = SMALL_BYTES, SMALL_TOTAL_BYTES
+        allowed: dict[int, Target] = {}
         for place, (io, view) in enumerate(zip(request.reads, views, strict=True)):
             result: pb.ReadResult | None = None
             try:
-                target = self.target_for(io.target_id)
+                target_id, length = io.target_id, io.length
+                target = allowed.get(target_id) or allowed.setdefault(target_id, self.target_for(target_id))
                 _check_id(io.chunk_id)
-                if io.length > len(view):
-                    raise InvalidArgument(f"a read of {io.length} bytes came with a span of {len(view)}")
-                if io.length <= largest and inline_left > 0 and io.chunk_id not in target.replica.flights:
-                    inline_left -= io.length
+                if length > len(view):
+                    raise InvalidArgument(f"a read of {length} bytes came with a span of {len(view)}")
+                if length <= largest and inline_left > 0 and io.chunk_id not in target.replica.flights:
+                    inline_left -= length
                     result = self._inline(target, io, view)
                 if result is None:
-                    wanted.append(Wanted(place, io, target, view[: io.length]))
+                    wanted.append(Wanted(place, io, target, view[:length]))
             except KvfsError as error:
                 result = _refused(error)
             results.append(result)
@@ -106,7 +110,7 @@ class Reader:
                 chunk_id = io.chunk_id
                 _check_id(chunk_id)
                 if chunk_id not in target.replica.flights:
-                    result = self._place(target, io, files)
+                    result = self._place(target, chunk_id, io, files)
                 if result is None:
                     wanted.append(Wanted(place, io, target, None))
             except KvfsError as error:
@@ -114,27 +118,23 @@ class Reader:
             results.append(result)
         return results, wanted
 
-    def _place(self, target: Target, io: pb.ReadIO, files: Lender, *, settled: bool = False) -> pb.ReadResult | None:
+    def _place(self, target: Target, chunk_id: bytes, io: pb.ReadIO, files: Lender, *, settled: bool = False) -> pb.ReadResult | None:
         """None: an update may be under way. `settled`: the chain was asked, what is committed here is the truth."""
         try:
-            found = target.engine.place(io.chunk_id, io.offset, io.length)
+            found = target.engine.place(chunk_id, io.offset, io.length)
         except ChunkNotFound:
-            if not settled and target.engine.get(io.chunk_id) is not None:
+            if not settled and target.engine.get(chunk_id) is not None:
                 return None
             raise
         except KvfsError as error:
             self._host.note_error(target, error)
             raise
-        if found.pending_version and not settled:
+        length, sums, version, chunk_length, pending_version, file, file_offset, stored = found
+        if pending_version and not settled:
             return None
+        number = files.number(file) if file is not None else 0
         return pb.ReadResult(
-            length=found.length,
-            checksums=found.checksums,
-            version=found.version,
-            chunk_length=found.chunk_length,
-            file=files.number(found.file) if found.file is not None else 0,
-            file_offset=found.file_offset,
-            stored=found.stored,
+            length=length, checksums=sums, version=version, chunk_length=chunk_length, file=number, file_offset=file_offset, stored=stored
         )
 
     async def finish_places(self, wanted: Sequence[Wanted], files: Lender, deadline: float) -> None:
@@ -143,7 +143,7 @@ class Reader:
         for want in wanted:
             if want.result is None:
                 try:
-                    want.result = self._place(want.target, want.io, files, settled=True)
+                    want.result = self._place(want.target, want.io.chunk_id, want.io, files, settled=True)
                 except KvfsError as error:
                     want.result = _refused(error)
 
@@ -167,8 +167,14 @@ class Reader:
         """Every wanted read has a result afterwards."""
         await self._settle_dirty(wanted, deadline)
         ready = [want for want in wanted if want.result is None]
-        groups = _spread(ready)
-        jobs = [self._host.workers.submit(lambda group=group: _read_all(group)) for group in groups]  # type: ignore[misc]
+        if len(ready) > 1 and sum([want.io.length for want in ready]) < len(ready) * SPREAD_FROM_BYTES:
+            await self._read([ready], nowait=True)
+            ready = [want for want in ready if want.result is None]
+        await self._read(_spread(ready), nowait=False)
+
+    async def _read(self, groups: Sequence[Sequence[Wanted]], *, nowait: bool) -> None:
+        """Each group in a thread of its own."""
+        jobs = [self._host.workers.submit(lambda group=group: _read_all(group, nowait)) for group in groups]  # type: ignore[misc]
         for job in jobs:
             for want, error in await job.wait():
                 self._host.note_error(want.target, error)
@@ -212,17 +218,17 @@ def _spread(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     return groups
 
 
-def _read_all(group: Sequence[Wanted]) -> list[tuple[Wanted, KvfsError]]:
-    """In a worker thread. The failures are returned too, for whoever judges disks."""
+def _read_all(group: Sequence[Wanted], nowait: bool) -> list[tuple[Wanted, KvfsError]]:
+    """In a worker thread. `nowait`: what is not in memory is left without a result. The failures are returned too, for whoever judges disks."""
     failed: list[tuple[Wanted, KvfsError]] = []
     for want in group:
         io = want.io
         engine: ChunkEngine = want.target.engine
         try:
             assert want.view is not None
-            outcome = engine.read(io.chunk_id, io.offset, io.length, want.view)
-            assert outcome is not None
-            want.result = _placed(outcome)
+            outcome = engine.read(io.chunk_id, io.offset, io.length, want.view, nowait=nowait)
+            if outcome is not None:
+                want.result = _placed(outcome)
         except ChunkNotFound as error:
             want.result = _refused(error)
         except KvfsError as error:

@@ -71,6 +71,10 @@ def read_content(files: DataFiles, content: Content, offset: int, end: int, into
 
 def place_of(files: DataFiles, content: Content, offset: int, length: int, version: int, pending_version: int) -> Place:
     """Where the units of [offset, offset + length) lie, as far as the content goes."""
+    block = content.block
+    if offset == 0 and content.stored == content.length <= length and block is not None:  # a whole block: hundreds are asked for at once
+        file = files.get(block.block_bytes, block.file)
+        return Place(content.length, content.checksums, version, content.length, pending_version, file, block.start, content.length)
     end = min(offset + length, content.length)
     if offset >= end:
         return Place(0, b"", version, content.length, pending_version, None, 0, 0)
@@ -78,7 +82,6 @@ def place_of(files: DataFiles, content: Content, offset: int, length: int, versi
     start = first * _UNIT
     sums = content.checksums[first * CHECKSUM_BYTES : behind * CHECKSUM_BYTES]
     stored = min(behind * _UNIT, content.stored) - start
-    block = content.block
     if block is None or stored <= 0:
         return Place(end - offset, sums, version, content.length, pending_version, None, 0, 0)
     file = files.get(block.block_bytes, block.file)

@@ -145,11 +145,12 @@ def _note(host: Host, request: pb.ReadRequest, reply: pb.ReadReply) -> None:
     found: dict[int, list[bytes]] = {}
     missed: dict[int, list[bytes]] = {}
     for io, result in zip(request.reads, reply.results, strict=True):
-        if is_block(io.chunk_id) and not io.counted:
-            if result.status == 0:
-                found.setdefault(io.target_id, []).append(io.chunk_id)
-            elif result.status == ChunkNotFound.code:
-                missed.setdefault(io.target_id, []).append(io.chunk_id)
+        chunk_id, status = io.chunk_id, result.status
+        if is_block(chunk_id) and not io.counted:
+            if status == 0:
+                found.setdefault(io.target_id, []).append(chunk_id)
+            elif status == ChunkNotFound.code:
+                missed.setdefault(io.target_id, []).append(chunk_id)
     for target_id in found.keys() | missed.keys():
         host.targets[target_id].retention.note_reads(found.get(target_id, ()), missed.get(target_id, ()))
 

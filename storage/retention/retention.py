@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import trio
 
@@ -223,13 +224,13 @@ class Retention:
 
     def note_reads(self, chunk_ids: Sequence[bytes], missed: Sequence[bytes]) -> None:
         """Blocks that were read, in the order of the request (shallowest first), and blocks that were not there."""
-        for chunk_id in reversed(chunk_ids):
-            inode = chunk_inode(chunk_id)
+        for inode, read in groupby(reversed(chunk_ids), chunk_inode):
             table = self.tables.get(inode)
             if table is not None:
-                table.counts.hits += 1
+                digests = [chunk_id[_INODE_BYTES:] for chunk_id in read]
+                table.counts.hits += len(digests)
                 self._news.spaces.add(inode)
-                self.touch(inode, chunk_id[_INODE_BYTES:])
+                self.touch(inode, b"".join(digests))
         for chunk_id in missed:
             table = self.tables.get(chunk_inode(chunk_id))
             if table is not None:

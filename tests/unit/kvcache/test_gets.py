@@ -15,6 +15,7 @@ from tests.unit.client.whole import Whole
 from tests.unit.kvcache.test_space import BLOCK, PARAMS, STORED, block, buffers, eventually, key, space
 
 from kvfs.client import Client
+from kvfs.client.config import ClientConfig
 from kvfs.client.place import Place, Read
 from kvfs.common.boundary.real_disk import RealLentFile
 from kvfs.kvcache import AsyncKVCache, KVCache, SpaceParams
@@ -209,6 +210,24 @@ def test_blocks_side_by_side_are_read_with_one_call_and_a_damaged_one_costs_its_
             assert found == [None if number in damaged else lengths[number] for number in numbers]
             assert all(bytes(into[number][: lengths[number]]) == blocks[number] for number in numbers if number not in damaged)
             assert counters.places_stale == made.counters.corrupt == len(damaged)
+
+    run(test)
+
+
+def test_small_blocks_over_tcp_are_the_same_in_memory_or_not() -> None:
+    async def test() -> None:
+        async with space() as (writer, _, made), made.client(config=ClientConfig(shared_memory=False)) as far:
+            reader = await AsyncKVCache(far).open("s", PARAMS)
+            numbers = range(40)  # more than is tried without a thread
+            keys, blocks = [key(number) for number in numbers], [block(number, BLOCK - number) for number in numbers]
+            await writer.put(keys, blocks)
+            for cold in (False, True):
+                if cold:
+                    drop_page_cache(made)
+                into = buffers(41)
+                assert await reader.get([*keys, key(99)], into) == [*map(len, blocks), None]
+                assert [bytes(each[: len(kept)]) for each, kept in zip(into, blocks, strict=False)] == blocks
+            assert reader.gets._transfers.read_failovers == 0
 
     run(test)
 
