@@ -303,11 +303,7 @@ class Channel:
                 if isinstance(error, TransportError)
                 else MalformedFrame(f"the handshake was refused with no reason of its own: {error.message}")
             )
-        try:
-            hello = pb.Hello.FromString(bytes(message))
-        except Exception:
-            raise MalformedFrame("the service's Hello does not parse") from None
-        self.peer = self._identity.meet(hello)
+        self.peer = self._identity.hear(bytes(message))
         self._greeted.set()
 
     async def on_payload(self, header: Header, message: memoryview, receive: Receive) -> None:

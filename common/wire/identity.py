@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import kvfs
 from kvfs.common.boundary.net import Net, boot_id
-from kvfs.common.errors import VersionMismatch, WrongCluster
+from kvfs.common.errors import MalformedFrame, VersionMismatch, WrongCluster
 from kvfs.common.wire import base_pb2 as pb
 from kvfs.common.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN
 
@@ -53,6 +53,14 @@ class Identity:
             hostname=self.hostname,
             lends_files=lends_files,
         ).SerializeToString()
+
+    def hear(self, message: bytes) -> Identity:
+        """As `meet`, from the Hello as it came."""
+        try:
+            hello = pb.Hello.FromString(message)
+        except Exception:
+            raise MalformedFrame("the first message is no Hello") from None
+        return self.meet(hello)
 
     def meet(self, hello: pb.Hello) -> Identity:
         """The peer's identity, if the two can work together."""

@@ -68,7 +68,7 @@ class Line:
                 raise MalformedFrame(f"a frame of kind {header.kind} came first")
             if header.status:
                 raise _error_of(header, message)
-            if identity.meet(pb.Hello.FromString(message)).client_id.hex() != server:
+            if identity.hear(message).client_id.hex() != server:
                 raise Unreachable(f"another process than the one that was sought answers at {path}")
         except BaseException:
             line.close()

@@ -217,12 +217,12 @@ class Peer:
 
     def _greet(self, message: memoryview) -> None:
         try:
-            self.identity = self._server.identity.meet(pb.Hello.FromString(bytes(message)))
+            self.identity = self._server.identity.hear(bytes(message))
+        except MalformedFrame:
+            raise
         except KvfsError as error:
             self._connection.send([error_frame(Kind.HELLO, 0, error)])
             raise ConnectionLost(error.message) from None
-        except Exception:
-            raise MalformedFrame("the first message is no Hello") from None
         self._connection.send([encode(Kind.HELLO, 0, self._server.identity.hello(lends_files=self._files is not None))])
 
     def _register(self, header: Header, message: memoryview) -> None:

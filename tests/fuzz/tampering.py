@@ -108,9 +108,9 @@ class TamperingNet(SystemNet):
         self.tampered = 0
 
     async def connect(self, address: str, *, timeout_s: float) -> ByteStream:
-        return Tampered(await super().connect(address, timeout_s=timeout_s), self._tamper)
+        return Tampered(await super().connect(address, timeout_s=timeout_s), self.tampered_with)
 
-    def _tamper(self, frame: bytes, method: Method | None) -> bytes:
+    def tampered_with(self, frame: bytes, method: Method | None) -> bytes:
         if not self.on or self._chance.randrange(self._every):
             return frame
         self.tampered += 1

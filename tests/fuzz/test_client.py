@@ -6,9 +6,11 @@ once the answers are right again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +21,14 @@ from kvfs.client.async_client import AsyncClient, open_client
 from kvfs.client.config import ClientConfig
 from kvfs.client.user import User
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
+from kvfs.common.boundary.net import ByteStream, SystemNet
 from kvfs.common.errors import KvfsError
+from kvfs.common.transport.region import Region
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire.channel import ChannelPool
+from kvfs.common.wire.frame import Kind, Limits, encode
 from kvfs.common.wire.identity import Identity
+from kvfs.common.wire.line import Line
 from kvfs.common.wire.server import Call, RpcServer
 from kvfs.common.wire.service import METHODS, SERVICES, Method, method
 
@@ -52,6 +57,7 @@ SIZE = 150_000
 
 
 CALLS = TAMPERED * 25
+LINES = TAMPERED * 5
 READ = method("Storage", "Read")
 ATTRIBUTES = frozenset(entry.attribute for entry in METHODS.values())
 
@@ -198,3 +204,59 @@ def test_wrong_answers_to_every_method_end_calls_with_typed_errors(lies: bool, c
     print(f"seed {SEED}: {net.tampered} wrong answers; {dict(sorted(outcomes.items()))}")
     assert outcomes["ok"] > 10 and len(outcomes) > 3
     assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+
+
+@pytest.mark.parametrize("lies", [False, True], ids=["damaged", "lying"])
+def test_wrong_answers_on_a_line_of_a_thread_are_typed_errors(lies: bool, tmp_path: Path) -> None:
+    """A line handles its frames itself (common/wire/line.py)."""
+    chance = random.Random(f"{SEED}/{lies}/line")
+    net = TamperingNet(chance, Mutator(chance, Facts(), {}), lies=lies, every=2)
+    identity, other = Identity("fuzz", bytes(16), "storage"), Identity("fuzz", bytes(range(16)))
+    write = method("Storage", "Write")
+    outcomes: dict[str, int] = {}
+
+    async def answer(stream: ByteStream) -> None:
+        buffer = memoryview(bytearray(1 << 16))
+        reply = Facts().made(write.reply, chance).SerializeToString()
+        with contextlib.suppress(KvfsError):
+            for frame in (encode(Kind.HELLO, 0, identity.hello()), encode(chance.choice((Kind.REPLY, Kind.REPLY_HELD)), 2, reply)):
+                if not await stream.receive_into(buffer):
+                    break
+                await stream.send([net.tampered_with(frame, write)])
+            while await stream.receive_into(buffer):
+                pass
+        stream.close()
+
+    def call(path: str, region: Region) -> None:
+        try:
+            line = Line.open(SystemNet(), other, path, identity.client_id.hex(), timeout_s=0.2, limits=Limits())
+            try:
+                assert isinstance(line.call(write, write.request(), region.span(0, 100), timeout_s=0.2), write.reply)
+                name = "ok"
+            finally:
+                line.close()
+        except KvfsError as error:
+            name = type(error).__name__
+        outcomes[name] = outcomes.get(name, 0) + 1
+
+    async def main() -> None:
+        path = str(tmp_path / "line.sock")
+        listener = await SystemNet().listen(f"unix://{path}")
+        region = Region.create(4096)
+        async with trio.open_nursery() as nursery:
+
+            async def accept() -> None:
+                while True:
+                    nursery.start_soon(answer, await listener.accept())
+
+            nursery.start_soon(accept)
+            for _ in range(LINES):
+                with trio.fail_after(HANG_S):
+                    await trio.to_thread.run_sync(call, path, region)
+            nursery.cancel_scope.cancel()
+        await listener.aclose()
+        region.close()
+
+    trio.run(main)
+    print(f"seed {SEED}: {net.tampered} wrong answers; {dict(sorted(outcomes.items()))}")
+    assert outcomes["ok"] > 10 and len(outcomes) > 3
