@@ -91,11 +91,17 @@ def segments(disk: Disk) -> list[int]:
     return sorted(found)
 
 
-def replay(disk: Disk) -> tuple[list[Record], int]:
-    """The records of all segments, in order, up to the first that is not whole, and the sequence that follows. Reads only."""
+def replay(disk: Disk, floor: int) -> tuple[list[Record], int]:
+    """The records from `floor` on, where a segment begins, in order up to the first that is not whole, and the sequence that follows. Reads only.
+
+    Older segments are not looked at: the index map has what they hold, and of one that a killed process left, only a part may have survived a loss
+    of power since: replayed, it would take chunks back in time.
+    """
     records: list[Record] = []
     expected = 0
     for first in segments(disk):
+        if first < floor:
+            continue
         data = memoryview(disk.read_file(segment_name(first)))
         at = 0
         # A segment that does not go on where the one before ended is what a torn tail leaves: only searched for proof of damage.
@@ -107,7 +113,7 @@ def replay(disk: Disk) -> tuple[list[Record], int]:
                 expected += 1
         if _proves_durable(data[at:], expected):
             raise IndexCorrupt(f"record {expected} of the target's journal is damaged, though it had been synced. {IndexCorrupt.ADVICE}")
-    return records, expected or 1
+    return records, expected or floor
 
 
 def remove_segments_behind(disk: Disk, next_sequence: int) -> None:

@@ -1,14 +1,16 @@
 """Opening a target: from what lies in its directory to a ledger, after a clean stop, a killed process or a power loss.
 
-1. Read the journal (nothing is written before everything that can be wrong was looked at). It must go on where the index map ends.
+1. Read the journal from where the index map ends (nothing is written before everything that can be wrong was looked at).
 2. Records whose data is known to be synced are taken as they are. Of the later ones a chunk's newest state stands whose bytes have their
    checksums; when none has, the state before them stands. A tag is kept only if everything in its record stands, or a later state does.
 3. Every pending version that is left must have its bytes too, else it is dropped: it was never acknowledged.
-4. The allocator learns all blocks; places without a chunk are given back to the disk.
+4. The allocator learns all blocks.
 5. What was judged otherwise than the journal has it goes into the journal: the record of the checkpoint's sync, which says that all data before it
    is settled, must not make the next opening believe what this one found missing.
 6. A checkpoint: data files synced, rows into the index map, old journal segments removed. Doing all this again after a crash in between
    gives the same result.
+7. Only now are places without a chunk given back to the disk: what a killed process left need not be synced, and a loss of power in the middle of
+   all this brings back the state before, with the blocks that it had.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ Rows = dict[bytes, bytes | None]
 
 
 def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
-    records, next_sequence = replay(disk)
     files = DataFiles(disk)
     index = Index(disk.open_map("index", size_bytes=config.index_bytes))
     try:
         _check_complete(disk, index)
+        records, next_sequence = replay(disk, index.floor)
         settled = max((record.settled for record in records), default=0)
         for record in records:
             if record.sequence < settled:
@@ -59,8 +61,6 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
         files.close()
         raise
     # From here on the directory changes.
-    allocator.give_back(unused)
-    allocator.remove_vacant()
     allocator.allocate_again(short)
     remove_segments_behind(disk, next_sequence)
     journal = Journal(disk, next_sequence, config.journal_bytes)
@@ -69,12 +69,14 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
     files.dirty = set(files.existing())
     ledger = Ledger(disk, files, config, index, journal, allocator, kept_tags, chunks)
     ledger.checkpoint()
+    allocator.give_back(unused)
+    allocator.remove_vacant()
     return ledger
 
 
 def _check_complete(disk: Disk, index: Index) -> None:
     """The journal goes on where the index map ends. A target that was opened before has a segment; one that never was has neither."""
-    first = min(segments(disk), default=None)
+    first = min((segment for segment in segments(disk) if segment >= index.floor), default=None)
     if first is None and index.floor > 1:
         raise IndexCorrupt(f"the journal of the target is gone, its index needs it from record {index.floor} on. {IndexCorrupt.ADVICE}")
     if first is not None and first > index.floor:

@@ -314,8 +314,8 @@ def content_of(engine: ChunkEngine, chunk: bytes, version: int = 0) -> bytes | N
     meta = engine.get(chunk)
     if meta is None or (not meta.version and not version):
         return None
-    buffer = memoryview(bytearray(1 << 20))
-    found = engine.read(chunk, 0, 1 << 20, buffer, version=version)
+    buffer = memoryview(bytearray(max(meta.length, meta.pending.length if meta.pending is not None else 0)))
+    found = engine.read(chunk, 0, len(buffer), buffer, version=version)
     assert found is not None
     data = bytes(buffer[: found.length])
     assert found.checksums == checksums(data, 0), "what the engine says about the bytes is not true"

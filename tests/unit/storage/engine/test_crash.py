@@ -50,7 +50,7 @@ def run_script(seed: int, steps: int) -> tuple[LogDisk, History]:
         history.starts.append(len(disk.log))
         chunk = cid(dice.randrange(CHUNKS))
         old = state.get(chunk, b"")
-        kind = dice.choice(["append", "append", "overwrite", "overwrite", "truncate", "remove", "sync", "checkpoint", "drop", "pair"])
+        kind = dice.choice(["append", "append", "overwrite", "overwrite", "truncate", "remove", "sync", "checkpoint", "drop", "pair", "killed"])
         synced = history.synced[-1]
         state = dict(state)
         tag = Tag(CLIENT, 1, step)
@@ -85,6 +85,9 @@ def run_script(seed: int, steps: int) -> tuple[LogDisk, History]:
         elif kind == "sync":
             engine.sync()
             synced = step
+        elif kind == "killed":
+            engine = open_engine(disk)  # what was not synced is in the page cache, and still not synced
+            synced = step
         else:
             engine._ledger.checkpoint()
             synced = step
@@ -107,7 +110,7 @@ def run_block_script(seed: int, steps: int) -> tuple[LogDisk, History]:
         history.starts.append(len(disk.log))
         index = dice.randrange(CHUNKS)
         block, slab = cid(index), (12 << 10, 64 << 10)[index % 2]
-        kind = dice.choice(["create", "create", "create", "remove", "remove", "sync", "tidy", "checkpoint", "drop", "replace"])
+        kind = dice.choice(["create", "create", "create", "remove", "remove", "sync", "tidy", "checkpoint", "drop", "replace", "killed"])
         synced = history.synced[-1]
         state = dict(state)
         tag = Tag(CLIENT, 1, step)
@@ -132,6 +135,9 @@ def run_block_script(seed: int, steps: int) -> tuple[LogDisk, History]:
             synced = step
         elif kind == "checkpoint":
             engine._ledger.checkpoint()
+            synced = step
+        elif kind == "killed":
+            engine = open_engine(disk)
             synced = step
         history.states.append(state)
         history.ends.append(len(disk.log))
