@@ -6,7 +6,8 @@
     DIR/log/*.log       what each process says
     DIR/run/            sockets of the running cluster (elsewhere, when DIR is too long for a socket's address)
 
-Invariants: cluster.json is replaced atomically and never rewritten by a plain start; an existing directory is only ever completed, not changed.
+Invariants: cluster.json is the first file of a new directory, is replaced atomically and never rewritten by a plain start; an existing directory is
+only ever completed, not changed. So one whose making was cut short, by a kill or a loss of power, is completed by the next start.
 """
 
 from __future__ import annotations
@@ -76,16 +77,10 @@ class ClusterDir:
         return [f"storage-{number}" for number in range(1, self.storage + 1)]
 
     def save(self) -> None:
-        """Write cluster.json atomically: a torn one would lose the cluster's name."""
+        """Atomically: a torn cluster.json would lose the cluster's name."""
         values = asdict(self)
         values["path"] = str(self.path)
-        temporary = self.path / "cluster.json.tmp"
-        with open(temporary, "w") as out:
-            json.dump(values, out, indent=2)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, self.path / "cluster.json")
+        _write_durably(self.path / "cluster.json", json.dumps(values, indent=2) + "\n")
 
     def with_mount(self, mount: str | None) -> ClusterDir:
         return replace(self, mount=mount)
@@ -115,14 +110,11 @@ def load(path: Path) -> ClusterDir:
 def create(path: Path, *, storage: int, replicas: int, mount: str | None, chunk_size_bytes: int, lease_ms: int, base_port: int | None) -> ClusterDir:
     """Make a new cluster's directory. `base_port`: manager there, meta one above; None: two free ports of the loopback."""
     try:
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(file.name != "cluster.json.tmp" for file in path.iterdir()):
             raise WrongDataDirectory(f"{path} is not empty and holds no cluster.json: name an empty or a new directory")
-        for name in ("etc", "log", "run", "manager", "meta"):
-            (path / name).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WrongDataDirectory(
-            f"no cluster can be made in {path} ({error.filename}: {error.strerror}): name a directory you may write to"
-        ) from None
+        raise _not_writable(path, error) from None
     manager_port, meta_port = (base_port, base_port + 1) if base_port else free_ports(2)
     made = ClusterDir(
         path=path,
@@ -136,9 +128,31 @@ def create(path: Path, *, storage: int, replicas: int, mount: str | None, chunk_
         chunk_size_bytes=chunk_size_bytes,
         lease_ms=lease_ms,
     )
-    write_configs(made)
-    made.save()
+    try:
+        made.save()
+        write_configs(made)
+    except OSError as error:
+        raise _not_writable(path, error) from None
     return made
+
+
+def _not_writable(path: Path, error: OSError) -> WrongDataDirectory:
+    return WrongDataDirectory(f"no cluster can be made in {path} ({error.filename}: {error.strerror}): name a directory you may write to")
+
+
+def _write_durably(file: Path, text: str) -> None:
+    """After a crash the file holds this or what it held before."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, file)
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 FIRST_STORAGE_NODE = 100
@@ -146,7 +160,9 @@ FIRST_STORAGE_NODE = 100
 
 
 def write_configs(cluster: ClusterDir) -> None:
-    """The configuration files that are not there yet: what is there is the operator's."""
+    """The folders and configuration files that are not there yet: what is there is the operator's."""
+    for name in ("etc", "log", "run", "manager", "meta"):
+        (cluster.path / name).mkdir(exist_ok=True)
     run = cluster.run_dir
     write_config(
         cluster,
@@ -187,9 +203,8 @@ def write_config(cluster: ClusterDir, name: str, config: ManagerConfig | MetaCon
     file = cluster.config_file(name)
     if not file.exists():
         section = name.partition("-")[0]
-        file.write_text(
-            f"# kvfs {name}; `kvfs config dump {section}` lists every key with its default\n{configuration.dump(config, section, changed=True)}"
-        )
+        head = f"# kvfs {name}; `kvfs config dump {section}` lists every key with its default\n"
+        _write_durably(file, head + configuration.dump(config, section, changed=True))
 
 
 def free_ports(count: int) -> list[int]:

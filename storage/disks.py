@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
 from kvfs.common.boundary.random import Random
-from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.boundary.real_disk import RealDisk, is_leftover
 from kvfs.common.errors import KvfsError, SetupError, WrongDataDirectory
 from kvfs.common.node_file import NAME as NODE_FILE
 from kvfs.common.node_file import NodeFile, open_node_file, read_node_file
@@ -60,7 +60,7 @@ class Disks:
             self.node = self._identify(random)
             for directory in self.directories:
                 directory.disk.makedirs(TARGETS)
-                directory.target_ids = sorted(int(name) for name in directory.disk.list(TARGETS) if name.isdecimal())
+                directory.target_ids = sorted(int(name) for name in directory.disk.list(TARGETS) if name.isdecimal() and _begun(directory.disk, name))
         except BaseException:
             self.close()
             raise
@@ -116,6 +116,11 @@ class Disks:
     def close(self) -> None:
         for directory in self.directories:
             directory.disk.close()
+
+
+def _begun(disk: Disk, name: str) -> bool:
+    """Whether anything was ever put into the target's directory. One whose making was cut short by a crash is made when the manager asks for it."""
+    return any(file != "LOCK" and not is_leftover(file) for file in disk.list(f"{TARGETS}/{name}"))
 
 
 def openable(error: BaseException) -> bool:

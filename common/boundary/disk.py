@@ -130,7 +130,8 @@ class Disk(ABC):
 
     @abstractmethod
     def lock(self) -> None:
-        """Takes the directory for this process until it ends or `close`; DirectoryInUse when another has it."""
+        """Takes the directory for this process until it ends or `close`; DirectoryInUse when another has it. Removes what a `write_file` left that a
+        crash ended, and makes the names durable that are found."""
 
     @abstractmethod
     def open_map(self, name: str, *, size_bytes: int) -> OrderedMap:

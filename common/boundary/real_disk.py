@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,15 +32,24 @@ _LIBC.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _CORRUPT: Final = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.IncompatibleError)
 
 
+_LEFTOVER: Final = re.compile(r".+\.\d+-\d+\.tmp")
+
+
+def is_leftover(name: str) -> bool:
+    """Is this the name of a file that `write_file` had not finished when its process ended?"""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 class RealDisk(Disk):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._base = str(self.path)
         self._lock_fd = -1
 
     def _at(self, name: str) -> str:
         if name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise InvalidArgument(f"{name!r} is not a name inside {self.path}")
-        return str(self.path / name)
+        return f"{self._base}/{name}" if name else self._base
 
     def open(self, name: str, *, create: bool = False) -> DiskFile:
         path = self._at(name)
@@ -59,10 +69,13 @@ class RealDisk(Disk):
     def makedirs(self, name: str) -> None:
         path = Path(self._at(name))
         with _typed(f"make directory {path}"):
-            missing = []
+            missing: list[Path] = []
             while not path.is_dir():
                 missing.append(path)
                 path = path.parent
+            # One that is there may have been made by a process that was killed before it could sync.
+            with contextlib.suppress(PermissionError):
+                _sync_directory(str(path.parent))
             for folder in reversed(missing):
                 folder.mkdir(mode=0o700, exist_ok=True)
                 _sync_directory(str(folder.parent))
@@ -123,13 +136,30 @@ class RealDisk(Disk):
         except OSError as error:
             os.close(fd)
             raise from_os(error, f"lock {path}") from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
+        try:
+            with _typed(f"lock {path}"):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                self._tidy()
+        except BaseException:
+            self.close()
+            raise
+
+    def _tidy(self) -> None:
+        """What a process left that was killed: halves of files that `write_file` was writing, and names that it had not synced."""
+        for name in os.listdir(self.path):
+            if is_leftover(name):
+                os.unlink(self.path / name)
+        _sync_directory(str(self.path))
 
     def open_map(self, name: str, *, size_bytes: int) -> OrderedMap:
         path = self._at(name)
         self.makedirs(name)
+        if not os.path.exists(os.path.join(path, "data.mdb")):
+            _make_map(path, size_bytes)
+        with _typed(f"sync directory {path}"):
+            _sync_directory(path)
         return LmdbMap(path, size_bytes)
 
     def close(self) -> None:
@@ -368,6 +398,26 @@ class LmdbMap(OrderedMap):
         if isinstance(error, lmdb.BadValsizeError):
             return InvalidArgument(f"{what} index {self._path}: {error}")
         return from_os(OSError(_lmdb_errno(error), str(error)), f"{what} index {self._path}")
+
+
+def _make_map(path: str, size_bytes: int) -> None:
+    """An empty map, under its name only when it is whole and synced: LMDB writes its first pages without a sync, and never syncs the file's name."""
+    fresh = os.path.join(path, "data.mdb.new")
+    with _typed(f"make index {path}"):
+        for left in (fresh, fresh + "-lock"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(left)
+        try:
+            lmdb.open(fresh, map_size=size_bytes, subdir=False, mode=0o600).close()
+        except lmdb.Error as error:
+            raise from_os(OSError(_lmdb_errno(error), str(error)), f"make index {path}") from error
+        fd = os.open(fresh, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(fresh, os.path.join(path, "data.mdb"))
+        os.unlink(fresh + "-lock")
 
 
 def _lmdb_errno(error: Any) -> int:

@@ -252,6 +252,22 @@ def test_a_damaged_map_is_refused_and_left_alone(tmp_path: Path, damage: str) ->
     assert path.read_bytes() == data
 
 
+def test_what_a_killed_process_left_half_written_is_in_nobodys_way(tmp_path: Path) -> None:
+    half, index = tmp_path / "superblock.77-139710.tmp", tmp_path / "index" / "data.mdb.new"
+    index.parent.mkdir()
+    for left in (half, index):
+        left.write_bytes(b"half of")
+    (tmp_path / "notes.tmp").write_bytes(b"somebody's")
+    disk = RealDisk(tmp_path)
+    disk.lock()
+    rows = disk.open_map("index", size_bytes=1 << 24)
+    rows.commit({b"k": b"v"})
+    rows.close()
+    disk.close()
+    assert disk.list() == ["LOCK", "index", "notes.tmp"]
+    assert disk.list("index") == ["data.mdb", "lock.mdb"]
+
+
 def test_real_errors_are_typed(tmp_path: Path) -> None:
     disk = RealDisk(tmp_path)
     file = disk.open("f", create=True)

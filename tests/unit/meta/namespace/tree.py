@@ -12,7 +12,7 @@ import trio
 
 from kvfs.common.errors import KvfsError, NotDirectory, NotFound
 from kvfs.common.wire import meta_pb2 as pb
-from kvfs.meta.kv import Transaction
+from kvfs.meta.kv import Engine, Transaction
 from kvfs.meta.kv.memory import MemoryEngine
 from kvfs.meta.namespace import access, attributes, entries, files, fsck, lookup, remove, rename, store, xattrs
 from kvfs.meta.namespace.step import Step, Surroundings
@@ -30,10 +30,10 @@ OWNER, OTHER, STRANGER = user(1001), user(1002), user(1003)
 
 
 class Tree:
-    def __init__(self, **around: Any) -> None:
-        self.engine = MemoryEngine(now=time.monotonic)
+    def __init__(self, engine: Engine | None = None, *, first_inode: int = 11, **around: Any) -> None:
+        self.engine = engine or MemoryEngine(now=time.monotonic)
         self.now_ns = 1_000 * SECOND
-        self._numbers = 10
+        self._numbers = first_inode - 1
         self.around = Surroundings(
             new_inode=self._number, place=self._place, table=lambda number, replicas: (number or 1, replicas or 2, [1, 2, 3, 4]), **around
         )
