@@ -32,6 +32,11 @@ class DataFiles:
         keys = (parse_data_file_name(name) for name in self._disk.list(FOLDER))
         return sorted(key for key in keys if key is not None)
 
+    def sync_names(self) -> None:
+        """A process that was killed may have made a file and not its name durable."""
+        if self._disk.exists(FOLDER):
+            self._disk.sync_directory(FOLDER)
+
     def exists(self, block_bytes: int, number: int) -> bool:
         return (block_bytes, number) in self._open or self._disk.exists(data_file_name(block_bytes, number))
 

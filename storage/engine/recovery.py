@@ -61,6 +61,7 @@ def open_ledger(disk: Disk, clock: Clock, config: EngineConfig) -> Ledger:
         files.close()
         raise
     # From here on the directory changes.
+    files.sync_names()
     allocator.allocate_again(short)
     remove_segments_behind(disk, next_sequence)
     journal = Journal(disk, next_sequence, config.journal_bytes)
