@@ -205,7 +205,7 @@ class LogDisk(Disk):
             if what in ("map", "file"):
                 disk.play(what, name, offset, data)
             elif what in ("create", "unlink"):
-                if place < names_lost_from:
+                if place < names_lost_from or place < last_sync.get("syncdir" + name.rpartition("/")[0], -1):
                     disk.play(what, name, offset, data)
             elif what in ("sync", "syncdir") or name not in disk.files:
                 continue
