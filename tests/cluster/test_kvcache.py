@@ -182,7 +182,11 @@ def test_two_clients_while_services_are_killed(new_cluster: Callable[[], RealClu
                 while not stopping.is_set():
                     numbers = chance.sample(busy, 6)
                     if chance.random() < 0.5:
-                        results = space.put([key(number) for number in numbers], [content(number, writer) for number in numbers], deadline_s=8)
+                        blocks: list[bytes | memoryview] = [content(number, writer) for number in numbers]
+                        if chance.random() < 0.7:  # one, by this thread itself
+                            numbers, lone = numbers[:1], into[0][: len(blocks[0])]
+                            lone[:], blocks = blocks[0], [lone]
+                        results = space.put([key(number) for number in numbers], blocks, deadline_s=8)
                         with lock:
                             for number, result in zip(numbers, results, strict=True):
                                 if result is Put.STORED:
