@@ -6,6 +6,7 @@ A wrong one is click's usage error: it names the option or argument and says how
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class BlockKey:
 def block_key(written: str, text: bool) -> BlockKey:
     """`text`: any text, whose SHA-256 is the key; else the key itself in hexadecimal."""
     if text:
-        return BlockKey(written, hashlib.sha256(written.encode()).digest(), "text")
+        return BlockKey(written, hashlib.sha256(os.fsencode(written)).digest(), "text")
     digits = len(written)
     if _HEX.fullmatch(written) is None or digits % 2 or not 2 * KEY_BYTES_MIN <= digits <= 2 * KEY_BYTES_MAX:
         raise click.UsageError(
@@ -63,10 +64,12 @@ def block_key(written: str, text: bool) -> BlockKey:
 
 def pairs(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """Callback of an option that is given as NAME=VALUE any number of times."""
-    found = {}
+    found: dict[str, str] = {}
     for value in values:
         name, equals, content = value.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"{value!r} is not NAME=VALUE", context, param)
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice: {found[name]!r} and {content!r}", context, param)
         found[name] = content
     return found

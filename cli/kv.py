@@ -18,7 +18,7 @@ from kvfs.cli.arguments import BlockKey, Size, block_key, pairs
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
 from kvfs.cli.files import connected
 from kvfs.common.errors import InputOutput, InvalidArgument, KvfsError, NotFound
-from kvfs.kvcache import KVCache, Space, SpaceCounters, SpaceParams, SpaceStats
+from kvfs.kvcache import KVCache, Put, Space, SpaceCounters, SpaceParams, SpaceStats
 from kvfs.kvcache.params import REPLICATION_MAX
 
 REASONS = {
@@ -238,7 +238,8 @@ def _evict_all(space: Space) -> int:
 # --- blocks ------------------------------------------------------------------------------------------------------------------------------
 
 
-def told(options: Options, space: str, key: BlockKey, outcome: str, length: int) -> None:
+def told(options: Options, space: str, key: BlockKey, outcome: str, length: int | None) -> None:
+    """`length`: of the block, where it is known."""
     if options.as_json:
         print_json({"space": space, **key.describe(), "outcome": outcome, "bytes": length})
 
@@ -254,6 +255,8 @@ def put(options: Options, space: str, key: str, file: Path, text: bool) -> None:
     named = block_key(key, text)
     with caches(options) as cache:
         opened = cache.open(space)
+        if str(file) == "-" and sys.stdin is None:
+            raise InvalidArgument("standard input is closed")
         with click.open_file(str(file), "rb") as source:
             data = source.read(opened.block_bytes + 1)
         if len(data) > opened.block_bytes:
@@ -263,9 +266,10 @@ def put(options: Options, space: str, key: str, file: Path, text: bool) -> None:
         [outcome] = opened.put([named.key], [data])
         if not outcome:
             raise InputOutput(f"the block was not stored: {trouble(opened.counters) or 'storage refused it'}")
-    told(options, space, named, outcome.value, len(data))
+    stored = outcome is Put.STORED
+    told(options, space, named, outcome.value, len(data) if stored else None)
     if not options.as_json:
-        click.echo(f"{outcome.value}: {named.key.hex()}, {len(data)} bytes")
+        click.echo(f"{outcome.value}: {named.key.hex()}" + (f", {len(data)} bytes" if stored else " stays as the first writer put it"))
 
 
 @kv.command()
@@ -284,6 +288,8 @@ def get(options: Options, space: str, key: str, file: Path, text: bool) -> None:
         if length is None:
             raise _miss(space, named, opened.counters)
         if str(file) == "-":
+            if sys.stdout is None:
+                raise InvalidArgument("standard output is closed")
             sys.stdout.buffer.write(buffer[:length])
             sys.stdout.buffer.flush()
         else:

@@ -81,7 +81,8 @@ def place_to_measure(options: Options, *, storage: int, replicas: Sequence[int],
     named = options.cluster or os.environ.get("KVFS_CLUSTER", "")
     if named:
         directory = options.directory()
-        yield Place(options.cluster_spec(), tuple(process_ids(directory)) if directory else (), False, f"cluster {named}")
+        with interruptible():  # what is made on it for the measurement goes, also then
+            yield Place(options.cluster_spec(), tuple(process_ids(directory)) if directory else (), False, f"cluster {named}")
         return
     with ExitStack() as stack:
         stack.enter_context(interruptible())

@@ -69,7 +69,11 @@ class WritePath:
         step = self._config.batch_max_ios
         end_s = self._peers.clock.monotonic() + (self._config.deadline_s if deadline_s is None else deadline_s)
         for start in range(0, len(writes), step):
-            outcomes += await self._write_some(writes[start : start + step], max(0.0, end_s - self._peers.clock.monotonic()))
+            left_s = end_s - self._peers.clock.monotonic()
+            if left_s <= 0:
+                outcomes += [DeadlineExceeded("no time was left to send it")] * (len(writes) - start)
+                break
+            outcomes += await self._write_some(writes[start : start + step], left_s)
         return outcomes
 
     async def _write_some(self, writes: Sequence[ChunkWrite], limit_s: float) -> list[WriteDone | KvfsError]:

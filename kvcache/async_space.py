@@ -12,7 +12,8 @@ Belongs to its client's trio thread; threads use `space.Space`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import isnan
 from typing import Any
 
 import trio
@@ -39,6 +40,10 @@ from kvfs.kvcache.parcels import Parcel, give_back, make_ready
 SLAB_UNIT_BYTES = 4096
 ASK_FIRST_BYTES = 64 << 10
 """Blocks of this size are looked for first when they would travel."""
+PART_BLOCKS = 1024
+PART_BYTES = 512 << 20
+"""Of a put: more is sent in parts, one after the other."""
+EVICT_MAX = 1 << 48
 Key = bytes
 
 
@@ -48,6 +53,21 @@ _FLAGS = [[bool(byte >> bit & 1) for bit in range(8)] for byte in range(256)]
 def flags(bitmap: bytes) -> list[bool]:
     """Bit i % 8 of byte i / 8 is flag i."""
     return [flag for byte in bitmap for flag in _FLAGS[byte]]
+
+
+def _parts(places: Sequence[int], parcels: Sequence[Parcel]) -> Iterator[list[int]]:
+    """In pieces of at most PART_BLOCKS and, unless a single one is longer, PART_BYTES."""
+    part: list[int] = []
+    size = 0
+    for place in places:
+        length = len(parcels[place].memory.view)
+        if part and (len(part) == PART_BLOCKS or size + length > PART_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(place)
+        size += length
+    if part:
+        yield part
 
 
 class AsyncSpace:
@@ -121,7 +141,7 @@ class AsyncSpace:
             for chain, outcome in zip(chains, await self._storage.probe(probes, deadline_s=limit_s), strict=True):
                 places = groups[chain]
                 if isinstance(outcome, KvfsError):
-                    self._chains.trouble(chain, outcome, len(places))
+                    self._chains.trouble(chain, outcome, len(places), limit_s)
                     continue
                 self._chains.well(chain)
                 for place, there in zip(places, flags(outcome), strict=False):  # the last byte's spare bits are nobody's
@@ -151,8 +171,8 @@ class AsyncSpace:
         return self.gets.begin(keys, into, 0, self.block_bytes, need, whole=True, limit_s=self._limit(deadline_s, self._config.get_deadline_s))
 
     def begin_range(self, keys: Sequence[Key], offset: int, length: int, into: Sequence[Any], deadline_s: float | None) -> Batch:
-        if offset < 0 or length < 1 or offset + length > self.block_bytes:
-            raise InvalidArgument(f"bytes {offset} to {offset + length} of a block: blocks of space {self.name} have at most {self.block_bytes}")
+        if not (isinstance(offset, int) and isinstance(length, int)) or offset < 0 or length < 1 or offset + length > self.block_bytes:
+            raise InvalidArgument(f"{length} bytes from {offset} of a block: blocks of space {self.name} have at most {self.block_bytes}")
         return self.gets.begin(keys, into, offset, length, length, whole=False, limit_s=self._limit(deadline_s, self._config.get_deadline_s))
 
     async def _get(self, batch: Batch) -> list[int | None]:
@@ -191,37 +211,44 @@ class AsyncSpace:
         counters = self.counters
         counters.puts += len(keys)
         end_s = self._end(deadline_s, self._config.put_deadline_s)
-        left_s = await self._writable(len(keys), end_s) if keys else 0.0
-        if left_s > 0:
-            first = {digest: place for place, digest in reversed(list(enumerate(digests)))}
-            groups = self._placement.group(digests)
-
-            async def ask(chains: Sequence[int], limit_s: float) -> None:
-                places = sorted((place, chain) for chain in chains for place in groups[chain] if first[digests[place]] == place)
-                asked_s = self._clock.monotonic()
-                places = await self._absent(places, digests, parcels, results, limit_s)
-                sent = [parcels[place] for place, chain in places if self._storage.nearby(chain)]
-                try:
-                    await make_ready(sent, self._client.memory)
-                    limit_s = max(0.0, limit_s - (self._clock.monotonic() - asked_s))
-                    writes = [self._write(chain, digests[place], parcels[place]) for place, chain in places]
-                    outcomes = await self._storage.write_each(writes, deadline_s=limit_s)
-                finally:
-                    give_back(sent)
-                for (place, chain), outcome in zip(places, outcomes, strict=True):
-                    results[place] = self._taken(chain, outcome, len(parcels[place].memory.view))
-
-            await self._chains.ask(groups, ask, min(end_s, self._clock.monotonic() + left_s))
-            for place, digest in enumerate(digests):
-                if first[digest] != place:
-                    results[place] = Put.PRESENT if results[first[digest]] else Put.REFUSED
-            used = [*above, *(digest for digest, result in zip(digests, results, strict=True) if result)]
-            if len(used) > 1 or Put.PRESENT in results:  # one new block was touched when it was stored: there is no order to tell
-                self._touch(used)
+        first = {digest: place for place, digest in reversed(list(enumerate(digests)))}
+        for part in _parts(sorted(first.values()), parcels):
+            # Each only so long as the space is known to be there: a large batch may take longer than that.
+            left_s = await self._writable(len(part), end_s)
+            if left_s > 0:
+                await self._put_part(part, digests, parcels, results, min(end_s, self._clock.monotonic() + left_s))
+        for place, digest in enumerate(digests):
+            if first[digest] != place:
+                results[place] = Put.PRESENT if results[first[digest]] else Put.REFUSED
+        used = [*above, *(digest for digest, result in zip(digests, results, strict=True) if result)]
+        # One new block alone was touched when it was stored: there is no order to tell.
+        if len(used) > len(above) and (len(used) > 1 or Put.PRESENT in results):
+            self._touch(used)
         counters.stored += results.count(Put.STORED)
         counters.present += results.count(Put.PRESENT)
         counters.refused += results.count(Put.REFUSED)
         return results
+
+    async def _put_part(self, part: Sequence[int], digests: Sequence[bytes], parcels: Sequence[Parcel], results: list[Put], end_s: float) -> None:
+        """The blocks of these places, no key twice."""
+        groups = self._placement.group([digests[place] for place in part])
+
+        async def ask(chains: Sequence[int], limit_s: float) -> None:
+            places = sorted((part[number], chain) for chain in chains for number in groups[chain])
+            asked_s = self._clock.monotonic()
+            places = await self._absent(places, digests, parcels, results, limit_s)
+            sent = [parcels[place] for place, chain in places if self._storage.nearby(chain)]
+            try:
+                await make_ready(sent, self._client.memory)
+                left_s = max(0.0, limit_s - (self._clock.monotonic() - asked_s))
+                writes = [self._write(chain, digests[place], parcels[place]) for place, chain in places]
+                outcomes = await self._storage.write_each(writes, deadline_s=left_s)
+            finally:
+                give_back(sent)
+            for (place, chain), outcome in zip(places, outcomes, strict=True):
+                results[place] = self._taken(chain, outcome, len(parcels[place].memory.view), limit_s)
+
+        await self._chains.ask(groups, ask, end_s)
 
     def _checked(self, memory: Memory, place: int) -> Memory:
         length = len(memory.view)
@@ -264,12 +291,12 @@ class AsyncSpace:
             parcel.checksums,
         )
 
-    def _taken(self, chain: int, outcome: WriteDone | KvfsError, length: int) -> Put:
+    def _taken(self, chain: int, outcome: WriteDone | KvfsError, length: int, limit_s: float) -> Put:
         if isinstance(outcome, AlreadyExists):
             self._chains.well(chain)
             return Put.PRESENT
         if isinstance(outcome, KvfsError):
-            self._chains.trouble(chain, outcome, 1)
+            self._chains.trouble(chain, outcome, 1, limit_s)
             return Put.REFUSED
         self._chains.well(chain)
         self.counters.stored_bytes += length
@@ -304,7 +331,7 @@ class AsyncSpace:
             ]
             for (place, chain), outcome in zip(places, await self._storage.write_each(writes, deadline_s=limit_s), strict=True):
                 if isinstance(outcome, KvfsError) and not isinstance(outcome, ChunkNotFound):
-                    self._chains.trouble(chain, outcome, 1)
+                    self._chains.trouble(chain, outcome, 1, limit_s)
                 else:
                     self._chains.well(chain)
                     gone[place] = True
@@ -319,11 +346,18 @@ class AsyncSpace:
         """Remove about so many blocks, least recently touched first on each chain; how many went. For administration: errors of storage come out."""
         if blocks < 0:
             raise InvalidArgument(f"{blocks} blocks to evict")
+        blocks = min(blocks, EVICT_MAX)
         chains = self.chain_ids
         gone = 0
-        for number, chain in enumerate(chains):
-            share = blocks // len(chains) + (number < blocks % len(chains))
-            gone += await self._storage.evict(chain, self.inode, share) if share else 0
+        while gone < blocks and chains:
+            # Where one chain has fewer than its share, the others have to give more.
+            left = blocks - gone
+            went = [
+                await self._storage.evict(chain, self.inode, left // len(chains) + (number < left % len(chains))) if number < left else 0
+                for number, chain in enumerate(chains)
+            ]
+            gone += sum(went)
+            chains = tuple(chain for number, chain in enumerate(chains) if went[number] or number >= left)
         self.gets.known.clear()
         return gone
 
@@ -336,7 +370,11 @@ class AsyncSpace:
         return self._clock.monotonic() + self._limit(deadline_s, usual_s)
 
     def _limit(self, deadline_s: float | None, usual_s: float) -> float:
-        return usual_s if deadline_s is None else deadline_s
+        if deadline_s is None:
+            return usual_s
+        if not isinstance(deadline_s, int | float) or isnan(deadline_s):
+            raise InvalidArgument(f"a deadline of {deadline_s!r}: a number of seconds is needed")
+        return deadline_s
 
     async def _readable(self, count: int, end_s: float) -> bool:
         """False: the space is known to be gone."""

@@ -95,9 +95,9 @@ def _flat(buffer: Any, what: str, place: int) -> memoryview:
     else:
         try:
             view = memoryview(buffer)
-        except TypeError:
+        except (TypeError, ValueError, BufferError):  # numpy has types that it shows no bytes of
             raise InvalidArgument(
-                f"{what} {place} is a {type(buffer).__name__}: it must be a bytes-like object, a numpy array or a torch tensor"
+                f"{what} {place} is a {type(buffer).__name__}: it must be a bytes-like object, a numpy array of numbers or a torch tensor"
             ) from None
         view = _bytes_of(view, what, place)
     return view
@@ -106,7 +106,13 @@ def _flat(buffer: Any, what: str, place: int) -> memoryview:
 def _bytes_of(view: memoryview, what: str, place: int) -> memoryview:
     if not view.c_contiguous:
         raise InvalidArgument(f"{what} {place} is not contiguous")
-    return view.cast("B") if view.format != "B" or view.ndim != 1 else view
+    if view.format == "B" and view.ndim == 1:
+        return view
+    if not view.nbytes:
+        return memoryview(b"")
+    if "O" in view.format:
+        raise InvalidArgument(f"{what} {place} holds Python objects: their addresses are no content")
+    return view.cast("B")
 
 
 def _tensor(tensor: Any, what: str) -> memoryview:

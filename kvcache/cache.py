@@ -45,11 +45,11 @@ class AsyncKVCache:
         """Make a space and open it. AlreadyExists if the name is taken; with `exist_ok` the space there is opened, if it holds such blocks."""
         parent, _ = await self._find(_checked(name), make=True)
         try:
-            inode = await self._client.meta.make(parent, name.encode(), pb.DIRECTORY, SPACE_MODE, space=params.to_wire())
+            inode = await self._client.meta.make(parent, _bytes(name), pb.DIRECTORY, SPACE_MODE, space=params.to_wire())
         except AlreadyExists:
             if exist_ok:
                 return await self.open(name, params)
-            raise AlreadyExists(f"there is a space {name} already") from None
+            raise AlreadyExists(f"/kvcache/{name} is there already: open it, or choose another name") from None
         return self._handle(name, inode)
 
     async def open(self, name: str, expect: SpaceParams | None = None) -> AsyncSpace:
@@ -77,7 +77,7 @@ class AsyncKVCache:
         """Gone at once, for this client and every other; the blocks' disk space comes back in the background."""
         inode = await self._space(name)
         parent, _ = await self._find()
-        await self._client.meta.remove(parent, name.encode(), directory=True)
+        await self._client.meta.remove(parent, _bytes(name), directory=True)
         for space in self._open.pop(inode.inode, ()):
             space.life.end()
 
@@ -90,7 +90,7 @@ class AsyncKVCache:
 
     async def _find(self, name: str = "", *, make: bool = False) -> tuple[int, pb.Inode | None]:
         """The directory of spaces (0: there is none) and the entry of that name in it."""
-        names = [DIRECTORY, name.encode()] if name else [DIRECTORY]
+        names = [DIRECTORY, _bytes(name)] if name else [DIRECTORY]
         reply = await self._client.meta.lookup(ROOT_INODE, names, follow=True, follow_last=False)
         if not reply.inodes:
             if not make:
@@ -127,9 +127,17 @@ class AsyncKVCache:
 
 
 def _checked(name: str) -> str:
-    if not name or "/" in name or "\0" in name or name in (".", "..") or len(name.encode()) > 255:
+    try:
+        size = len(_bytes(name))
+    except UnicodeEncodeError:
+        size = 0
+    if not size or "/" in name or "\0" in name or name in (".", "..") or size > 255:
         raise InvalidArgument(f"{name!r} is no name for a space: 1 to 255 bytes without '/'")
     return name
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")
 
 
 class KVCache:

@@ -64,8 +64,8 @@ class Chains:
         if self._rests:
             self._rests.note(chain, 0, None, 0.0)
 
-    def trouble(self, chain: int, error: KvfsError, count: int) -> None:
-        """Storage could not do it for so many blocks: counted, and the chain may rest."""
+    def trouble(self, chain: int, error: KvfsError, count: int, limit_s: float) -> None:
+        """Storage could not do it for so many blocks within `limit_s`: counted, and the chain may rest."""
         counters = self.counters
         if isinstance(error, DeadlineExceeded):
             counters.late += count
@@ -75,4 +75,4 @@ class Chains:
             counters.full += count
         else:
             counters.failed += count
-        self._rests.note(chain, self._version(chain), error, self._clock.monotonic())
+        self._rests.note(chain, self._version(chain), error, self._clock.monotonic(), limit_s)

@@ -22,7 +22,7 @@ from kvfs.client.place import Place, Read
 from kvfs.client.storage_blocks import Touch
 from kvfs.client.storage_places import ChunkRange
 from kvfs.client.storage_reads import ChunkRead, ReadDone
-from kvfs.common.errors import InvalidArgument, KvfsError
+from kvfs.common.errors import DataError, InvalidArgument, KvfsError
 from kvfs.common.ids import block_id
 from kvfs.kvcache import keys as hashing
 from kvfs.kvcache.buffers import Memory, to_fill
@@ -30,6 +30,7 @@ from kvfs.kvcache.chains import Chains
 from kvfs.kvcache.known import KNOWN_S, KnownPlaces
 from kvfs.kvcache.local_reads import LocalReads
 from kvfs.kvcache.outcomes import SpaceCounters
+from kvfs.kvcache.spoilt import Spoilt
 
 TELL_S = 0.05
 REST_S = 1.0
@@ -89,6 +90,7 @@ class Gets:
         self._fresh = fresh
         self._now = client.clock.monotonic
         self.known = KnownPlaces(self._now)
+        self._spoilt = Spoilt(client, inode, block_bytes)
         self._rests_until = -inf
         self._telling = False
 
@@ -261,12 +263,14 @@ class Gets:
                 memories[index].settle()
             raise
         for (index, chain), read, outcome in zip(members, reads, outcomes, strict=True):
-            batch.found[index] = self._arrived(chain, memories[index], outcome, read.length if batch.whole else None)
+            batch.found[index] = self._arrived(chain, memories[index], outcome, read.length if batch.whole else None, limit_s)
+            if isinstance(outcome, DataError):
+                self._spoilt.look_at(chain, batch.digests[index])
 
-    def _arrived(self, chain: int, memory: Memory, outcome: ReadDone | KvfsError, longest: int | None) -> int | None:
+    def _arrived(self, chain: int, memory: Memory, outcome: ReadDone | KvfsError, longest: int | None, limit_s: float) -> int | None:
         memory.settle()
         if isinstance(outcome, KvfsError):
-            self._chains.trouble(chain, outcome, 1)
+            self._chains.trouble(chain, outcome, 1, limit_s)
             return None
         self._chains.well(chain)
         if not outcome.found or (longest is not None and outcome.chunk_length > longest):

@@ -42,6 +42,8 @@ def digest(key: bytes) -> bytes:
 
 def digests(keys: Sequence[bytes]) -> list[bytes]:
     """The digest of each key; the error says which key is wrong."""
+    if not hasattr(keys, "__len__"):  # a generator would be empty by now
+        raise InvalidArgument(f"keys are a {type(keys).__name__}: a list of them is needed")
     if set(map(type, keys)) == {bytes} and set(map(len, keys)) == {DIGEST_BYTES}:
         return list(keys)  # what is asked for hundreds of thousands of times a second
     found = []

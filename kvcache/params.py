@@ -17,6 +17,11 @@ from kvfs.common.errors import InvalidArgument, SpaceDiffers
 from kvfs.common.wire import meta_pb2 as pb
 
 BLOCK_BYTES_MAX = 64 << 20
+BLOCK_TOKENS_MAX = (1 << 32) - 1
+QUOTA_BYTES_MAX = 1 << 62
+TTL_S_MAX = 10**9
+"""Thirty years."""
+TABLE_MAX = 65535
 REPLICATION_MAX = 3
 OWN_FIELDS = ("model", "dtype", "layout", "rope")
 
@@ -45,21 +50,30 @@ class SpaceParams:
     """A block that was not touched for so long goes. None: it stays."""
 
     def __post_init__(self) -> None:
+        for number in ("block_bytes", "block_tokens", "replication", "table", "quota_bytes"):
+            value = getattr(self, number)
+            if not isinstance(value, int) and not (value is None and number == "quota_bytes"):
+                raise InvalidArgument(f"{number} is {value!r}: a whole number is needed")
         if not 1 <= self.block_bytes <= BLOCK_BYTES_MAX:
             raise InvalidArgument(f"block_bytes is {self.block_bytes}: 1 to {BLOCK_BYTES_MAX}")
-        if self.block_tokens < 1:
-            raise InvalidArgument(f"block_tokens is {self.block_tokens}: at least 1")
+        if not 1 <= self.block_tokens <= BLOCK_TOKENS_MAX:
+            raise InvalidArgument(f"block_tokens is {self.block_tokens}: 1 to {BLOCK_TOKENS_MAX}")
         if not 0 <= self.replication <= REPLICATION_MAX:
             raise InvalidArgument(f"replication is {self.replication}: 1 to {REPLICATION_MAX}, or 0 for the table's")
         if self.quota_bytes is not None and self.quota_bytes <= 0:
             raise InvalidArgument(f"quota_bytes is {self.quota_bytes}: a space without room holds nothing; None for no quota")
-        if self.ttl_s is not None and self.ttl_s < 0.001:
-            raise InvalidArgument(f"ttl_s is {self.ttl_s}: at least 0.001; None for no time to live")
-        for name, value in self.extra.items():
+        if self.quota_bytes is not None and self.quota_bytes > QUOTA_BYTES_MAX:
+            raise InvalidArgument(f"quota_bytes is {self.quota_bytes}: at most {QUOTA_BYTES_MAX}; None for no quota")
+        if not 0 <= self.table <= TABLE_MAX:
+            raise InvalidArgument(f"table is {self.table}: 1 to {TABLE_MAX}, or 0 for the first of that replication")
+        if self.ttl_s is not None and not (isinstance(self.ttl_s, int | float) and 0.001 <= self.ttl_s <= TTL_S_MAX):
+            raise InvalidArgument(f"ttl_s is {self.ttl_s}: 0.001 to {TTL_S_MAX}; None for no time to live")
+        for name, value in (*((name, getattr(self, name)) for name in OWN_FIELDS), *self.extra.items()):
+            if not _is_text(name) or not _is_text(value):
+                raise InvalidArgument(f"the format field {name!r} is {value!r}: format fields are text")
+        for name in self.extra:
             if name in OWN_FIELDS or name in ("block_tokens", "block_bytes") or not name:
                 raise InvalidArgument(f"an extra format field cannot be called {name!r}")
-            if not isinstance(value, str):
-                raise InvalidArgument(f"the format field {name} is a {type(value).__name__}: format fields are text")
 
     @property
     def format(self) -> dict[str, str]:
@@ -108,6 +122,11 @@ class SpaceParams:
                 raise SpaceDiffers(
                     f"space {name} has another format: {field_name} is {there.get(field_name)!r} there, {here.get(field_name)!r} was asked for"
                 )
+
+
+def _is_text(value: object) -> bool:
+    """Unicode that has a form in UTF-8: a command line may bring something else along."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def namespace_digest(block_tokens: int, block_bytes: int, format: Mapping[str, str]) -> bytes:

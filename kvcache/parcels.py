@@ -93,11 +93,13 @@ def _pieces(parcels: Sequence[Parcel]) -> list[Callable[[], None]]:
     """Work of PIECE_BYTES at least."""
     pieces: list[Callable[[], None]] = []
     some: list[Parcel] = []
+    size = 0
     for parcel in parcels:
         some.append(parcel)
-        if _size(some) >= PIECE_BYTES:
+        size += len(parcel.memory.view)
+        if size >= PIECE_BYTES:
             pieces.append(partial(_make, some))
-            some = []
+            some, size = [], 0
     if some:
         pieces.append(partial(_make, some))
     return pieces

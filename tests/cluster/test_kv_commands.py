@@ -39,7 +39,8 @@ def test_a_space_and_its_blocks(cluster: RealCluster, tmp_path: Path) -> None:
     source.write_bytes(os.urandom(60_001))
     put = cluster.json("kv", "put", "s", KEY, str(source))
     assert (put["outcome"], put["form"], put["key"], put["bytes"]) == ("stored", "hex", KEY, 60_001)
-    assert cluster.json("kv", "put", "s", KEY, "/etc/hostname")["outcome"] == "present"
+    again = cluster.json("kv", "put", "s", KEY, "/etc/hostname")
+    assert (again["outcome"], again["bytes"]) == ("present", None), "not the size of what was not stored"
     assert cluster.kvfs("kv", "put", "s", "a name", str(source), "--text").stdout.startswith("stored: ")
     assert cluster.json("kv", "get", "s", KEY, str(target))["bytes"] == 60_001
     assert target.read_bytes() == source.read_bytes()
@@ -67,11 +68,14 @@ def test_bad_input_is_said_in_words(cluster: RealCluster, tmp_path: Path) -> Non
     large.write_bytes(bytes(1025))
     empty.touch()
     for arguments, words in (
-        (create, "there is a space e already"),
+        (create, "/kvcache/e is there already"),
         ((*create, "--model", "x", "--exist-ok"), "model"),
         (("kv", "create", "f", "--block-bytes", "65M", "--block-tokens", "1"), "block_bytes"),
         (("kv", "create", "f", "--block-bytes", "1K", "--block-tokens", "1", "--quota", "0"), "quota"),
         (("kv", "create", "f", "--block-bytes", "1K", "--block-tokens", "1", "--table", "77"), "77"),
+        (("kv", "create", "f", "--block-bytes", "1K", "--block-tokens", "1", "--ttl", "nan"), "ttl_s is nan"),
+        (("kv", "create", "f", "--block-bytes", "1K", "--block-tokens", str(1 << 32)), "block_tokens"),
+        (("kv", "create", "f", "--block-bytes", "1K", "--block-tokens", "1", "--model", "a\udcff"), "format fields are text"),
         (("kv", "put", "e", KEY, str(large)), "at most 1024"),
         (("kv", "put", "e", KEY, str(empty)), "empty"),
         (("kv", "put", "e", KEY, "/not/there"), "/not/there"),
@@ -85,6 +89,9 @@ def test_bad_input_is_said_in_words(cluster: RealCluster, tmp_path: Path) -> Non
     for usage, words in ((("kv", "get", "e", "12", "-"), "--text"), (("kv", "evict", "e"), "--all"), (("bench", "trace"), "FILE")):
         done = cluster.kvfs(*usage, check=False)
         assert done.returncode == 2 and words in done.stderr, done.stderr
+    shell = f"{sys.executable} -m kvfs.cli.main kv put e {KEY} - --cluster {cluster.path} <&-"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == "kvfs: error: standard input is closed\n"
     cluster.kvfs("kv", "drop", "e")
 
 
@@ -99,6 +106,16 @@ def test_bench_kv_on_a_named_cluster(cluster: RealCluster) -> None:
         "get 64.0 KiB x4 shm r3 c1"
         in cluster.kvfs("bench", "kv", *arguments[:4], "--replicas", "3", "--working-set", "1M", "--seconds", "0.1").stdout
     )
+    assert cluster.json("kv", "ls") == []
+
+
+def test_an_interrupted_bench_leaves_no_space_behind(cluster: RealCluster) -> None:
+    command = [sys.executable, "-m", "kvfs.cli.main", "bench", "kv", "--cluster", str(cluster.path), "--replicas", "3", "--seconds", "60"]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: bool(cluster.json("kv", "ls")), 60, "its space is there")
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in errors, errors
     assert cluster.json("kv", "ls") == []
 
 

@@ -29,6 +29,7 @@ def test_keys_are_hex_or_text_and_say_which() -> None:
     assert plain.key == bytes.fromhex("00ff" * 8) and plain.describe() == {"key": "00ff" * 8, "form": "hex"}
     named = block_key("00ff" * 8, text=True)
     assert named.key == hashlib.sha256(b"00ff" * 8).digest() and named.describe()["form"] == "text"
+    assert block_key("\udcff", text=True).key == hashlib.sha256(b"\xff").digest()  # an argument that is no UTF-8
     assert len(block_key("A" * 128, text=False).key) == 64
     for wrong in ("00" * 15, "0" * 33, "00" * 65, "zz" * 16, ""):
         with pytest.raises(click.UsageError, match="--text"):
@@ -42,3 +43,5 @@ def test_pairs() -> None:
     for wrong in ("a", "=b"):
         with pytest.raises(click.BadParameter, match="NAME=VALUE"):
             pairs(context, command.params[0], (wrong,))
+    with pytest.raises(click.BadParameter, match="a is given twice"):
+        pairs(context, command.params[0], ("a=b", "a=c"))

@@ -52,6 +52,15 @@ def test_what_cannot_be_filled() -> None:
     assert len(to_fill(array("d", [0.0] * 4), 0, 32)) == 32
 
 
+def test_arrays_that_have_no_bytes() -> None:
+    numpy = pytest.importorskip("numpy")
+    for bad in (numpy.zeros(4, "M8[s]"), numpy.array([object(), None])):
+        with pytest.raises(InvalidArgument, match="block 3"):
+            to_send(bad, 3)
+    assert len(to_send(numpy.zeros((0, 3)), 0).view) == 0
+    assert len(to_send(numpy.zeros(3, [("a", "i4"), ("b", ">f8")]), 0).view) == 36
+
+
 def test_numpy_views() -> None:
     numpy = pytest.importorskip("numpy")
     with BlockBuffers(2, 8192) as buffers:
@@ -206,6 +215,20 @@ def test_a_deadline_holds_for_the_whole_of_a_large_batch(limit_s: float) -> None
             with trio.fail_after(limit_s + 1.5):
                 assert await held.space.get(keys, [bytearray(BLOCK)] * 600, deadline_s=limit_s) == [None] * 600
             assert held.space.counters.late == 1200
+
+    run(test)
+
+
+def test_what_there_is_no_time_left_for_is_not_begun() -> None:
+    async def test() -> None:
+        async with world(nodes=1, chains=2) as made:
+            held = _Held(made)
+            made.storage[0].silent = True
+            count = 10 * made.client.config.batch_max_ios
+            before = made.client.counters.writes
+            assert not any(await held.space.put([key(number) for number in range(count)], [b"x"] * count, deadline_s=0.2))
+            assert held.space.counters.late == count
+            assert made.client.counters.writes - before <= 2 * made.client.config.batch_max_ios
 
     run(test)
 

@@ -36,7 +36,7 @@ def test_an_operation_goes_on_with_a_chain_that_it_tried() -> None:
 
         groups = {1: [0, 2], 2: [1]}
         end_s = SystemClock().monotonic() + 5
-        made.trouble(2, ConnectionLost("gone"), 1)
+        made.trouble(2, ConnectionLost("gone"), 1, 5.0)
         await made.ask(groups, ask, end_s)
         assert asked == [([1], False)] and counters.resting == 1 and counters.failed == 1
         await trio.sleep(0.06)

@@ -30,6 +30,13 @@ def test_a_key_of_the_wrong_size_is_named(size: int) -> None:
         keys.digests([b"k" * 16, b"k" * size])
 
 
+def test_keys_that_can_be_read_only_once() -> None:
+    with pytest.raises(InvalidArgument, match="a list of them"):
+        keys.digests(key for key in [b"k" * 16])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="a list of them"):
+        keys.digests(None)  # type: ignore[arg-type]
+
+
 def test_a_key_that_is_no_bytes() -> None:
     with pytest.raises(InvalidArgument, match="key 0 is a str"):
         keys.digests(["k" * 16])  # type: ignore[list-item]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import trio
@@ -17,7 +18,7 @@ from kvfs.common.checksum import checksums
 from kvfs.common.transport.region import BufferPool, Region, Span
 from kvfs.kvcache import KVCache, SpaceParams
 from kvfs.kvcache.buffers import to_send
-from kvfs.kvcache.parcels import Parcel, give_back, hash_registered, make_ready
+from kvfs.kvcache.parcels import Parcel, _pieces, give_back, hash_registered, make_ready
 
 __all__ = ["client", "cluster"]
 
@@ -49,6 +50,13 @@ def test_what_is_sent_has_the_checksums_that_go_with_it() -> None:
         memory.close()
 
     trio.run(main)
+
+
+def test_the_work_for_many_small_blocks_grows_as_they_do() -> None:
+    parcels = [Parcel(to_send(b"b" * 24, place)) for place in range(50_000)]
+    began_s = time.process_time()
+    assert len(_pieces(parcels)) == 50_000 * 24 // (512 << 10) + 1
+    assert time.process_time() - began_s < 3
 
 
 def test_without_room_for_copies_blocks_go_as_they_lie() -> None:

@@ -19,6 +19,19 @@ def test_a_chain_rests_is_tried_once_and_rests_longer() -> None:
     assert not rests and rests.state(1, 5, 30.0) == "well"
 
 
+def test_who_has_no_time_says_nothing_about_a_chain() -> None:
+    rests = Rests(2.0, 7.0)
+    for waited_s in (0.0, -1.0):
+        rests.note(1, 5, DeadlineExceeded(), 10.0, waited_s)
+        assert not rests
+    rests.note(1, 5, DeadlineExceeded(), 10.0, 0.1)
+    assert rests.state(1, 5, 10.39) == "resting" and rests.state(1, 5, 10.4) == "trial"
+    rests.note(1, 5, DeadlineExceeded(), 11.0, 0.1)
+    assert rests.state(1, 5, 11.39) == "resting" and rests.state(1, 5, 11.4) == "trial", "no longer than before"
+    rests.note(1, 5, DeadlineExceeded(), 12.0, 0.5)
+    assert rests.state(1, 5, 12.79) == "resting" and rests.state(1, 5, 12.8) == "trial"
+
+
 def test_a_chain_that_changed_is_tried_at_once() -> None:
     rests = Rests(2.0, 7.0)
     rests.note(1, 5, NoServingTarget(), 0.0)

@@ -14,10 +14,12 @@ from tests.unit.client.fakes import run
 from tests.unit.client.whole import Whole, whole
 
 from kvfs.client.async_client import AsyncClient
+from kvfs.client.block_placement import BlockPlacement
 from kvfs.client.config import ClientConfig
 from kvfs.common.errors import (
     AlreadyExists,
     ArgumentTooBig,
+    DeadlineExceeded,
     InvalidArgument,
     NotFound,
     NotPermitted,
@@ -28,7 +30,7 @@ from kvfs.common.errors import (
 )
 from kvfs.common.ids import is_space
 from kvfs.common.wire import base_pb2, identity
-from kvfs.kvcache import AsyncKVCache, AsyncSpace, CacheConfig, Put, SpaceParams
+from kvfs.kvcache import AsyncKVCache, AsyncSpace, CacheConfig, Put, SpaceParams, async_space, life
 from kvfs.kvcache.keys import chain, digest
 
 BLOCK = 40_000
@@ -465,6 +467,97 @@ def test_evicting_by_hand() -> None:
             assert await made.exists(keys) == [True] * 7 + [False] * 5  # touched together: the deepest go first
             with pytest.raises(InvalidArgument):
                 await made.evict(-1)
+
+    run(test)
+
+
+def test_evicting_by_hand_where_the_blocks_are() -> None:
+    """Not an equal share of each chain, where some hold nothing."""
+
+    async def test() -> None:
+        async with space(storage=2) as (made, _, _):
+            last = made.chain_ids[-1]
+            assert len(made.chain_ids) > 1
+            place = BlockPlacement(made.chain_ids)
+            keys = [key(number) for number in range(400) if place.chain(key(number)) == last][:5]
+            await made.put(keys, [block(1)] * 5)
+            assert await made.evict(1) == 1 and await made.evict(3) == 3 and await made.evict(1 << 70) == 1 and await made.evict(1) == 0
+
+    run(test)
+
+
+def test_a_deadline_that_was_too_short_says_nothing_about_the_chains() -> None:
+    async def test() -> None:
+        async with space() as (made, _, _):
+            assert await made.put([key(1)], [block(1)]) == [STORED]
+            for short in (0, -1, 1e-9):
+                assert await made.exists([key(1)], deadline_s=short) == [False]
+                assert await made.get([key(1)], buffers(1), deadline_s=short) == [None]
+                assert await made.put([key(2)], [block(2)], deadline_s=short) == [REFUSED]
+                assert await made.remove([key(1)], deadline_s=short) == [False]
+            assert await made.exists([key(1)]) == [True]
+            assert await made.get([key(1)], buffers(1)) == [BLOCK]
+            assert made.counters.resting == 0
+            for wrong in (float("nan"), "5"):
+                with pytest.raises(InvalidArgument, match="number of seconds"):
+                    await made.get([key(1)], buffers(1), deadline_s=wrong)  # type: ignore[arg-type]
+            with pytest.raises(InvalidArgument, match="bytes from 1"):
+                await made.get_range([key(1)], 1.5, 2, buffers(1))  # type: ignore[arg-type]
+
+    run(test)
+
+
+def test_a_put_may_last_longer_than_its_handle_is_good_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes in parts, and before each the space is known to be there."""
+
+    async def test() -> None:
+        monkeypatch.setattr(async_space, "PART_BLOCKS", 4)
+        monkeypatch.setattr(life, "HANDLE_LIFE_S", 1.0)
+        monkeypatch.setattr(life, "GAP_S", 0.05)
+        async with space(config=CacheConfig(trust_s=0.5, refresh_s=0.2)) as (made, _, _):
+            really = made._storage.write_each
+
+            async def slowly(writes: Any, *, deadline_s: float) -> Any:
+                needed_s = 0.075 * len(writes)
+                await trio.sleep(min(needed_s, deadline_s))
+                return [DeadlineExceeded("slow")] * len(writes) if needed_s > deadline_s else await really(writes, deadline_s=deadline_s)
+
+            monkeypatch.setattr(made._storage, "write_each", slowly)
+            keys = [key(number) for number in range(22)]
+            assert await made.put([*keys, keys[0]], [block(number, 100) for number in range(22)] + [b"other"]) == [STORED] * 22 + [PRESENT]
+            assert await made.exists(keys) == [True] * 22
+
+    run(test)
+
+
+def test_a_block_that_is_damaged_everywhere_can_be_put_again() -> None:
+    """Else it was a miss for every reader and present for every writer."""
+
+    async def test() -> None:
+        async with space(storage=1) as (made, _, cluster):
+            keys = [key(number) for number in range(3)]
+            await made.put(keys, [block(number) for number in range(3)])
+            damaged = 0
+            for path in cluster.folder.glob("storage-0/targets/*/data/*"):
+                data = bytearray(path.read_bytes())
+                at = data.find(block(1)[:64])
+                if at >= 0:
+                    data[at + 20_000] ^= 1
+                    path.write_bytes(data)
+                    damaged += 1
+            assert damaged == 1
+            assert await made.get(keys, buffers(3)) == [BLOCK, None, BLOCK]
+            await eventually(lambda: _all_false(made, keys[1]))
+            assert await made.put(keys, [block(number) for number in range(3)]) == [PRESENT, STORED, PRESENT]
+            into = buffers(3)
+            assert await made.get(keys, into) == [BLOCK] * 3 and into[1] == block(1)
+            # Bytes that the caller himself spoils are no reason to remove anything.
+            made.gets._spoilt.look_at(made._placement.chain(keys[0]), keys[0])
+            await trio.sleep(0.3)
+            assert await made.exists(keys) == [True] * 3
+
+    async def _all_false(made: AsyncSpace, one: bytes) -> bool:
+        return await made.exists([one]) == [False]
 
     run(test)
 
