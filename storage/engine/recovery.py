@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.errors import IndexCorrupt, KvfsError
+from kvfs.common.errors import IndexCorrupt
 from kvfs.storage.engine import chunk, tags
 from kvfs.storage.engine.allocator import Allocator
 from kvfs.storage.engine.chunk import ChunkMeta, Content
@@ -100,10 +100,8 @@ class _Judge:
     def _read(self, content: Content) -> bool:
         if content.block is None:
             return True
-        try:
-            return next(damaged_units(self._files, content), None) is None
-        except KvfsError:
-            return False  # an unreadable place is as good as a wrong one
+        # An error of the disk is not an answer: what cannot be read now may be whole, and what is judged torn is given up for good.
+        return next(damaged_units(self._files, content), None) is None
 
     def standing(self, meta: ChunkMeta) -> ChunkMeta | None:
         """The meta without a pending version whose bytes are not there; None: nothing is left of it."""

@@ -23,8 +23,8 @@ from kvfs.common.errors import ConnectionLost, NotFound
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
 
-QUIET_S = 8.0
-"""Sessions of dead clients end, garbage is collected."""
+QUIET_S = 2.0
+"""Garbage is collected."""
 FSCK_S = 60.0
 
 

@@ -71,11 +71,12 @@ def plan_of(seed: int) -> Plan:
         works = [*WORKS, WORKS[0]]
         random.shuffle(works)
         clients.append(tuple(works[: 2 + random.randrange(2)]))
+    pause_s, latency_s = random.choice((0.02, 0.1, 0.4)), random.choice((0.002, 0.02, 0.06))
+    pace = Pace(operations=round(14 + random.randrange(14) + 0.8 / pause_s), pause_s=pause_s, keys=2 + 2 * random.randrange(3))
+    busy_s = pace.operations * (pause_s / 2 + 3 * latency_s)
     names = [name for name, (_, weight) in FAULTS.items() for _ in range(weight)]
-    faults = [(random.uniform(0, 12), random.choice(names), random.uniform(0.5, 6)) for _ in range(1 + random.randrange(6))]
-    pause_s = random.choice((0.02, 0.1, 0.4))
-    pace = Pace(operations=round(12 + random.randrange(14) + 0.8 / pause_s), pause_s=pause_s, keys=2 + 2 * random.randrange(3))
-    return Plan(shape, tuple(clients), pace, random.choice((0.002, 0.02, 0.06)), tuple(sorted(faults)))
+    faults = [(random.uniform(0, busy_s), random.choice(names), random.uniform(0.5, 5)) for _ in range(1 + random.randrange(6))]
+    return Plan(shape, tuple(clients), pace, latency_s, tuple(sorted(faults)))
 
 
 async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Verdict:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_world import IDENTITY, SMALL, LogDisk, ManualClock, cid, noise, open_engine, write
+from engine_world import IDENTITY, SMALL, LogDisk, ManualClock, cid, content_of, noise, open_engine, write
 
 from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.checksum import xxh3_64
-from kvfs.common.errors import DirectoryInUse, FormatTooNew, IndexCorrupt, WrongDataDirectory
+from kvfs.common.errors import DirectoryInUse, FormatTooNew, IndexCorrupt, InputOutput, WrongDataDirectory
+from kvfs.common.sim.disk import SimDisk
 from kvfs.storage.engine import superblock
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.superblock import Superblock
@@ -182,3 +183,25 @@ def test_a_tag_row_that_is_not_one_is_refused() -> None:
 def test_the_check_of_a_superblock_covers_what_it_says() -> None:
     data = IDENTITY.encode()
     assert xxh3_64(data[:-8]).to_bytes(8, "little") == data[-8:]
+
+
+def test_a_disk_that_cannot_be_read_costs_nothing_once_it_can() -> None:
+    """Seed 10008 of the simulation: what could not be read when a target was opened was taken for torn, and its blocks were given back."""
+    disk = SimDisk()
+    engine = open_engine(disk)
+    for index in range(20):
+        engine.apply(write(cid(index), 0, noise(index, 3000)), 1)
+    disk.kill()
+    failing = True
+
+    def hook(operation: str, name: str) -> None:
+        if failing and operation == "read" and name.startswith("data/"):
+            raise InputOutput("planted")
+
+    with pytest.raises(InputOutput):
+        open_engine(disk.reopen(hook))
+    failing = False
+    disk.kill()
+    engine = open_engine(disk.reopen(hook))
+    assert [content_of(engine, cid(index)) for index in range(20)] == [noise(index, 3000) for index in range(20)]
+    assert not engine.check(read_data=True).problems
