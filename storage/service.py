@@ -22,7 +22,7 @@ from kvfs.common.errors import (
     NotPermitted,
     TargetNotServing,
 )
-from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_space
+from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_block, is_space
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
@@ -48,6 +48,7 @@ LIST_LIMIT = 4096
 CLIENT_ID_BYTES = 16
 REMOVE_LIMIT = 4096
 _KINDS = frozenset(int(kind) for kind in UpdateKind)
+_NO_BYTES = bytes(8)
 _WITH_BYTES = (pb.WRITE, pb.REPLACE, pb.CREATE)
 
 
@@ -216,6 +217,8 @@ class StorageService:
         target = self._host.usable(io.target_id)
         if len(io.chunk_id) != CHUNK_ID_BYTES:
             raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(io.chunk_id)}")
+        if from_client and not is_block(io.chunk_id) and io.chunk_id[8:16] != _NO_BYTES:
+            raise InvalidArgument(f"chunk {io.chunk_id.hex()}: a file has no more than 2^64 chunks")
         if view is not None and len(view) != io.length:
             raise BadRequest(f"an update of {io.length} bytes came with {len(view)}")
         if io.kind not in _KINDS:
@@ -290,6 +293,8 @@ class StorageService:
         return target
 
     def last_chunk(self, request: pb.LastChunkRequest, call: Call) -> pb.LastChunkReply:
+        if is_space(request.inode):
+            raise InvalidArgument(f"inode {request.inode} is a KV-cache space: its blocks have no order")
         last = self._serving(request.target_id).engine.last_chunk(request.inode)
         if last is None:
             return pb.LastChunkReply(found=False)

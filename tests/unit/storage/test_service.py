@@ -10,7 +10,7 @@ from mini_cluster import READ, MiniCluster, mini_cluster
 
 from kvfs.common.checksum import checksums, verify
 from kvfs.common.errors import ChainVersionMismatch, InvalidArgument, NotPermitted, TargetNotServing
-from kvfs.common.ids import chunk_id
+from kvfs.common.ids import SPACE_BIT, block_id, chunk_id
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import method
@@ -56,6 +56,17 @@ def test_requests_that_make_no_sense_are_refused_one_by_one(tmp_path: Path) -> N
             assert [result.status for result in reply.results] == [InvalidArgument.code] * 3
             results = await world.write_once(chain, [pb.WriteIO(chunk_id=chunk_id(5, 0), kind=99, chunk_size=10), pb.WriteIO(chunk_id=b"")], [])  # type: ignore[arg-type]
             assert [result.status for result in results] == [InvalidArgument.code] * 2
+            # What LastChunk could not tell: a chunk far behind any file's end, and the blocks of a space, whose ids are digests.
+            far = pb.WriteIO(chunk_id=chunk_id(5, 1 << 64), length=1, chunk_size=10, checksums=checksums(b"x", 0))
+            (result,) = await world.write_once(chain, [far], [b"x"])
+            assert result.status == InvalidArgument.code
+            block = pb.WriteIO(chunk_id=block_id(SPACE_BIT | 5, b"d" * 16), kind=pb.CREATE, length=1, chunk_size=10, checksums=checksums(b"x", 0))
+            block.slab_bytes = 4096
+            (result,) = await world.write_once(chain, [block], [b"x"])
+            assert result.status == 0
+            with pytest.raises(InvalidArgument):
+                ask = pb.LastChunkRequest(chain_id=chain, target_id=head, inode=SPACE_BIT | 5)
+                await world.pool.call(where, method("Storage", "LastChunk"), ask, timeout_s=5)
 
     trio.run(main)
 
