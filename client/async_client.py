@@ -82,6 +82,7 @@ class AsyncClient(PathOperations):
         self.umask = _umask()
         peers = Peers(source, caller, clock, random, identity.host_id if config.shared_memory else "", config.suspect_s)
         self.counters: Counters = peers.counters
+        source.on_routing(peers.routing_changed)
         self.meta = MetaClient(MetaCalls(peers, config), clock, random, user)
         self.storage = StorageClient(peers, config, identity.client_id, nursery)
         self.lines = Lines(net, identity, peers, config) if net is not None else None

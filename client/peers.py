@@ -1,18 +1,21 @@
 """The other side: where requests go, over which routing, and who is not to be asked first just now.
 
 Owns the newest routing known, the table of suspects (storage nodes that just lost a connection) and the counters. It makes single attempts;
-whether and where to try again is the business of its callers.
+whether and where to try again is the business of its callers. Invariant: an attempt ends as soon as the routing says that its target is not the one
+to ask any more: a service that hangs costs no more than the time until the cluster has noticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import trio
+
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
-from kvfs.common.errors import KvfsError, TransportError
+from kvfs.common.errors import KvfsError, TargetNotServing, TransportError
 from kvfs.common.routing import Routing
 from kvfs.common.transport.region import Span
 from kvfs.common.wire.calls import Arrivals
@@ -29,6 +32,8 @@ class RoutingSource(Protocol):
     def routing(self) -> Routing: ...
 
     async def refresh(self, *, timeout_s: float = ...) -> Any: ...
+
+    def on_routing(self, callback: Callable[[Routing], None]) -> Any: ...
 
 
 class Caller(Protocol):
@@ -86,6 +91,23 @@ class Counters:
     """Read from the places told. Counted by any thread, without a lock."""
 
 
+class _Asked(NamedTuple):
+    targets: Sequence[int]
+    heads: bool
+    """Asked as the heads of their chains."""
+
+    def stands(self, routing: Routing) -> bool:
+        """Whether they are still the ones to ask."""
+        try:
+            for target in self.targets:
+                serving = routing.serving(routing.target(target).chain_id)
+                if target not in (serving[:1] if self.heads else serving):
+                    return False
+        except KvfsError:
+            return False
+        return True
+
+
 @dataclass(slots=True)
 class Peers:
     source: RoutingSource
@@ -99,6 +121,8 @@ class Peers:
     _suspects: dict[int, float] = field(default_factory=dict)
     _where: dict[int, Where] = field(default_factory=dict)
     _where_version: int = -1
+    _asking: dict[trio.CancelScope, _Asked] = field(default_factory=dict)
+    """Attempts under way."""
 
     @property
     def routing(self) -> Routing:
@@ -115,6 +139,36 @@ class Peers:
             node = routing.node_of_target(target_id)
             known = self._where[target_id] = Where(node.node_id, tuple(node.addresses), bool(self.host_id) and node.host_id == self.host_id)
         return known
+
+    async def ask(
+        self,
+        addresses: Sequence[str],
+        method: Method,
+        request: Any,
+        targets: Sequence[int],
+        *,
+        heads: bool = False,
+        timeout_s: float,
+        send: Sequence[Buffer] = (),
+        receive: Sequence[Buffer] = (),
+        arrivals: Arrivals | None = None,
+    ) -> Any:
+        """One attempt at targets of one node. TargetNotServing when one of them left its chain meanwhile (or, with `heads`, is its head no more):
+        as after any attempt without an answer, the service may still use the memory it was given."""
+        asked = self.source.routing.version
+        with trio.CancelScope() as scope:
+            self._asking[scope] = _Asked(targets, heads)
+            try:
+                return await self.caller.call(addresses, method, request, timeout_s=timeout_s, send=send, receive=receive, arrivals=arrivals)
+            finally:
+                del self._asking[scope]
+        raise TargetNotServing(f"a target left its chain while it was asked (routing version {asked} to {self.source.routing.version})")
+
+    def routing_changed(self, routing: Routing) -> None:
+        """To be called with every newer routing."""
+        for scope, asked in self._asking.items():
+            if not asked.stands(routing):
+                scope.cancel()
 
     def suspect(self, node_id: int, error: KvfsError) -> None:
         """A request to the node failed: ask others first for a while, if it was the connection that failed."""

@@ -114,7 +114,7 @@ class BlockPath:
                 probe = probes[index]
                 request.probes.add(chain_id=probe.chain_id, target_id=target, inode=probe.inode, digests=probe.digests, touch=probe.touch)
             try:
-                reply = await self._peers.caller.call(addresses, KV_PROBE, request, timeout_s=timeout_s)
+                reply = await self._peers.ask(addresses, KV_PROBE, request, targets, heads=True, timeout_s=timeout_s)
                 if len(reply.results) != len(indexes):
                     raise InputOutput(f"a reply with {len(reply.results)} results for {len(indexes)} probes")
             except KvfsError as error:

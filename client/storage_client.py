@@ -143,7 +143,7 @@ class StorageClient:
                 node_id: int, addresses: tuple[str, ...], targets: list[int], chains: set[int], timeout_s: float, failed: dict[int, KvfsError]
             ) -> None:
                 try:
-                    await self._peers.caller.call(addresses, SYNC, pb.SyncRequest(target_ids=targets), timeout_s=timeout_s)
+                    await self._peers.ask(addresses, SYNC, pb.SyncRequest(target_ids=targets), targets, timeout_s=timeout_s)
                 except KvfsError as error:
                     self._peers.suspect(node_id, error)
                     failed.update(dict.fromkeys(chains, error))
@@ -242,7 +242,8 @@ class StorageClient:
                 routing = self._peers.routing
                 target = routing.head(chain_id)
                 request = make(routing.chain(chain_id).version, target)
-                return await self._peers.caller.call(routing.addresses_of_target(target), what, request, timeout_s=attempts.timeout_s())
+                addresses = routing.addresses_of_target(target)
+                return await self._peers.ask(addresses, what, request, (target,), heads=True, timeout_s=attempts.timeout_s())
             except KvfsError as error:
                 await self._peers.refresh(min(max(attempts.left_s(), 0), self._config.read_attempt_s))
                 await attempts.wait(error)

@@ -92,7 +92,7 @@ class PlacePath:
             if files is None:
                 return
             peers.counters.place_requests += 1
-            reply = await peers.caller.call(group.addresses, READ, request, timeout_s=timeout_s)
+            reply = await peers.ask(group.addresses, READ, request, group.targets, timeout_s=timeout_s)
             # On another connection the files have other numbers.
             same = await peers.caller.borrowed(group.addresses, timeout_s=timeout_s) is files
         except KvfsError as error:

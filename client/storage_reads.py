@@ -146,7 +146,7 @@ class ReadPath:
             memory.append(run.memory(index))
         sums = ArrivingSums([run.reads[index].offset for index in group.indexes])
         try:
-            reply = await self._peers.caller.call(group.addresses, READ, request, timeout_s=timeout_s, receive=memory, arrivals=sums)
+            reply = await self._peers.ask(group.addresses, READ, request, group.targets, timeout_s=timeout_s, receive=memory, arrivals=sums)
         except KvfsError as error:
             self._peers.suspect(group.node_id, error)
             for index, target in zip(group.indexes, group.targets, strict=True):

@@ -167,7 +167,7 @@ class WritePath:
                 memory.append(write.data)
         request.spaces.extend(spaces.values())
         try:
-            reply = await self._peers.caller.call(group.addresses, WRITE, request, timeout_s=timeout_s, send=memory)
+            reply = await self._peers.ask(group.addresses, WRITE, request, group.targets, heads=True, timeout_s=timeout_s, send=memory)
         except KvfsError as error:
             self._peers.suspect(group.node_id, error)
             for index in group.indexes:

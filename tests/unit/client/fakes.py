@@ -122,7 +122,9 @@ class FakeStorage:
         self.touches.append(request)
         return base_pb2.Empty()
 
-    def sync(self, request: storage_pb2.SyncRequest, call: Call) -> storage_pb2.SyncReply:
+    async def sync(self, request: storage_pb2.SyncRequest, call: Call) -> storage_pb2.SyncReply:
+        if self.silent:
+            await trio.sleep_forever()
         self.synced += request.target_ids
         return storage_pb2.SyncReply()
 
@@ -269,12 +271,18 @@ class FakeRouting:
         self.routing = Routing(self.message)
         self.refreshes = 0
         self.on_refresh: Callable[[], None] = lambda: None
+        self.callbacks: list[Callable[[Routing], None]] = []
 
     def update(self) -> None:
         self.message.version += 1
         copy = cluster_pb2.RoutingInfo()
         copy.CopyFrom(self.message)
         self.routing = Routing(copy)
+        for callback in self.callbacks:
+            callback(self.routing)
+
+    def on_routing(self, callback: Callable[[Routing], None]) -> None:
+        self.callbacks.append(callback)
 
     async def refresh(self, *, timeout_s: float = 5.0) -> Routing:
         self.refreshes += 1

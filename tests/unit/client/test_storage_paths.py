@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -207,6 +208,37 @@ def test_a_refused_write_is_sent_again_with_its_tag_over_newer_routing(error: Ex
             assert tags[0] == tags[1] == tags[2]
             assert place.routing.refreshes == 2
             assert place.chunks[ID] == b"abc"
+
+    run(test)
+
+
+def test_what_hangs_at_a_service_goes_on_as_soon_as_that_is_out_of_its_chains() -> None:
+    """Not only when its attempt, of 2 to 6 s, is over."""
+
+    async def test() -> None:
+        async with world(nodes=3) as place:
+            for index in range(6):
+                place.chunks[chunk_id(9, index)] = bytearray(b"x" * 100)
+            storage, dying = place.client.storage, head_of(place)
+            place.storage[dying].silent = True
+            ended: list[str] = []
+            reads = [reading(place, chunk_id(9, index)) for index in range(6)]
+
+            async def act(name: str, what: Callable[[], Awaitable[object]]) -> None:
+                await what()
+                ended.append(name)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(act, "write", lambda: storage.write([writing(b"abc", chunk=chunk_id(8, 0))]))
+                nursery.start_soon(act, "read", lambda: storage.read(reads))
+                nursery.start_soon(act, "sync", lambda: storage.sync([1, 2]))
+                await trio.sleep(0.3)
+                assert not ended
+                began = time.monotonic()
+                place.head_only(dying)
+            assert sorted(ended) == ["read", "sync", "write"]
+            assert time.monotonic() - began < 1
+            assert place.chunks[chunk_id(8, 0)] == b"abc"
 
     run(test)
 
