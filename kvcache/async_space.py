@@ -156,7 +156,8 @@ class AsyncSpace:
     async def get(self, keys: Sequence[Key], into: Sequence[Any], *, shorter: bool = False, deadline_s: float | None = None) -> list[int | None]:
         """Read blocks, each into its buffer: how many bytes it has, or None for a miss (then the buffer's content is unspecified).
 
-        Each buffer must hold the largest block of the space; with `shorter` it may be smaller, and a block that is longer is a miss."""
+        Each buffer must hold the largest block of the space; with `shorter` it may be smaller, and a block that is longer is a miss. Buffers must
+        not overlap: nobody could say what is in them afterwards."""
         return await self._get(self.begin_get(keys, into, shorter, deadline_s))
 
     async def get_range(
