@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from kvfs.cli.admin_drain import drain
+from kvfs.cli.admin_loss import accept_loss
 from kvfs.cli.admin_scrub import scrub
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
 from kvfs.cli.manager_calls import ask, routing_of
@@ -19,6 +21,8 @@ def admin() -> None:
 
 
 admin.add_command(scrub)
+admin.add_command(drain)
+admin.add_command(accept_loss)
 
 
 def show(options: Options, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:

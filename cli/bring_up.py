@@ -1,4 +1,4 @@
-"""What a new cluster needs once its services run: targets, chains over them, and the wait until every chain serves."""
+"""What a cluster needs once its services run: targets, chains over them, and the wait until every chain serves that can."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import trio
 
 from kvfs.cli.cluster_dir import ClusterDir
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, target_statuses
-from kvfs.common.errors import ClusterError, DeadlineExceeded, IndexCorrupt, TransportError
+from kvfs.cli.missing import missing_chains
+from kvfs.common.errors import ClusterError, DeadlineExceeded, TransportError
 from kvfs.common.wire import cluster_pb2 as pb
-from kvfs.common.wire.channel import ChannelPool
 
 DEFAULT_TABLE = 1
 BRING_UP_TIMEOUT_S = 60.0
@@ -18,11 +18,12 @@ STATUS_TIMEOUT_S = 5.0
 
 
 async def bring_up(cluster: ClusterDir) -> None:
-    """Idempotent: a cluster that has its chain table keeps it. Returns once every chain has a serving target. Raises IndexCorrupt, with the words of
-    the target, when a chain has none that could be opened; DeadlineExceeded."""
+    """Idempotent: a cluster that has its chain table keeps it. Returns once every chain has a serving target, but for those that only a person can
+    bring back: the cluster starts without them, and `kvfs status` says what is missing. DeadlineExceeded when none serves."""
     async with channel_pool(cluster.cluster_id) as pool:
         manager = ManagerCalls(pool, cluster.managers)
         last: Exception | None = None
+        serving = False
         with trio.move_on_after(BRING_UP_TIMEOUT_S):
             while True:
                 try:
@@ -36,14 +37,18 @@ async def bring_up(cluster: ClusterDir) -> None:
                     await trio.sleep(POLL_S)
             look_at_s = trio.current_time() + LOOK_FOR_DAMAGE_S
             while not all_chains_serve(routing := await get_routing(manager)):
+                serving = any(target.public_state == pb.SERVING for target in routing.targets)
                 if trio.current_time() >= look_at_s:
-                    await raise_damage(pool, routing)
+                    missing = missing_chains(routing, await target_statuses(pool, routing, timeout_s=STATUS_TIMEOUT_S))
+                    if missing and all(chain.hopeless for chain in missing):
+                        return
                     look_at_s = trio.current_time() + LOOK_FOR_DAMAGE_S
                 await trio.sleep(POLL_S)
             return
-        raise DeadlineExceeded(
-            f"no chains in service after {BRING_UP_TIMEOUT_S:.0f} s ({last or 'targets are not serving'}): see the storage services' logs"
-        )
+        if not serving:
+            raise DeadlineExceeded(
+                f"no chains in service after {BRING_UP_TIMEOUT_S:.0f} s ({last or 'targets are not serving'}): see the storage services' logs"
+            )
 
 
 async def get_routing(manager: ManagerCalls) -> pb.RoutingInfo:
@@ -55,15 +60,3 @@ def all_chains_serve(routing: pb.RoutingInfo) -> bool:
     """Each chain has a serving target, and each serving target has said how much space it has: `df` is right from the start."""
     known = all(target.capacity_bytes for target in routing.targets if target.public_state == pb.SERVING)
     return known and bool(routing.chains) and all(any(target.state == pb.SERVING for target in chain.targets) for chain in routing.chains)
-
-
-async def raise_damage(pool: ChannelPool, routing: pb.RoutingInfo) -> None:
-    """Raises IndexCorrupt when no target of a chain can come back by itself: waiting would be in vain."""
-    problems: dict[int, str] = {}
-    for target_id, status in (await target_statuses(pool, routing, timeout_s=STATUS_TIMEOUT_S)).items():
-        if status.problem:
-            problems[target_id] = status.problem
-    for chain in routing.chains:
-        if all(target.target_id in problems for target in chain.targets):
-            first = chain.targets[0].target_id
-            raise IndexCorrupt(f"no target of chain {chain.chain_id} can be opened; target {first}: {problems[first]}")

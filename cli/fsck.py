@@ -23,6 +23,7 @@ from kvfs.cli.context import Options, common_options, console, print_json
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses
 from kvfs.client.block_placement import BlockPlacement
 from kvfs.common.errors import InvalidArgument, UnknownTarget
+from kvfs.common.ids import chunk_id as chunk_id_of
 from kvfs.common.ids import chunk_index, chunk_inode, is_space
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2
@@ -58,6 +59,7 @@ class FileFacts:
 class SpaceFacts:
     block_bytes: int
     placement: BlockPlacement
+    chains: tuple[int, ...]
 
 
 class Checker:
@@ -69,6 +71,8 @@ class Checker:
         self.files: dict[int, FileFacts] = {}
         self.spaces: dict[int, SpaceFacts] = {}
         self.pending_gc: set[int] = set()
+        self.lost: list[tuple[int, int, int]] = []
+        """(inode, chunk, chain)"""
         self.meta = [address for node in routing.nodes_with_role(cluster_pb2.ROLE_META) if node.alive for address in node.addresses]
 
     async def run(self) -> Report:
@@ -78,6 +82,7 @@ class Checker:
         for chain in self.routing.chains:
             for target_id in self.routing.serving(chain.chain_id):
                 await self.read_damage(target_id)
+        await self.name_lost()
         return self.report
 
     async def read_damage(self, target_id: int) -> None:
@@ -110,7 +115,9 @@ class Checker:
                 if inode.type == meta_pb2.FILE:
                     self.files[inode.inode] = FileFacts(inode.length, inode.layout.chunk_size, tuple(inode.layout.chain_ids), inode.writers)
                 elif inode.HasField("space"):
-                    self.spaces[inode.inode] = SpaceFacts(inode.space.block_bytes, BlockPlacement(inode.space.chain_ids))
+                    self.spaces[inode.inode] = SpaceFacts(
+                        inode.space.block_bytes, BlockPlacement(inode.space.chain_ids), tuple(inode.space.chain_ids)
+                    )
             cursor = page.cursor
             if not page.more:
                 return
@@ -142,10 +149,27 @@ class Checker:
             self.report.chunks += len(found)
             self.report.replicas += 1
             replicas[target_id] = found
+        if replicas:
+            self.find_lost(chain_id, set().union(*replicas.values()))
         for chunk_id in {chunk_id for found in replicas.values() for chunk_id in found}:
             views = {target: found.get(chunk_id) for target, found in replicas.items()}
             if len(set(views.values())) > 1:
                 self.add(f"chain {chain_id}: {named(chunk_id)} differs between replicas (version, length, checksum): {views}")
+
+    def find_lost(self, chain_id: int, found: set[bytes]) -> None:
+        """Chunks that are not there since the chain's data was given up."""
+        below = self.routing.chain(chain_id).lost_below
+        for inode, file in self.files.items() if below else ():
+            if inode < below and chain_id in file.chains:
+                for index in range(-(-file.length // file.chunk_size)):
+                    if file.chains[index % len(file.chains)] == chain_id and chunk_id_of(inode, index) not in found:
+                        self.lost.append((inode, index, chain_id))
+
+    async def name_lost(self) -> None:
+        paths = await self.paths({inode for inode, _, _ in self.lost[:PROBLEMS_MAX]})
+        for inode, index, chain_id in self.lost:
+            name = named(chunk_id_of(inode, index))
+            self.add(f"{name} ({paths.get(inode) or 'it has no name any more'}) is lost, unless it was never written: chain {chain_id} was given up")
 
     def chunk_problem(self, chain_id: int, chunk: storage_pb2.ChunkInfo) -> str | None:
         inode, index = chunk_inode(chunk.chunk_id), chunk_index(chunk.chunk_id)

@@ -13,6 +13,7 @@ from rich.text import Text
 from kvfs.cli import cluster_dir, control
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses, target_statuses
+from kvfs.cli.missing import missing_chains
 from kvfs.cli.supervisor import children_of
 from kvfs.common.errors import ClusterNotFound, TransportError
 from kvfs.common.routing import Routing
@@ -33,7 +34,18 @@ GOOD = {"running", "serving", "ready"}
 async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | None) -> dict[str, Any]:
     """Everything `kvfs status` knows: from the supervisor, if the cluster's directory is here, and from the manager, if it answers."""
     report: dict[str, Any] = {"cluster_id": "", "directory": None, "managers": list(managers), "phase": "unknown", "processes": [], "chains": []}
-    report |= {"tables": [], "clients": [], "scrub": [], "capacity_bytes": 0, "free_bytes": 0, "used_bytes": 0, "routing_version": 0, "problem": ""}
+    report |= {
+        "tables": [],
+        "clients": [],
+        "scrub": [],
+        "missing": [],
+        "drains": [],
+        "capacity_bytes": 0,
+        "free_bytes": 0,
+        "used_bytes": 0,
+        "routing_version": 0,
+        "problem": "",
+    }
     if directory is not None:
         report["cluster_id"], report["directory"] = directory.cluster_id, str(directory.path)
         try:
@@ -49,6 +61,7 @@ async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | N
             routing = (await manager.call("GetRouting", cluster_pb2.GetRoutingRequest())).routing
             clients = (await manager.call("ListClients", base_pb2.Empty())).clients
             targets = await target_statuses(pool, routing)
+            drains = (await manager.call("ListDrains", base_pb2.Empty())).drains
     except TransportError as error:
         if directory is None:
             raise
@@ -58,9 +71,12 @@ async def collect(managers: Sequence[str], directory: cluster_dir.ClusterDir | N
     report["routing_version"] = routing.version
     if directory is None:
         report["phase"] = "ready"
-        report["processes"] = [describe_node(node) for node in routing.nodes]
+        emptied = emptied_nodes(routing, drains)
+        report["processes"] = [describe_node(node) | ({"state": "drained"} if node.node_id in emptied else {}) for node in routing.nodes]
     add_routing(report, routing)
     report["clients"] = [describe_client(client) for client in clients]
+    report["missing"] = [{"chain": chain.chain_id, "reason": chain.reason} for chain in missing_chains(routing, targets)]
+    report["drains"] = [describe_drain(drain) for drain in drains]
     report["scrub"] = [describe_scrub(target) for _, target in sorted(targets.items())]
     return report
 
@@ -77,6 +93,13 @@ def describe_node(node: cluster_pb2.Node) -> dict[str, Any]:
         "hostname": node.hostname,
         "software": node.software,
     }
+
+
+def emptied_nodes(routing: cluster_pb2.RoutingInfo, drains: Sequence[cluster_pb2.Drain]) -> set[int]:
+    """Nodes that were drained and may be stopped."""
+    node_of = {target.target_id: target.node_id for target in routing.targets}
+    nodes = {node_of[drain.target_id] for drain in drains if drain.whole_node}
+    return nodes - {target.node_id for target in routing.targets if target.chain_id}
 
 
 def describe_client(client: cluster_pb2.ClientInfo) -> dict[str, Any]:
@@ -103,6 +126,11 @@ def describe_target(target: cluster_pb2.Target) -> dict[str, Any]:
         "used_bytes": target.used_bytes,
         "free_bytes": target.free_bytes,
     }
+
+
+def describe_drain(drain: cluster_pb2.Drain) -> dict[str, Any]:
+    fields = {"target": drain.target_id, "chain": drain.chain_id, "replacement": drain.replacement, "done": drain.done}
+    return fields | {"whole_node": drain.whole_node, "cancelled": drain.cancelled, "state": drain.state}
 
 
 def describe_scrub(target: storage_pb2.TargetStatus) -> dict[str, Any]:
@@ -156,6 +184,11 @@ def print_status(report: dict[str, Any]) -> None:
     for entry in report["processes"]:
         processes.add_row(entry["id"], str(entry["pid"] or "-"), colored(entry["state"]), entry["address"])
     console.print(processes)
+    for chain in report["missing"]:
+        console.print(chain["reason"], style="red")
+    moving = [drain for drain in report["drains"] if not drain["done"]]
+    if moving:
+        console.print(f"{len(moving)} of {len(report['drains'])} chains are still being moved off drained targets: `kvfs admin drain` shows them")
     if report["scrub"]:
         console.print(scrub_line(report["scrub"], time.time_ns()))
     if report["chains"]:

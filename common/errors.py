@@ -336,6 +336,12 @@ class IndexCorrupt(DataError):
     )
 
 
+class ChunkLost(DataError):
+    """A chunk that was, or may have been, among the data of a chain that was given up (`kvfs admin accept-loss`)."""
+
+    code = 503
+
+
 # --- ClusterError: 600-699 ----------------------------------------------------------------------------------------------------------
 
 

@@ -99,11 +99,15 @@ class Disks:
     def path_of(self, directory: DataDirectory, target_id: int) -> str:
         return f"{directory.path}/{TARGETS}/{target_id}"
 
+    def disk_of(self, directory: DataDirectory, target_id: int) -> Disk:
+        """The target's own directory."""
+        return self._open_disk(self.path_of(directory, target_id))
+
     def open_target(self, directory: DataDirectory, target_id: int, cluster_id: str) -> ChunkEngine:
         """Blocking: open a target, or make it when it is not there."""
         name = f"{TARGETS}/{target_id}"
         directory.disk.makedirs(name)
-        disk = self._open_disk(self.path_of(directory, target_id))
+        disk = self.disk_of(directory, target_id)
         if not cluster_id:
             there = superblock.load(disk)
             cluster_id = there.cluster_id if there is not None else ""

@@ -6,6 +6,7 @@ Owns nothing but the bundle and a few steps that every part needs. One trio thre
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -35,6 +36,8 @@ class Host:
     """Of work that outlives the request it came with."""
     targets: dict[int, Target] = field(default_factory=dict)
     locks: ChunkLocks = field(default_factory=ChunkLocks)
+    on_damage: Callable[[Target], None] = lambda target: None
+    """Called when the index of a target is found damaged, and the target out of service for it."""
 
     def target(self, target_id: int) -> Target:
         target = self.targets.get(target_id)
@@ -79,3 +82,5 @@ class Host:
         if isinstance(error, InputOutput | TargetOffline | IndexCorrupt):
             target.fail(error)
             self.link.report_now()
+            if isinstance(error, IndexCorrupt):
+                self.on_damage(target)

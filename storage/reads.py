@@ -122,10 +122,10 @@ class Reader:
         """None: an update may be under way. `settled`: the chain was asked, what is committed here is the truth."""
         try:
             found = target.engine.place(chunk_id, io.offset, io.length)
-        except ChunkNotFound:
+        except ChunkNotFound as error:
             if not settled and target.engine.get(chunk_id) is not None:
                 return None
-            raise
+            raise target.absent(io.chunk_id, error) from None
         except KvfsError as error:
             self._host.note_error(target, error)
             raise
@@ -150,12 +150,12 @@ class Reader:
     def _inline(self, target: Target, io: pb.ReadIO, view: memoryview) -> pb.ReadResult | None:
         try:
             outcome = target.engine.read(io.chunk_id, io.offset, io.length, view[: io.length], nowait=True)
-        except ChunkNotFound:
+        except ChunkNotFound as error:
             # Perhaps only not committed yet.
             meta = target.engine.get(io.chunk_id)
             if meta is not None:
                 return None
-            raise
+            raise target.absent(io.chunk_id, error) from None
         except KvfsError as error:
             self._host.note_error(target, error)
             raise
@@ -230,7 +230,7 @@ def _read_all(group: Sequence[Wanted], nowait: bool) -> list[tuple[Wanted, KvfsE
             if outcome is not None:
                 want.result = _placed(outcome)
         except ChunkNotFound as error:
-            want.result = _refused(error)
+            want.result = _refused(want.target.absent(io.chunk_id, error))
         except KvfsError as error:
             want.result = _refused(error)
             failed.append((want, error))

@@ -19,7 +19,7 @@ from kvfs.common.boundary.net import Net
 from kvfs.common.boundary.random import Random
 from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.boundary.world import Boundaries
-from kvfs.common.errors import ConfigError, KvfsError, LeaseExpired, NoSpace
+from kvfs.common.errors import ConfigError, IndexCorrupt, KvfsError, LeaseExpired, NoSpace
 from kvfs.common.membership import ManagerLink
 from kvfs.common.routing import Routing
 from kvfs.common.transport.region import BufferPool
@@ -35,6 +35,7 @@ from kvfs.storage.disks import DataDirectory, Disks, OpenDisk, infos, openable
 from kvfs.storage.engine.config import EngineConfig
 from kvfs.storage.engine.engine import DEFAULTS, ChunkEngine
 from kvfs.storage.host import Host
+from kvfs.storage.renewals import Renewals
 from kvfs.storage.resync import Resync
 from kvfs.storage.retention.keeper import Keeper
 from kvfs.storage.retention.retention import Retention
@@ -140,6 +141,8 @@ class _Process:
             async with ChannelPool(self._net, self._clock, identity) as pool, trio.open_nursery() as nursery:
                 link = ManagerLink(pool, self._clock, self._random, config.managers, identity, exit_when_lost=config.exit_when_lease_lost)
                 self._host = host = Host(config, self._clock, pool, link, self._workers, buffers, nursery)
+                self._renewals = Renewals(host, self._disks, self._open_again)
+                host.on_damage = self._renewals.begin
                 self._keeper = Keeper(host)
                 nursery.start_soon(self._keeper.run)
                 self._scrubber = scrubber = Scrubber(host, self._disks.repair_node_files)
@@ -225,6 +228,7 @@ class _Process:
         replica = Replica(target_id, fresh=fresh)
         engine: ChunkEngine | None = None
         opened: ChunkEngine | None = None
+        damaged = False
         retention = Retention(self._clock, None)
         scrub = ScrubState(self._clock, None)
         try:
@@ -244,11 +248,21 @@ class _Process:
                 if opened is not None:
                     self._let_go(opened)
                 self.host.nursery.start_soon(self._open_later, directory, target_id)
+            damaged = isinstance(error, IndexCorrupt)
         target = Target(target_id, chain_id, directory.number, self._disks.path_of(directory, target_id), engine, replica, retention, scrub)
         target.refresh_space()
         self.host.targets[target_id] = target
         if engine is not None:
             self.host.nursery.start_soon(self._keeper.evict, target)
+            self._renewals.watch(target)
+        elif damaged:
+            self._renewals.begin(target)
+        return target
+
+    async def _open_again(self, directory: DataDirectory, target_id: int, chain_id: int) -> Target:
+        """A target that this process had open before."""
+        target = await self._open(directory, target_id, chain_id, fresh=False)
+        self._show(target, self.host.link.routing)
         return target
 
     async def _open_later(self, directory: DataDirectory, target_id: int) -> None:
@@ -281,13 +295,17 @@ class _Process:
         for wanted in host.link.targets:
             target = host.targets.get(wanted.target_id)
             if target is None:
-                if wanted.chain_id and wanted.target_id not in self._making:
+                if wanted.chain_id and wanted.target_id not in self._making and not _is_missed(wanted, routing):
                     self._making.add(wanted.target_id)
                     host.nursery.start_soon(self._make, wanted)
                 continue
-            target.chain_id = wanted.chain_id
+            for effect in target.replica.retire() if wanted.retiring else target.replica.return_to_work():
+                self._effect(target, effect)
             if wanted.chain_id:
+                target.chain_id = wanted.chain_id
                 self._show(target, routing)
+            elif wanted.retiring:
+                self._renewals.discard(target)
 
     def _show(self, target: Target, routing: Routing) -> None:
         try:
@@ -296,7 +314,7 @@ class _Process:
             return
         replica = target.replica
         before = replica.version
-        view = ChainView.of(chain.chain_id, chain.version, [(member.target_id, member.state) for member in chain.targets])
+        view = ChainView.of(chain.chain_id, chain.version, [(member.target_id, member.state) for member in chain.targets], chain.lost_below)
         for effect in replica.on_chain(view):
             self._effect(target, effect)
         if replica.version != before:
@@ -334,3 +352,10 @@ class _Process:
         chunks = [chunk for chunk in chunks if chunk not in target.replica.flights]
         for first in range(0, len(chunks), RECOVER_CHUNKS):
             await carry_on(self.host, target, chunks[first : first + RECOVER_CHUNKS])
+
+
+def _is_missed(wanted: cluster.Target, routing: Routing) -> bool:
+    """A target that was here, is gone, and was the last one serving. An empty one in its place would be of no use, and in the way of the old one if
+    its disk is only not mounted: the chain waits for it, or for `kvfs admin accept-loss`."""
+    members = [member for chain in routing.chains if chain.chain_id == wanted.chain_id for member in chain.targets]
+    return wanted.blank and any(member.target_id == wanted.target_id and member.state == cluster.LASTSRV for member in members)

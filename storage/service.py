@@ -240,6 +240,7 @@ class StorageService:
             from_target=0 if from_client else io.from_target,
             update_version=0 if from_client else io.update_version,
             sequence=io.sequence,
+            whole=io.offset == 0 and io.length == io.chunk_size,
             roomy=target.take_room(io.length),
         )
         return Item(target, io.chunk_id, incoming, io, view, span)

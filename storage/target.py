@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import trio
 
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import ChunkLost, ChunkNotFound, KvfsError, TargetOffline
 from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.storage.chain.messages import ABSENT, Stored, TagKey, newer, record_of
-from kvfs.storage.chain.replica import Replica
+from kvfs.storage.chain.replica import Phase, Replica
 from kvfs.storage.chain.view import LocalState, PublicState
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import Space, Tag, UpdateKind
@@ -66,6 +66,8 @@ class Target:
         self.forwards: dict[trio.CancelScope, int] = {}
         """Forwards under way, and to which target."""
         self.progress = Progress()
+        self.tasks = trio.CancelScope()
+        """Of the task that runs for it as long as it is here."""
         self.space = Space(0, 0, 0, 0)
         self._credit_bytes = 0
         self._sync: _SyncRound | None = None
@@ -73,8 +75,21 @@ class Target:
 
     @property
     def engine(self) -> ChunkEngine:
-        assert self._engine is not None, f"target {self.target_id} has no engine: its replica takes no part"
+        if self._engine is None:
+            raise TargetOffline(self.replica.problem or f"target {self.target_id} is closed")
         return self._engine
+
+    def close_door(self) -> ChunkEngine | None:
+        """No one gets at the engine any more; the caller closes it when nobody uses it."""
+        engine, self._engine = self._engine, None
+        return engine
+
+    def absent(self, chunk_id: bytes, error: ChunkNotFound) -> KvfsError:
+        """What a chunk that is not there is: a hole, or lost with the rest of its chain."""
+        view = self.replica.view
+        if view is not None and view.lost(chunk_id):
+            return ChunkLost(f"chunk {chunk_id.hex()} is gone: the data of chain {self.chain_id} was lost, and the loss accepted")
+        return error
 
     @property
     def opened(self) -> bool:
@@ -153,7 +168,7 @@ class Target:
 
     def fail(self, error: KvfsError) -> None:
         """The disk failed. The others of this process go on."""
-        if self.replica.phase.name != "FAILED":
+        if self.replica.phase is not Phase.FAILED:
             log.error("target %d (%s) is out of service: %s", self.target_id, self.path, error.message)
             self.replica.fail(error.message)
             self.wake()

@@ -67,6 +67,10 @@ class Workers(ABC):
         """Jobs that wait for a thread."""
         return 0
 
+    async def settle(self) -> None:
+        """Until all work that was submitted before this call has ended."""
+        await self.run(lambda: None)
+
     @abstractmethod
     def close(self) -> None:
         """No more work comes."""
@@ -88,6 +92,12 @@ class WorkerPool(Workers):
     @property
     def backlog(self) -> int:
         return self._queue.qsize()
+
+    async def settle(self) -> None:
+        # When every thread has come to the barrier, each has ended what it took from the queue before.
+        barrier = threading.Barrier(len(self._threads))
+        for job in [self.submit(barrier.wait) for _ in self._threads]:
+            await job.wait()
 
     def close(self) -> None:
         for _ in self._threads:

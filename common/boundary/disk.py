@@ -9,7 +9,7 @@ were made, renamed or removed, `sync_directory`; `write_file` and `OrderedMap.co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 
 class ReadableFile(ABC):
@@ -89,6 +89,11 @@ class OrderedMap(ABC):
     def count(self) -> int: ...
 
     @abstractmethod
+    def check(self) -> Iterator[int]:
+        """Read what the last commit left, from the device where that can be, and see that it is whole; beside other calls, commits too. Tells after
+        each step how many bytes it has read. IndexCorrupt. Of values it knows nothing: who stores them must check them."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -113,6 +118,10 @@ class Disk(ABC):
 
     @abstractmethod
     def unlink(self, name: str) -> None: ...
+
+    @abstractmethod
+    def remove_tree(self, name: str) -> None:
+        """A file, or a folder with all that is in it; nothing is there: nothing happens. Durable when this returns; a crash may leave a part."""
 
     @abstractmethod
     def sync_directory(self, name: str = "") -> None: ...

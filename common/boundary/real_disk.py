@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any, Final
 import lmdb
 
 from kvfs.common.boundary.disk import Disk, DiskFile, LentFile, OrderedMap, ReadableFile
-from kvfs.common.boundary.lmdb_check import check_lmdb_file
+from kvfs.common.boundary.lmdb_check import check_lmdb_file, check_lmdb_snapshot
 from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, KvfsError, NoSpace, from_os
 
 _IOV_MAX: Final = 1024
@@ -87,6 +88,17 @@ class RealDisk(Disk):
     def unlink(self, name: str) -> None:
         with _typed(f"remove {self._at(name)}"):
             os.unlink(self._at(name))
+
+    def remove_tree(self, name: str) -> None:
+        path = self._at(name)
+        with _typed(f"remove {path}"):
+            if not os.path.lexists(path):
+                return
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+            _sync_directory(os.path.dirname(path))
 
     def sync_directory(self, name: str = "") -> None:
         path = self._at(name)
@@ -375,6 +387,11 @@ class LmdbMap(OrderedMap):
                     txn.delete(key)
                 else:
                     txn.put(key, value)
+
+    def check(self) -> Iterator[int]:
+        # The pages of a snapshot stay as they are while a transaction reads it.
+        with self._typed("check"), self._env.begin() as txn:
+            yield from check_lmdb_snapshot(os.path.join(self._path, "data.mdb"), txn.id())
 
     def count(self) -> int:
         with self._typed("read"):

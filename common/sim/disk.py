@@ -11,7 +11,7 @@ stops the writer at that point. A `SimDisk` opened before a crash is dead after 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from kvfs.common.boundary.disk import Disk, DiskFile, OrderedMap
@@ -131,6 +131,13 @@ class SimDisk(Disk):
         if isinstance(entry, Folder):
             raise IsDirectory(f"remove {name}: is a directory")
         folder.change({last: None})
+
+    def remove_tree(self, name: str) -> None:
+        self._enter("remove_tree", name)
+        if self.exists(name):
+            folder, last = self._locate(name)
+            folder.change({last: None})
+            folder.sync()
 
     def sync_directory(self, name: str = "") -> None:
         folder = self._folder(name)
@@ -314,6 +321,10 @@ class SimMap(OrderedMap):
                 self._rows.pop(key, None)
             else:
                 self._rows[key] = bytes(value)
+
+    def check(self) -> Iterator[int]:
+        self._disk._enter("map_check", self._name)
+        yield 0  # rows in memory are what they are
 
     def count(self) -> int:
         self._disk._enter("map_count", self._name)

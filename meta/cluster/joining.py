@@ -12,6 +12,7 @@ import itertools
 from kvfs.common.errors import BadRequest, Busy, InvalidArgument
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.registry import Change, Records
+from kvfs.meta.cluster.states import Member, Public
 
 MAX_ADDRESSES = 16
 MAX_DISKS = 64
@@ -56,7 +57,19 @@ def plan(records: Records, request: pb.RegisterRequest) -> tuple[Change, pb.Node
             blank.CopyFrom(target)
             blank.blank = True
             change.targets[target.target_id] = blank
+        elif target.blank and target.target_id in there and _waits_for(records, target):
+            # Nobody makes an empty target where the last copy was: what is there is that copy, on a disk that had only been away.
+            back = pb.Target()
+            back.CopyFrom(target)
+            back.blank = False
+            change.targets[target.target_id] = back
     return change, node
+
+
+def _waits_for(records: Records, target: pb.Target) -> bool:
+    """Whether a chain has nothing but this target to go on with."""
+    chain = records.chains.get(target.chain_id)
+    return chain is not None and Member(target.target_id, Public.LASTSRV) in chain.members
 
 
 def _new_id(records: Records, request: pb.RegisterRequest) -> int:

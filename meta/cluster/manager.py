@@ -91,6 +91,10 @@ class Manager:
             lease_left_ms=int(left_s * 1000),
         )
 
+    def wall_ns(self) -> int:
+        """For times that people see."""
+        return self._clock.wall_ns()
+
     # --- the task --------------------------------------------------------------------------------------------------------------------
 
     async def open_store(self) -> str:

@@ -42,7 +42,7 @@ def plan(records: Records, request: pb.CreateTargetsRequest, random: Random) -> 
     nodes = storage_nodes(records)
     if len(nodes) < request.expected_nodes:
         raise NotEnoughTargets(f"{len(nodes)} storage nodes are alive, {request.expected_nodes} were expected: start the others, or expect fewer")
-    places = [Place(node.node_id, disk.disk) for node in nodes for disk in node.disks]
+    places = open_places(records)
     replicas = request.replicas or 1
     per_disk = request.targets_per_disk or choose_targets_per_disk(max(1, len(places)), replicas)
     layout = generate(places, replicas=replicas, targets_per_disk=per_disk, random=random)
@@ -53,9 +53,9 @@ def plan(records: Records, request: pb.CreateTargetsRequest, random: Random) -> 
         chain_id = request.table_id * CHAINS_OF_TABLE + number
         members = []
         for place in chain_places:
-            target_id = place.node_id * TARGETS_OF_NODE + place.disk * TARGETS_OF_DISK + next_of[place]
+            target_id = _target_id(place, next_of[place])
             if next_of[place] >= TARGETS_OF_DISK:
-                raise InvalidArgument(f"disk {place.disk} of node {place.node_id} has no target ids left (it can have {TARGETS_OF_DISK - 1})")
+                raise _no_ids(place)
             next_of[place] += 1
             change.targets[target_id] = pb.Target(target_id=target_id, node_id=place.node_id, disk=place.disk, chain_id=chain_id)
             members.append(Member(target_id, Public.SERVING))
@@ -65,16 +65,55 @@ def plan(records: Records, request: pb.CreateTargetsRequest, random: Random) -> 
     return change, pb.CreateTargetsReply(table=table, best_pair_chains=layout.best_pair, worst_pair_chains=layout.worst_pair)
 
 
-def _first_free(records: Records, place: Place) -> int:
-    used = [target.target_id % TARGETS_OF_DISK for target in records.targets_of_node(place.node_id) if target.disk == place.disk]
-    return max(used, default=0) + 1
+def _first_free(records: Records, place: Place, change: Change | None = None) -> int:
+    """The number of the next target on a disk; `change`: with those that it makes."""
+    made = change.targets.values() if change is not None else ()
+    targets = [*records.targets_of_node(place.node_id), *(target for target in made if target.node_id == place.node_id)]
+    return max((target.target_id % TARGETS_OF_DISK for target in targets if target.disk == place.disk), default=0) + 1
+
+
+def new_target(records: Records, change: Change, place: Place, chain_id: int) -> pb.Target:
+    """One more target on a disk, in a chain."""
+    number = _first_free(records, place, change)
+    if number >= TARGETS_OF_DISK:
+        raise _no_ids(place)
+    return pb.Target(target_id=_target_id(place, number), node_id=place.node_id, disk=place.disk, chain_id=chain_id)
+
+
+def _target_id(place: Place, number: int) -> int:
+    return place.node_id * TARGETS_OF_NODE + place.disk * TARGETS_OF_DISK + number
+
+
+def _no_ids(place: Place) -> InvalidArgument:
+    return InvalidArgument(f"disk {place.disk} of node {place.node_id} has no target ids left (it can have {TARGETS_OF_DISK - 1})")
+
+
+def place_of(records: Records, target_id: int) -> Place:
+    target = records.targets[target_id]
+    return Place(target.node_id, target.disk)
+
+
+def disks_leaving(records: Records) -> set[Place]:
+    """Disks and whole nodes that are being emptied, or were: nothing new is placed there."""
+    leaving = set()
+    for drain in records.drains.values():
+        target = records.targets[drain.target_id]
+        node = records.nodes.get(target.node_id)
+        if not drain.cancelled:
+            leaving.add(Place(target.node_id, target.disk))
+            if drain.whole_node and node is not None:
+                leaving.update(Place(node.node_id, disk.disk) for disk in node.disks)
+    return leaving
+
+
+def open_places(records: Records) -> list[Place]:
+    """Disks of living nodes on which something may be placed."""
+    leaving = disks_leaving(records)
+    places = [Place(node.node_id, disk.disk) for node in storage_nodes(records) for disk in node.disks]
+    return [place for place in places if place not in leaving]
 
 
 def _reply(records: Records, table: pb.ChainTable) -> pb.CreateTargetsReply:
-    def place(target_id: int) -> Place:
-        target = records.targets[target_id]
-        return Place(target.node_id, target.disk)
-
-    chains = [[place(member.target_id) for member in records.chains[chain_id].members] for chain_id in table.chain_ids]
+    chains = [[place_of(records, member.target_id) for member in records.chains[chain_id].members] for chain_id in table.chain_ids]
     least, most = spread(chains, [disk for chain in chains for disk in chain])
     return pb.CreateTargetsReply(table=table, best_pair_chains=least, worst_pair_chains=most)

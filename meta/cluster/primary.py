@@ -14,6 +14,7 @@ It must never let a target of a node's earlier run stand as serving once a later
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import trio
@@ -23,7 +24,7 @@ from kvfs.common.boundary.random import Random
 from kvfs.common.errors import BadRequest, Busy, InvalidArgument, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation
 from kvfs.common.primary import not_primary
 from kvfs.common.wire import cluster_pb2 as pb
-from kvfs.meta.cluster import joining, placing, routing
+from kvfs.meta.cluster import drains, joining, placing, routing
 from kvfs.meta.cluster.lease import Holding, renew
 from kvfs.meta.cluster.liveness import Leases
 from kvfs.meta.cluster.registry import Change, Records, fence, write_lease, writer
@@ -263,6 +264,8 @@ class Primary:
                 self._news = False
                 self._plan_births(change)
                 self._plan_chains(change, now_s)
+            if self.records.drains and now_s >= self._hold_until_s:
+                drains.advance(self.records, self._reports, change)
             if change:
                 await self._commit(change)
                 # One row of the table a scan: a target that has just become waiting may go on to syncing.
@@ -303,6 +306,21 @@ class Primary:
                     filled = _copy(target)
                     filled.blank = False
                     change.targets[member.target_id] = filled
+
+    # --- what operators and nodes ask for ---------------------------------------------------------------------------------------------
+
+    @property
+    def reports(self) -> Mapping[int, pb.TargetReport]:
+        """The newest of each target."""
+        return self._reports
+
+    async def change(self, plan: Callable[[Records], Change]) -> None:
+        """Make the change that `plan` decides on from the records as they are now; what it raises changes nothing."""
+        async with self._lock:
+            change = plan(self.records)
+            if change:
+                await self._commit(change)
+                self._tell_scan()
 
     # --- chain tables ----------------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ TABLE = b"CTAB"
 """CTAB table (be32) -> ChainTable."""
 CLIENT = b"CCLI"
 """CCLI client id -> ClientInfo."""
+DRAIN = b"CDRN"
+"""CDRN target (be64) -> Drain."""
 CONFIG = b"CCFG"
 """CCFG name (UTF-8) -> ConfigBlob."""
 
@@ -55,6 +57,7 @@ class Change:
     tables: dict[int, pb.ChainTable] = field(default_factory=dict)
     clients: dict[bytes, pb.ClientInfo | None] = field(default_factory=dict)
     configs: dict[str, pb.ConfigBlob] = field(default_factory=dict)
+    drains: dict[int, pb.Drain | None] = field(default_factory=dict)
 
     @property
     def routes(self) -> bool:
@@ -62,7 +65,7 @@ class Change:
         return bool(self.nodes or self.targets or self.chains or self.tables)
 
     def __bool__(self) -> bool:
-        return bool(self.routes or self.clients or self.configs)
+        return bool(self.routes or self.clients or self.configs or self.drains)
 
 
 @dataclass(slots=True)
@@ -75,6 +78,7 @@ class Records:
     tables: dict[int, pb.ChainTable] = field(default_factory=dict)
     clients: dict[bytes, pb.ClientInfo] = field(default_factory=dict)
     configs: dict[str, pb.ConfigBlob] = field(default_factory=dict)
+    drains: dict[int, pb.Drain] = field(default_factory=dict)
 
     def node_of_uuid(self, node_uuid: str) -> pb.Node | None:
         return next((node for node in self.nodes.values() if node.node_uuid == node_uuid), None)
@@ -89,6 +93,11 @@ class Records:
         self.chains.update(change.chains)
         self.tables.update(change.tables)
         self.configs.update(change.configs)
+        for target_id, drain in change.drains.items():
+            if drain is None:
+                self.drains.pop(target_id, None)
+            else:
+                self.drains[target_id] = drain
         for client_id, info in change.clients.items():
             if info is None:
                 self.clients.pop(client_id, None)
@@ -145,6 +154,8 @@ def load(txn: Transaction, cluster_id: str) -> Records:
         records.tables[_U32.unpack(key)[0]] = pb.ChainTable.FromString(value)
     for key, value in _all(txn, CLIENT):
         records.clients[key] = pb.ClientInfo.FromString(value)
+    for key, value in _all(txn, DRAIN):
+        records.drains[_U64.unpack(key)[0]] = pb.Drain.FromString(value)
     for key, value in _all(txn, CONFIG):
         records.configs[key.decode()] = pb.ConfigBlob.FromString(value)
     return records
@@ -166,6 +177,11 @@ def write(txn: Transaction, mine: Lease, records: Records, change: Change) -> No
             txn.clear(CLIENT + client_id)
         else:
             txn.set(CLIENT + client_id, info.SerializeToString())
+    for target_id, drain in change.drains.items():
+        if drain is None:
+            txn.clear(DRAIN + _U64.pack(target_id))
+        else:
+            txn.set(DRAIN + _U64.pack(target_id), drain.SerializeToString())
     for name, blob in change.configs.items():
         txn.set(CONFIG + name.encode(), blob.SerializeToString())
     if change.routes:
@@ -177,12 +193,12 @@ def writer(mine: Lease, records: Records, change: Change) -> Callable[[Transacti
 
 
 def chain_from_wire(chain: pb.Chain) -> Chain:
-    return Chain(chain.chain_id, chain.version, tuple(Member(member.target_id, Public(member.state)) for member in chain.targets))
+    return Chain(chain.chain_id, chain.version, tuple(Member(member.target_id, Public(member.state)) for member in chain.targets), chain.lost_below)
 
 
 def chain_to_wire(chain: Chain) -> pb.Chain:
     members = [pb.ChainTarget(target_id=member.target_id, state=state_to_wire(member.state)) for member in chain.members]
-    return pb.Chain(chain_id=chain.chain_id, version=chain.version, targets=members)
+    return pb.Chain(chain_id=chain.chain_id, version=chain.version, targets=members, lost_below=chain.lost_below)
 
 
 def state_to_wire(state: Public) -> pb.PublicState:

@@ -6,15 +6,17 @@ It must never change state itself.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kvfs.common.errors import BadRequest
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.common.wire.server import Call
+from kvfs.meta.cluster import drains, losses
 from kvfs.meta.cluster.manager import Manager
 from kvfs.meta.cluster.primary import Primary
+from kvfs.meta.cluster.registry import chain_to_wire
 
 MAX_WAIT_S = 30.0
 ANSWER_MARGIN_S = 0.2
@@ -65,6 +67,32 @@ class ManagerService:
 
     def status(self, request: base.Empty, call: Call) -> pb.ManagerStatusReply:
         return self._manager.status()
+
+    async def drain(self, request: pb.DrainRequest, call: Call) -> pb.DrainReply:
+        reign, now_ns = self._manager.primary(), self._manager.wall_ns()
+        if request.cancel:
+            await reign.change(lambda records: drains.cancel(records, request, now_ns))
+        else:
+            await reign.change(lambda records: drains.begin(records, reign.reports, request, now_ns))
+        wanted = set(drains.named(reign.records, request))
+        return _drains(reign, lambda drain: drain.target_id in wanted or (drain.cancelled and drain.replacement in wanted))
+
+    def list_drains(self, request: base.Empty, call: Call) -> pb.DrainReply:
+        return _drains(self._manager.primary(), lambda drain: True)
+
+    async def accept_loss(self, request: pb.AcceptLossRequest, call: Call) -> pb.AcceptLossReply:
+        reign = self._manager.primary()
+        await reign.change(lambda records: losses.accept(records, request))
+        return pb.AcceptLossReply(chain=chain_to_wire(reign.records.chains[request.chain_id]))
+
+    async def withdraw(self, request: pb.WithdrawRequest, call: Call) -> base.Empty:
+        await self._manager.primary().change(lambda records: losses.withdraw(records, request))
+        return base.Empty()
+
+
+def _drains(reign: Primary, wanted: Callable[[pb.Drain], bool]) -> pb.DrainReply:
+    found = [drain for _, drain in sorted(reign.records.drains.items()) if wanted(drain)]
+    return pb.DrainReply(drains=[drains.describe(reign.records, drain) for drain in found])
 
 
 def _wait_s(wished_s: float, call: Call) -> float:

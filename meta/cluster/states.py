@@ -12,8 +12,8 @@ It must never revive a chain through any target but its last serving one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 
@@ -49,6 +49,19 @@ class Chain:
     chain_id: int
     version: int
     members: tuple[Member, ...]
+    lost_below: int = 0
+    """Chunks of files with a smaller inode number may have been lost: see cluster.proto."""
+
+    @property
+    def serving(self) -> tuple[int, ...]:
+        return tuple(member.target_id for member in self.members if member.state is Public.SERVING)
+
+    def with_members(self, members: Sequence[Member]) -> Chain:
+        """The next version of the chain."""
+        return replace(self, version=self.version + 1, members=tuple(members))
+
+    def without(self, target_id: int) -> Chain:
+        return self.with_members([member for member in self.members if member.target_id != target_id])
 
 
 # Places in the chain. LASTSRV before OFFLINE: it will be the head when it returns.
@@ -123,7 +136,7 @@ def advance(chain: Chain, locals_: Mapping[int, Local]) -> Chain:
 
     if tuple(members) == chain.members:
         return chain
-    return Chain(chain.chain_id, chain.version + 1, tuple(members))
+    return chain.with_members(members)
 
 
 def problems(chain: Chain) -> list[str]:

@@ -8,6 +8,7 @@ It must never put two replicas of a chain on one node, and its work is bounded (
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,14 @@ def spread(chains: Sequence[Sequence[Place]], places: Sequence[Place]) -> tuple[
     """(fewest, most) chains that a pair of disks shares; (0, 0) where there are no pairs."""
     counts = pair_counts(chains, places).values()
     return (min(counts), max(counts)) if counts else (0, 0)
+
+
+def choose(chains: Sequence[Sequence[Place]], rest: Sequence[Place], candidates: Sequence[Place]) -> Place:
+    """Where one more replica of the chain that `rest` has is placed best: on the disk with the fewest chains; of several, on the one that shares the
+    fewest with those it would be with. `candidates` is not empty, and on none of the nodes of `rest`."""
+    load = Counter(place for chain in chains for place in chain)
+    pairs: Counter[tuple[Place, Place]] = Counter((a, b) for chain in chains for a in chain for b in chain if a != b)
+    return min(candidates, key=lambda place: (load[place], sum(pairs[place, other] ** 2 for other in rest), place))
 
 
 def _quotas(places: Sequence[Place], replicas: int, targets_per_disk: int) -> dict[Place, int]:

@@ -61,6 +61,8 @@ class Phase(enum.Enum):
     """Found itself different from its successor: out, until the routing shows it."""
     FAILED = "failed"
     """The disk failed: out for good."""
+    RETIRED = "retired"
+    """Its place in the chain is another's: out, until it is asked back."""
 
 
 _AWAY = frozenset((PublicState.OFFLINE, PublicState.WAITING, PublicState.LASTSRV))
@@ -154,8 +156,22 @@ class Replica:
         self.phase, self.problem = Phase.FAILED, problem
         return [Report()]
 
+    def retire(self) -> list[TargetEffect]:
+        """Asked to leave the chain, since another target is to take its place."""
+        if self.phase in (Phase.FAILED, Phase.RETIRED):
+            return []
+        self.phase = Phase.RETIRED
+        return [Report()]
+
+    def return_to_work(self) -> list[TargetEffect]:
+        """Asked back: it may have missed updates, so it returns as one that was away."""
+        if self.phase is not Phase.RETIRED:
+            return []
+        self.phase = Phase.RETURNING
+        return [*self._on_public_state(), Report()]
+
     def eject(self, problem: str) -> list[TargetEffect]:
-        if self.phase is Phase.FAILED:
+        if self.phase in (Phase.FAILED, Phase.RETIRED):
             return []
         self.phase, self.problem = Phase.EJECTED, problem
         return [Report()]
@@ -279,6 +295,9 @@ class Replica:
         nothing = incoming.kind is UpdateKind.REMOVE or (incoming.kind is UpdateKind.TRUNCATE and incoming.length == 0)
         if nothing and stored.version == 0:
             return Result(chain_version=self.version)
+        if not nothing and stored.version == 0 and not incoming.whole and self.view is not None and self.view.lost(incoming.chunk_id):
+            # The bytes around would read as zeros from then on.
+            return refusal(errors.ChunkLost, self.version, f"chunk {incoming.chunk_id.hex()} was lost: remove its file and write it anew")
         if incoming.kind is UpdateKind.CREATE and stored.version:
             refused = refusal(errors.AlreadyExists, self.version, f"chunk {incoming.chunk_id.hex()} is there already")
             return replace(refused, version=stored.version, length=stored.length, checksum=stored.checksum)

@@ -10,6 +10,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvfs.common.ids import chunk_inode, is_block
+
 
 class PublicState(enum.IntEnum):
     """What everybody knows about a target; the numbers of common/wire/cluster.proto."""
@@ -45,10 +47,16 @@ class ChainView:
     version: int
     targets: tuple[tuple[int, PublicState], ...]
     """(target id, state), head first."""
+    lost_below: int = 0
+    """The chain's data was given up: chunks of files with a smaller inode number that are not there are lost."""
 
     @classmethod
-    def of(cls, chain_id: int, version: int, targets: Sequence[tuple[int, int]]) -> ChainView:
-        return cls(chain_id, version, tuple((target, PublicState(state)) for target, state in targets))
+    def of(cls, chain_id: int, version: int, targets: Sequence[tuple[int, int]], lost_below: int = 0) -> ChainView:
+        return cls(chain_id, version, tuple((target, PublicState(state)) for target, state in targets), lost_below)
+
+    def lost(self, chunk_id: bytes) -> bool:
+        """Whether a chunk that is not there may have been lost. A KV-cache block that is not there is a miss, whatever became of it."""
+        return not is_block(chunk_id) and chunk_inode(chunk_id) < self.lost_below
 
     def state_of(self, target_id: int) -> PublicState:
         return dict(self.targets).get(target_id, PublicState.INVALID)

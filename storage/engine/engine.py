@@ -11,13 +11,13 @@ An error of the disk (InputOutput) on a write or sync path makes the engine `fai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.errors import Busy, ChunkNotFound, InvalidArgument, KvfsError, MissingUpdate
+from kvfs.common.errors import Busy, ChunkNotFound, InvalidArgument, KvfsError, MissingUpdate, TargetOffline
 from kvfs.common.ids import chunk_id as chunk_id_of
 from kvfs.common.ids import chunk_index
 from kvfs.storage.engine import inspect, own_files, superblock
@@ -193,6 +193,10 @@ class ChunkEngine:
         """Superblock and journal against what is known here; what is damaged is written anew. What was found, one sentence each."""
         return own_files.repair(self._ledger, self.superblock)
 
+    def check_index(self) -> Iterator[int]:
+        """Blocking, step by step: read the index as it lies on the disk; how many bytes each step read. IndexCorrupt."""
+        return own_files.check_index(self._ledger)
+
     # --- changing ---
 
     def prepare(self, update: Update) -> ChunkMeta:
@@ -322,12 +326,14 @@ class ChunkEngine:
         """Everything that returned before this call survives power loss when it returns. Concurrent calls share one sync."""
         self._ledger.sync()
 
-    def close(self) -> None:
-        """Sync, move the journal into the index, let go of the directory."""
+    def close(self, *, abandon: bool = False) -> None:
+        """Sync, move the journal into the index, let go of the directory. `abandon`: write nothing, what is there is given up."""
         if self._closed:
             return
         self._closed = True
         self._upkeep.stop()
+        if abandon:
+            self._ledger.failed = self._ledger.failed or TargetOffline("the target was given up")
         try:
             self._ledger.close()
         finally:

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from sortedcontainers import SortedDict
 
 from kvfs.common.boundary.disk import OrderedMap
+from kvfs.common.checksum import xxh3_64
+from kvfs.common.errors import IndexCorrupt
 
 _SLICE_ROWS = 2000
 _PAGE_ROWS = 256
 _FLOOR_KEY = b"s"
-_FLOOR = struct.Struct("<Q")
+_FLOOR = struct.Struct("<QI")  # and its check: the low 32 bits of XXH3-64 over key and floor
 Row = tuple[bytes, bytes]
 Change = tuple[bytes, bytes | None]
 
@@ -29,7 +31,7 @@ class Index:
         self._overlay: SortedDict = SortedDict()
         self._frozen: SortedDict | None = None
         floor = base.get(_FLOOR_KEY)
-        self.floor = _FLOOR.unpack(floor)[0] if floor is not None else 1
+        self.floor = _floor_of(floor) if floor is not None else 1
         """The journal must have every record from this one on."""
 
     def __len__(self) -> int:
@@ -89,7 +91,7 @@ class Index:
         whole again by the journal, which is still there."""
         items: list[Change] = list((self._frozen or {}).items())
         if floor != self.floor:
-            items.append((_FLOOR_KEY, _FLOOR.pack(floor)))
+            items.append((_FLOOR_KEY, _floor_row(floor)))
         for at in range(0, len(items), _SLICE_ROWS):
             self._base.commit(dict(items[at : at + _SLICE_ROWS]))
         self.floor = floor
@@ -97,8 +99,25 @@ class Index:
     def drop_frozen(self) -> None:
         self._frozen = None
 
+    # --- scrub ---
+
+    def check(self) -> Iterator[int]:
+        """Read the map as it is on the disk; how many bytes, step by step. IndexCorrupt."""
+        return self._base.check()
+
     def close(self) -> None:
         self._base.close()
+
+
+def _floor_row(floor: int) -> bytes:
+    return _FLOOR.pack(floor, xxh3_64(_FLOOR_KEY + floor.to_bytes(8, "little")) & 0xFFFFFFFF)
+
+
+def _floor_of(row: bytes) -> int:
+    floor = int.from_bytes(row[:8], "little")
+    if len(row) != 8 and row != _floor_row(floor):  # 8 bytes: written by the first versions
+        raise IndexCorrupt(f"the index does not say with which record of the journal it goes on. {IndexCorrupt.ADVICE}")
+    return floor
 
 
 def _overlay_rows(overlay: SortedDict, begin: bytes, end: bytes, reverse: bool) -> Iterator[Change]:

@@ -10,13 +10,15 @@ import struct
 from collections import OrderedDict
 
 from kvfs.common.boundary.clock import Clock
+from kvfs.common.checksum import xxh3_64
 from kvfs.common.errors import IndexCorrupt, InvalidArgument
 from kvfs.storage.engine.requests import Tag
 
 PREFIX = b"t"
 MAX_RESULT_BYTES = 1024
 _KEY = struct.Struct(">16sI")
-_VALUE = struct.Struct("<Q")
+_VALUE = struct.Struct("<QI")  # sequence; check: the low 32 bits of XXH3-64 over key, sequence and result; the result follows
+_OLD_VALUE = struct.Struct("<Q8s")
 
 
 def key_of(client_id: bytes, channel: int) -> bytes:
@@ -28,16 +30,25 @@ def key_of(client_id: bytes, channel: int) -> bytes:
 def encode(tag: Tag) -> bytes:
     if len(tag.result) > MAX_RESULT_BYTES:
         raise InvalidArgument(f"the result of a tag has {len(tag.result)} bytes, at most {MAX_RESULT_BYTES} are kept")
-    return _VALUE.pack(tag.sequence) + tag.result
+    return _VALUE.pack(tag.sequence, _check(key_of(tag.client_id, tag.channel), tag.sequence, tag.result)) + tag.result
+
+
+def _check(key: bytes, sequence: int, result: bytes) -> int:
+    return xxh3_64(key + sequence.to_bytes(8, "little") + result) & 0xFFFFFFFF
 
 
 def decode(key: bytes, value: bytes) -> Tag:
     try:
         client_id, channel = _KEY.unpack(key[1:])
-        (sequence,) = _VALUE.unpack_from(value)
+        sequence, check = _VALUE.unpack_from(value)
+        result = value[_VALUE.size :]
+        if check != _check(key, sequence, result):
+            if len(value) != _OLD_VALUE.size:
+                raise IndexCorrupt(f"the tag row {key.hex()} of the index is damaged. {IndexCorrupt.ADVICE}")
+            sequence, result = _OLD_VALUE.unpack(value)  # written by the first versions
     except struct.error as error:
         raise IndexCorrupt(f"the index has a damaged tag row {key.hex()}: {error}") from error
-    return Tag(client_id, channel, sequence, value[_VALUE.size :])
+    return Tag(client_id, channel, sequence, result)
 
 
 class Tags:

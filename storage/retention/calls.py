@@ -152,7 +152,9 @@ def _note(host: Host, request: pb.ReadRequest, reply: pb.ReadReply) -> None:
             elif status == ChunkNotFound.code:
                 missed.setdefault(io.target_id, []).append(chunk_id)
     for target_id in found.keys() | missed.keys():
-        host.targets[target_id].retention.note_reads(found.get(target_id, ()), missed.get(target_id, ()))
+        target = host.targets.get(target_id)
+        if target is not None:
+            target.retention.note_reads(found.get(target_id, ()), missed.get(target_id, ()))
 
 
 def _check(inode: int, digests: bytes) -> None:

@@ -175,7 +175,11 @@ class Keeper:
     # --- eviction ----------------------------------------------------------------------------------------------------------------------
 
     async def evict(self, target: Target) -> None:
-        """The task of one target, until cancelled."""
+        """The task of one target, until it is closed."""
+        with target.tasks:
+            await self._evict(target)
+
+    async def _evict(self, target: Target) -> None:
         retention = target.retention
         while True:
             await retention.wake.wait()

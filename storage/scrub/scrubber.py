@@ -8,7 +8,7 @@ where it was. It must never hold up a request for longer than one piece of work.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -127,6 +127,12 @@ class Scrubber:
             log.warning("target %d: %s and was written anew", target.target_id, problem)
         record.found += len(found)
         record.repaired += len(found)
+        steps = target.engine.check_index()
+        count = 1
+        while count and self._may(target):
+            began_s = self._host.clock.monotonic()
+            count = await self._host.workers.run(lambda: _steps(steps))
+            await self._rest(target, count, self._host.clock.monotonic() - began_s)
 
     async def _judge(self, target: Target, inspection: Inspection) -> None:
         record, chunk_id = target.scrub.record, inspection.chunk_id
@@ -155,6 +161,16 @@ class Scrubber:
             if not self._host.workers.backlog:
                 break
             await self._host.clock.sleep(YIELD_S)
+
+
+def _steps(steps: Iterator[int]) -> int:
+    """In a worker thread: some steps of a check of the index; the bytes that were read, 0 at its end."""
+    read = 0
+    for count in steps:
+        read += max(1, count)
+        if read >= PIECE_BYTES:
+            break
+    return read
 
 
 def _piece(engine: ChunkEngine, after: bytes) -> tuple[list[tuple[bytes, Inspection | None]], bool]:

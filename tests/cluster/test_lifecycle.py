@@ -289,13 +289,27 @@ def files_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size < 1 << 30)
 
 
-@pytest.mark.parametrize("what", ["target", "metadata", "manager"])
+def test_a_damaged_target_is_said_and_left_as_it_is_and_the_others_serve(new_cluster: Callable[[], RealCluster]) -> None:
+    cluster = new_cluster()
+    cluster.up("--storage", "1", "--replicas", "1")
+    cluster.kvfs("down")
+    page = next((cluster.path / "storage-1" / "targets").iterdir()) / "index" / "data.mdb"
+    with open(page, "r+b") as file:
+        file.write(b"\xa5" * 64)
+    before = page.read_bytes()
+    report = cluster.up()
+    (missing,) = report["missing"]
+    assert str(page) in missing["reason"] and "is damaged" in missing["reason"] and "Restore" in missing["reason"]
+    assert sorted(cluster.serving()) == [0] + [1] * (len(report["chains"]) - 1)
+    assert page.read_bytes() == before and "Traceback" not in cluster.logs()
+
+
+@pytest.mark.parametrize("what", ["metadata", "manager"])
 def test_a_damaged_index_page_is_said_at_once_and_left_as_it_is(new_cluster: Callable[[], RealCluster], what: str) -> None:
     cluster = new_cluster()
     cluster.up("--storage", "1", "--replicas", "1")
     cluster.kvfs("down")
     folder = {
-        "target": next((cluster.path / "storage-1" / "targets").iterdir()) / "index",
         "metadata": cluster.path / "meta" / "kv" / "map",
         "manager": cluster.path / "manager" / "kv" / "map",
     }[what]

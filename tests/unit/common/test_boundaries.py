@@ -180,6 +180,19 @@ def test_names(disk: Disk) -> None:
     assert 0 < free <= capacity
 
 
+def test_a_tree_is_removed_as_a_whole(disk: Disk) -> None:
+    disk.makedirs("a/b/c")
+    for name in ("a/one", "a/b/two", "kept"):
+        disk.write_file(name, b"x")
+    disk.remove_tree("a")
+    assert not disk.exists("a") and disk.exists("kept")
+    disk.remove_tree("kept")
+    disk.remove_tree("never/there")
+    assert disk.list() == []
+    with pytest.raises(InvalidArgument):
+        disk.remove_tree("../elsewhere")
+
+
 def test_lock_is_exclusive(disk: Disk) -> None:
     disk.lock()
     disk.lock()

@@ -7,7 +7,7 @@ synced is there, and of every other page (512 bytes) some earlier state since th
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvfs.common.boundary.clock import Clock
@@ -120,6 +120,9 @@ class LogMap(OrderedMap):
             raise NoSpace("the index is full")
         self._disk.change("map", self._name, 0, dict(writes))
 
+    def check(self) -> Iterator[int]:
+        yield 0
+
     def count(self) -> int:
         return len(self._disk.maps[self._name])
 
@@ -180,6 +183,11 @@ class LogDisk(Disk):
             twin.files[name].data[:] = file.data
         twin.maps = {name: dict(rows) for name, rows in self.maps.items()}
         return twin
+
+    def remove_tree(self, name: str) -> None:
+        for known in [known for known in self.files if known == name or known.startswith(f"{name}/")]:
+            self.change("unlink", known, 0, b"")
+        assert not any(known == name or known.startswith(f"{name}/") for known in self.maps), "nobody removes a map here"
 
     def start_log(self) -> None:
         self.log.clear()
