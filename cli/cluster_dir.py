@@ -148,7 +148,11 @@ def _write_durably(file: Path, text: str) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, file)
-    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _sync_folder(file.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
     finally:
@@ -163,6 +167,7 @@ def write_configs(cluster: ClusterDir) -> None:
     """The folders and configuration files that are not there yet: what is there is the operator's."""
     for name in ("etc", "log", "run", "manager", "meta"):
         (cluster.path / name).mkdir(exist_ok=True)
+    _sync_folder(cluster.path)  # also for a cluster.json that was found: whoever wrote it may have been killed before its name was synced
     run = cluster.run_dir
     write_config(
         cluster,

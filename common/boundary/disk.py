@@ -72,7 +72,8 @@ class DiskFile(ReadableFile):
 
 
 class OrderedMap(ABC):
-    """Crash-safe map in key order. A commit is atomic and synced; reads see the last commit. Keys: 1 to 511 bytes."""
+    """Crash-safe map in key order. A commit is atomic and synced; reads see the last commit, and what an opened map holds is synced, whoever was
+    killed in the middle of writing it. Keys: 1 to 511 bytes."""
 
     @abstractmethod
     def get(self, key: bytes) -> bytes | None: ...

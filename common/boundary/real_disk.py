@@ -170,7 +170,9 @@ class RealDisk(Disk):
         self.makedirs(name)
         if not os.path.exists(os.path.join(path, "data.mdb")):
             _make_map(path, size_bytes)
-        with _typed(f"sync directory {path}"):
+        # What a process wrote that was killed in a commit is in the page cache: who reads it acts on it, so it must not be lost any more.
+        with _typed(f"sync index {path}"):
+            _sync_file(os.path.join(path, "data.mdb"))
             _sync_directory(path)
         return LmdbMap(path, size_bytes)
 
@@ -428,11 +430,7 @@ def _make_map(path: str, size_bytes: int) -> None:
             lmdb.open(fresh, map_size=size_bytes, subdir=False, mode=0o600).close()
         except lmdb.Error as error:
             raise from_os(OSError(_lmdb_errno(error), str(error)), f"make index {path}") from error
-        fd = os.open(fresh, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync_file(fresh)
         os.rename(fresh, os.path.join(path, "data.mdb"))
         os.unlink(fresh + "-lock")
 
@@ -452,6 +450,14 @@ def _after(rest: list[Any], count: int) -> list[Any]:
             return [part[count:], *rest[index + 1 :]]
         count -= part.nbytes
     return []
+
+
+def _sync_file(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sync_directory(path: str) -> None:

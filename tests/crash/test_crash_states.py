@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from recording import why_not
+from crash_disk import CrashDisk, lay_out
+from recording import recording, why_not
 from replay import Life, replay
 from store_life import StoreLife
 from target_life import TargetLife
 
 from kvfs.common.boundary import real_disk
+from kvfs.common.boundary.real_disk import RealDisk
 
 STATES = int(os.environ.get("KVFS_CRASH_STATES", "5000"))
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(why_not() != "", reason=f"nothing can be recorded: {why_not()}")]
@@ -53,3 +55,41 @@ def test_a_program_that_does_not_sync_is_found(life: Life, fault: Callable[[pyte
     """The states are worth something."""
     fault(monkeypatch)
     assert replay(life, lives=2, failures_max=1).failures
+
+
+def test_what_an_opened_map_says_is_durable(tmp_path: Path) -> None:
+    """Killed anywhere in a commit, the next process may find it in the page cache and act on it; so a loss of power must not take it back."""
+
+    def commits(folder: Path) -> None:
+        disk = RealDisk(folder)
+        disk.makedirs("")
+        rows = disk.open_map("map", size_bytes=1 << 24)
+        for value in (b"1", b"2", b"3"):
+            rows.commit({b"key": value})
+        rows.close()
+
+    def act_on(folder: Path) -> None:
+        disk = RealDisk(folder)
+        disk.makedirs("")
+        rows = disk.open_map("map", size_bytes=1 << 24)
+        disk.write_file("acted on", rows.get(b"key") or b"nothing")
+        rows.close()
+
+    with recording(tmp_path) as recorded:
+        kills, whole = 0, False
+        while not whole:
+            kills += 1
+            folder = recorded.folder / str(kills)
+            whole = recorded.run(lambda folder=folder: commits(folder), killed_at=kills)
+            recorded.run(lambda folder=folder: act_on(folder))
+        log = recorded.events()
+    disk = CrashDisk()
+    for event in log:
+        disk.play(event)
+    lay_out(disk.nothing_unsynced(), tmp_path / "after")
+    for number in range(1, kills + 1):
+        after = RealDisk(tmp_path / "after" / str(number))
+        rows = after.open_map("map", size_bytes=1 << 24)
+        assert (rows.get(b"key") or b"nothing") == after.read_file("acted on"), f"killed at change {number}"
+        rows.close()
+    assert kills > 15
