@@ -23,25 +23,28 @@ _ZEROS: Final = bytes(PAGE_BYTES)
 
 
 class SimDisk(Disk):
-    def __init__(self, *, capacity_bytes: int = 1 << 40, hook: Callable[[str, str], None] | None = None, medium: Medium | None = None) -> None:
+    def __init__(
+        self, *, capacity_bytes: int = 1 << 40, hook: Callable[[str, str], None] | None = None, medium: Medium | None = None, inside: str = ""
+    ) -> None:
+        """`inside`: the folder of the medium that is this directory."""
         self._medium = medium if medium is not None else Medium(capacity_bytes)
+        self._inside = inside
         self._life = self._medium.life
         self.hook = hook
 
     def crash(self, random: Random | None = None) -> None:
         """Power goes. Every handle opened until now is dead."""
-        self._medium.life += 1
-        self._medium.holder = None
+        self.kill()
         self._medium.root.crash(random)
 
     def kill(self) -> None:
         """The process ends: every handle opened until now is dead, what was written stays (in the page cache)."""
         self._medium.life += 1
-        self._medium.holder = None
+        self._medium.holders.clear()
 
     def reopen(self, hook: Callable[[str, str], None] | None = None) -> SimDisk:
         """The same disk, for the next process."""
-        return SimDisk(medium=self._medium, hook=hook)
+        return SimDisk(medium=self._medium, hook=hook, inside=self._inside)
 
     def _enter(self, operation: str, name: str) -> None:
         if self._life != self._medium.life:
@@ -53,7 +56,7 @@ class SimDisk(Disk):
         if name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise InvalidArgument(f"{name!r} is not a name inside this disk")
         folder = self._medium.root
-        for part in name.split("/"):
+        for part in f"{self._inside}/{name}".split("/"):
             if part in ("", "."):
                 continue
             entry = folder.names.get(part)
@@ -94,9 +97,9 @@ class SimDisk(Disk):
 
     def makedirs(self, name: str) -> None:
         self._enter("makedirs", name)
-        folder = self._folder("")
+        folder = self._medium.root
         self._folder(posixpath.dirname(name)) if self.exists(posixpath.dirname(name)) else None
-        for part in name.split("/"):
+        for part in f"{self._inside}/{name}".split("/"):
             if part in ("", "."):
                 continue
             if part == "..":
@@ -165,9 +168,8 @@ class SimDisk(Disk):
 
     def lock(self) -> None:
         self._enter("lock", "LOCK")
-        if self._medium.holder not in (None, self):
+        if self._medium.holders.setdefault(self._inside, self) is not self:
             raise DirectoryInUse("this disk is open in another process: stop it first, or use another directory")
-        self._medium.holder = self
 
     def open_map(self, name: str, *, size_bytes: int) -> OrderedMap:
         self.makedirs(name)
@@ -180,8 +182,8 @@ class SimDisk(Disk):
         return SimMap(self, name, content, size_bytes)
 
     def close(self) -> None:
-        if self._medium.holder is self:
-            self._medium.holder = None
+        if self._medium.holders.get(self._inside) is self:
+            del self._medium.holders[self._inside]
 
     def _reserve(self, pages: int) -> None:
         if self._medium.capacity_bytes < 1 << 40 and pages * PAGE_BYTES > self._medium.capacity_bytes - self._medium.used_bytes():

@@ -110,12 +110,15 @@ class Medium:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.root = Folder()
-        self.holder: SimDisk | None = None
+        self.holders: dict[str, SimDisk] = {}
+        """Who has locked which directory."""
         self.life = 0
 
     def flip(self, folder: str, random: Random) -> str:
         """Turn one bit of a file in that folder; which file, empty when there is nothing to turn."""
-        found = self.root.names.get(folder)
+        found: Any = self.root
+        for part in folder.split("/"):
+            found = found.names.get(part) if isinstance(found, Folder) else None
         files = [(name, entry) for name, entry in sorted(found.names.items()) if entry.pages] if isinstance(found, Folder) else []
         if not files:
             return ""

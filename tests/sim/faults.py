@@ -182,7 +182,7 @@ async def full_disk(world: World, random: Random, hold_s: float) -> None:
 async def io_errors(world: World, random: Random, hold_s: float) -> None:
     """A disk fails at some operation and goes on failing; then it is mended and the service started anew."""
     machine = random.choice(world.of_kind("s"))
-    paths = [path for path in machine.media if path != "/d"]
+    paths = machine.targets()
     if not paths or machine.disk_hook is not None:
         return
     failing, left = random.choice(paths), random.randrange(30)
@@ -258,10 +258,11 @@ async def bit_flip(world: World, random: Random, hold_s: float) -> None:
         machine = random.choice(world.of_kind("s"))
         if not well:
             return
-        for path, medium in sorted(machine.media.items()):
+        for path in machine.targets():
+            _, top, inside = path.split("/", 2)
             for _ in range(random.randrange(6)):
-                if where := medium.flip("data", random):
-                    _say(world, f"a bit turns on {machine.name}: {path}/{where}")
+                if where := machine.media[top].flip(f"{inside}/data", random):
+                    _say(world, f"a bit turns on {machine.name}: {where}")
         await trio.sleep(hold_s)
         await _scrub(world, machine)
 

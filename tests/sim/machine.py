@@ -77,15 +77,16 @@ class Machine:
         return self.process is not None
 
     def open_disk(self, path: str, process: Process) -> SimDisk:
-        medium = self.media.get(path)
+        _, top, inside = (path + "/").split("/", 2)
+        medium = self.media.get(top)
         if medium is None:
-            medium = self.media[path] = Medium(self.capacity_bytes)
+            medium = self.media[top] = Medium(self.capacity_bytes)
 
         def hook(operation: str, name: str) -> None:
             if self.disk_hook is not None:
                 self.disk_hook(process, path, operation, name)
 
-        return SimDisk(medium=medium, hook=hook)
+        return SimDisk(medium=medium, hook=hook, inside=inside.rstrip("/"))
 
     async def start(self) -> None:
         """Returns when the process says that it has started, or has ended."""
@@ -156,6 +157,15 @@ class Machine:
             self.trace.event(self.name, "is stopped")
             self.process.nursery.cancel_scope.cancel()
         await self.over.wait()
+
+    def targets(self) -> list[str]:
+        """The directories of a storage machine's targets."""
+        found = []
+        for top, medium in sorted(self.media.items()):
+            folder = medium.root.names.get("targets")
+            if folder is not None:
+                found += [f"/{top}/targets/{name}" for name in sorted(folder.names)]
+        return found
 
     def wipe(self) -> None:
         """Its disks are replaced by empty ones."""

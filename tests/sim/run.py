@@ -91,7 +91,6 @@ async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Ver
         await world.start()
         async with world.admin() as link:
             world.link = link
-            await nursery.start(link.run)
             async with _looker(world) as (client, process):
                 await _prepare(client)
                 await _trouble(world, plan, record)

@@ -203,15 +203,17 @@ class World:
         clock = next(iter(self.machines.values())).clock
         async with ChannelPool(net, clock, identity, shared_memory=False) as pool:
             link = ManagerLink(pool, clock, random, self.managers, identity)
-            await link.refresh(timeout_s=30)
             self.pool = pool
-            yield link
+            async with trio.open_nursery() as nursery:
+                await nursery.start(link.run)
+                yield link
+                nursery.cancel_scope.cancel()
 
     async def settled(self, link: ManagerLink, timeout_s: float = 120.0) -> Routing:
         """Until every target serves."""
         with trio.move_on_after(timeout_s):
             while True:
-                routing = await link.refresh(timeout_s=30)
+                routing = link.routing
                 if list(routing.chains) and all(member.state == cluster_pb2.SERVING for chain in routing.chains for member in chain.targets):
                     return routing
                 await trio.sleep(0.1)

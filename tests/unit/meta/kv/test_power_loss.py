@@ -124,7 +124,7 @@ def test_power_loss_at_every_operation(monkeypatch) -> None:
 
             step = await found_step(again.reopen(), acknowledged[-1])
             disk = again.reopen(Fuse(1 + random.randrange(60)))
-            disk._medium.holder = None
+            disk._medium.holders.clear()
             acknowledged = [step]
             await work(disk, step + 1, 2 * STEPS, acknowledged)
             disk.crash(None)
