@@ -44,6 +44,9 @@ log = logging.getLogger("kvfs.storage")
 
 MARGIN_S = 0.05
 """An update ends this much before its caller's deadline, so that the answer still arrives."""
+PLACES_S = 0.2
+"""Places of chunks with an update under way wait no longer for it: who asked uses none for longer than that, and others of the same question wait.
+With a dead tail that was until the chain had dropped it: readers of a file of which one chunk was being written stood still for a lease."""
 LIST_LIMIT = 4096
 CLIENT_ID_BYTES = 16
 REMOVE_LIMIT = 4096
@@ -136,7 +139,8 @@ class StorageService:
         results, wanted = self._reader.begin_places(request, call.files)
         if not wanted:
             return pb.ReadReply(results=results)  # type: ignore[arg-type]
-        return self._places_later(results, wanted, call.files, call.deadline - MARGIN_S)
+        deadline = min(call.deadline - MARGIN_S, self._host.clock.monotonic() + PLACES_S)
+        return self._places_later(results, wanted, call.files, deadline)
 
     async def _places_later(self, results: list[pb.ReadResult | None], wanted: list[Wanted], files: Lender, deadline: float) -> pb.ReadReply:
         await self._reader.finish_places(wanted, files, deadline)

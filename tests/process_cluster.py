@@ -28,7 +28,7 @@ from kvfs.meta.cluster.config import ManagerConfig
 from kvfs.meta.config import MetaConfig
 from kvfs.storage.config import StorageConfig
 
-READY_S = 60.0
+READY_S = 150.0
 SERVED_S = 90.0
 
 

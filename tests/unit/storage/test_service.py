@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import trio
 from mini_cluster import READ, MiniCluster, mini_cluster
 
 from kvfs.common.checksum import checksums, verify
-from kvfs.common.errors import ChainVersionMismatch, InvalidArgument, NotPermitted, TargetNotServing
+from kvfs.common.errors import ChainVersionMismatch, DeadlineExceeded, InvalidArgument, NotPermitted, TargetNotServing
 from kvfs.common.ids import SPACE_BIT, block_id, chunk_id
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
-from kvfs.common.wire.service import method
+from kvfs.common.wire.channel import ChannelPool
+from kvfs.common.wire.service import Method, method
+from kvfs.storage.forwards import Forwarder
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
@@ -157,6 +161,52 @@ def test_places_are_told_of_what_the_chain_has_committed(tmp_path: Path) -> None
             assert right > 30
 
     trio.run(main)
+
+
+def test_places_of_a_question_do_not_wait_for_an_update_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail is silent, and the chain does not know it yet: one chunk has an update under way, the other has not."""
+
+    async def silent(*arguments: object) -> NoReturn:
+        await trio.sleep(3)
+        raise DeadlineExceeded("silence")
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            for number in (1, 2):
+                await world.start(number)
+            await world.create(2, 2)
+            chain = next(iter(world.routing.chains)).chain_id
+            for index in (0, 1):
+                await world.write(chain, chunk_id(5, index), b"x" * 1000)
+            head = world.routing.head(chain)
+            monkeypatch.setattr(Forwarder, "send", silent)
+            monkeypatch.setattr(ChannelPool, "call", silent_versions(ChannelPool.call, silent))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(world.write, chain, chunk_id(5, 0), b"y" * 1000)
+                await trio.sleep(0.2)
+                request = pb.ReadRequest(places=True)
+                for index in (0, 1):
+                    request.reads.add(chain_id=chain, target_id=head, chunk_id=chunk_id(5, index), offset=0, length=1000)
+                began_s = trio.current_time()
+                reply = await world.pool.call(world.routing.addresses_of_target(head), READ, request, timeout_s=5)
+                assert trio.current_time() - began_s < 1.5
+                assert [bool(result.status) for result in reply.results] == [True, False]
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def silent_versions(call: Callable[..., Awaitable[Any]], silent: Callable[[], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Every call but that for committed versions, which ends when its time is up."""
+
+    async def some(pool: ChannelPool, addresses: object, what: Method, *arguments: Any, timeout_s: float, **more: Any) -> Any:
+        if what.full_name.endswith("Version"):
+            with trio.move_on_after(timeout_s):
+                await silent()
+            raise DeadlineExceeded("silence")
+        return await call(pool, addresses, what, *arguments, timeout_s=timeout_s, **more)
+
+    return some
 
 
 @pytest.mark.parametrize("shared", [False, True])
