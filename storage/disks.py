@@ -60,7 +60,8 @@ class Disks:
             self.node = self._identify(random)
             for directory in self.directories:
                 directory.disk.makedirs(TARGETS)
-                directory.target_ids = sorted(int(name) for name in directory.disk.list(TARGETS) if name.isdecimal() and _begun(directory.disk, name))
+                found = sorted(int(name) for name in directory.disk.list(TARGETS) if name.isdecimal())
+                directory.target_ids = [target_id for target_id in found if _begun(self.disk_of(directory, target_id))]
         except BaseException:
             self.close()
             raise
@@ -122,9 +123,9 @@ class Disks:
             directory.disk.close()
 
 
-def _begun(disk: Disk, name: str) -> bool:
+def _begun(disk: Disk) -> bool:
     """Whether anything was ever put into the target's directory. One whose making was cut short by a crash is made when the manager asks for it."""
-    return any(file != "LOCK" and not is_leftover(file) for file in disk.list(f"{TARGETS}/{name}"))
+    return any(file != "LOCK" and not is_leftover(file) for file in disk.list(""))
 
 
 def openable(error: BaseException) -> bool:
