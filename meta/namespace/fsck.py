@@ -170,6 +170,12 @@ async def paths(engine: Engine, wanted: set[int]) -> dict[int, bytes]:
     return found
 
 
+def _writers(txn: Transaction, number: int) -> int:
+    """Who may have written behind the recorded length."""
+    sessions, _ = txn.snapshot_get_range(*keys.sessions(number))
+    return sum(1 for _, value in sessions if records.decode_session(value).write)
+
+
 class Fsck:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -189,8 +195,11 @@ class Fsck:
             begin = keys.INODE + request.cursor[:8] + b"\0"
         with Transaction(self._engine) as txn:
             rows, reply.more = txn.snapshot_get_range(begin, end, limit=min(request.limit or PAGE, PAGE_MAX))
-        for _, value in rows:
-            reply.inodes.append(records.decode_inode(value))
+            for _, value in rows:
+                inode = records.decode_inode(value)
+                if inode.type == pb.FILE:
+                    inode.writers = _writers(txn, inode.inode)
+                reply.inodes.append(inode)
         if rows:
             reply.cursor = rows[-1][0][4:]
         return reply

@@ -123,7 +123,7 @@ class Registers(Work):
 
     async def operate(self) -> None:
         index = self.random.randrange(self.pace.keys)
-        size = SIZES[index % len(SIZES)]
+        size = self.size(index)
         halves = index % 2
         right = halves and self.random.randrange(2)
         key = f"chunk {index}" + (" right" if right else " left" if halves else "")
@@ -135,6 +135,11 @@ class Registers(Work):
             await self.remove(key, index)
         else:
             await self.read(key, index, offset, size)
+
+    @staticmethod
+    def size(index: int) -> int:
+        """Of a chunk's value, or of each of its halves."""
+        return SIZES[index % len(SIZES)]
 
     async def write(self, key: str, index: int, offset: int, size: int) -> None:
         value = self.value()
@@ -184,7 +189,7 @@ class Registers(Work):
         """Every key once."""
         well = True
         for index in range(self.pace.keys):
-            size = SIZES[index % len(SIZES)]
+            size = self.size(index)
             if index % 2:
                 well &= await self.read(f"chunk {index} left", index, 0, size)
                 well &= await self.read(f"chunk {index} right", index, size, size)

@@ -21,6 +21,7 @@ from types import FrameType
 import trio
 from tests.histories.history import History
 from tests.sim import scheduler
+from tests.sim.blackout import blackout
 from tests.sim.checks import CHECKS, QUIET_S, End
 from tests.sim.clients import CHUNK_BYTES, LOG, REGISTERS, SPACE, SPACE_PARAMS, WORKS, Blocks, Pace, Record, Registers, Work, client_main, connected
 from tests.sim.faults import FAULTS
@@ -48,6 +49,8 @@ class Plan:
     """Of a message, at most."""
     faults: tuple[tuple[float, str, float], ...]
     """(when, which, how long)"""
+    blackout: bool
+    """Power goes everywhere at the end."""
 
 
 @dataclass(slots=True)
@@ -76,12 +79,12 @@ def plan_of(seed: int) -> Plan:
     busy_s = pace.operations * (pause_s / 2 + 3 * latency_s)
     names = [name for name, (_, weight) in FAULTS.items() for _ in range(weight)]
     faults = [(random.uniform(0, busy_s), random.choice(names), random.uniform(0.5, 5)) for _ in range(1 + random.randrange(6))]
-    return Plan(shape, tuple(clients), pace, latency_s, tuple(sorted(faults)))
+    return Plan(shape, tuple(clients), pace, latency_s, tuple(sorted(faults)), random.randrange(3) == 0)
 
 
 async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Verdict:
     plan = plan_of(seed)
-    verdict = Verdict(seed, faults=tuple(name for _, name, _ in plan.faults))
+    verdict = Verdict(seed, faults=(*(name for _, name, _ in plan.faults), *(["blackout"] if plan.blackout else [])))
     async with trio.open_nursery() as nursery:
         world = World(seed, trace, nursery, plan.shape)
         world.fabric.latency_s = (0.0002, plan.latency_s)
@@ -195,10 +198,10 @@ async def _judge(end: End, verdict: Verdict) -> None:
     await trio.sleep(QUIET_S)
     await end.registers.begin()
     await end.blocks.begin()
-    for check in CHECKS:
+    for check in (*CHECKS, blackout) if "blackout" in verdict.faults else CHECKS:
         trace.event("--", check.__name__)
         try:
-            with trio.fail_after(120):
+            with trio.fail_after(180):
                 verdict.problems += [f"{check.__name__}: {problem}" for problem in await check(end)]
         except Exception as error:
             verdict.problems.append(f"{check.__name__}: it ended with {type(error).__name__}: {error}")
