@@ -196,10 +196,10 @@ class Fsck:
         with Transaction(self._engine) as txn:
             rows, reply.more = txn.snapshot_get_range(begin, end, limit=min(request.limit or PAGE, PAGE_MAX))
             for _, value in rows:
-                inode = records.decode_inode(value)
-                if inode.type == pb.FILE:
-                    inode.writers = _writers(txn, inode.inode)
-                reply.inodes.append(inode)
+                listed = reply.inodes.add()
+                listed.CopyFrom(records.decode_inode(value))
+                if listed.type == pb.FILE:
+                    listed.writers = _writers(txn, listed.inode)
         if rows:
             reply.cursor = rows[-1][0][4:]
         return reply

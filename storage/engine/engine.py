@@ -204,7 +204,8 @@ class ChunkEngine:
 
         The incoming bytes are verified against `update.checksums` (ChecksumMismatch). StaleUpdate: update_version is committed already or older;
         MissingUpdate: it skips one. NoSpace: refused before a byte was written. InvalidArgument: out of the limits. TRUNCATE to 0 of a chunk
-        that has no committed version becomes REMOVE: nothing is left of it.
+        that has no committed version becomes REMOVE: nothing is left of it. A REPLACE makes the pending version whatever is committed (the bytes of
+        the predecessor's, carried on down the chain), but takes the next number as any other.
         """
         meta: ChunkMeta = _only(self.prepare_many([update]))
         return meta
@@ -215,9 +216,9 @@ class ChunkEngine:
         batch: dict[bytes, tuple[Staged, Change]] = {}
         for update in updates:
             try:
-                if update.chunk_id in batch or update.kind == UpdateKind.REPLACE:
-                    raise Busy("a chunk can be prepared once in a batch, and a replacement not at all")
-                staged = self._stager.stage(update)
+                if update.chunk_id in batch:
+                    raise Busy("a chunk can be prepared once in a batch")
+                staged = self._stager.stage(update, pending=True)
             except KvfsError as error:
                 outcomes.append(error)
                 continue

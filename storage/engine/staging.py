@@ -46,8 +46,8 @@ class Stager:
         self._clock = clock
         self._writer = content.ContentWriter(ledger.files)
 
-    def stage(self, update: Update) -> Staged:
-        """Everything but the record. On an error nothing is left behind. Not locked."""
+    def stage(self, update: Update, *, pending: bool = False) -> Staged:
+        """Everything but the record. On an error nothing is left behind. Not locked. `pending`: to become the pending version."""
         content.check(update)
         ledger = self._ledger
         new_block: Block | None = None
@@ -57,7 +57,7 @@ class Stager:
                 raise NoSpace(f"the target's index has no room: {ledger.index_full.message}")
             old = ledger.lookup(update.chunk_id)
             base = old.content if old is not None else EMPTY
-            version = _version(update, old.version if old is not None else 0)
+            version = _version(update, old.version if old is not None else 0, pending)
             wanted = content.new_block_bytes(base, update)
             slab = update.slab_bytes != 0
             if wanted:
@@ -109,11 +109,11 @@ class Stager:
             self._ledger.allocator.cancel(new_block)
 
 
-def _version(update: Update, committed: int) -> int:
+def _version(update: Update, committed: int, pending: bool) -> int:
     version = update.update_version
-    if update.kind == UpdateKind.REPLACE:
-        if version < 1:
-            raise InvalidArgument("a replacement names its version")
+    if update.kind == UpdateKind.REPLACE and version < 1:
+        raise InvalidArgument("a replacement names its version")
+    if update.kind == UpdateKind.REPLACE and not pending:
         return version
     if not version:
         return committed + 1

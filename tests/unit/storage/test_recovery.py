@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 import trio
-from mini_cluster import MiniCluster, mini_cluster
+from mini_cluster import CHUNK_SIZE, WRITE, MiniCluster, mini_cluster
 
+from kvfs.common.checksum import checksums
 from kvfs.common.errors import KvfsError
 from kvfs.common.ids import chunk_id
 from kvfs.common.wire import storage_pb2 as pb
@@ -222,5 +223,40 @@ def test_sync_remove_range_last_chunk(tmp_path: Path) -> None:
                 raise AssertionError("another chain version was taken")
             except KvfsError as error:
                 assert error.code == 401
+
+    trio.run(main)
+
+
+def test_a_pending_version_is_carried_on_through_a_middle(tmp_path: Path) -> None:
+    """Seed 30155 of the simulation: a replica with a successor refused to prepare the whole chunk that a recovery sends, and that chunk was stuck
+    until the chain changed."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            for number in (1, 2, 3):
+                await world.start(number)
+            await world.create(3, 3)
+            (chain,) = [chain.chain_id for chain in world.routing.chains]
+            chunk = chunk_id(5, 0)
+            await world.write(chain, chunk, b"before")
+            head, middle, tail = world.routing.serving(chain)
+            data = b"the head's pending version"
+            io = pb.WriteIO(
+                chain_id=chain,
+                chain_version=world.routing.chain(chain).version,
+                chunk_id=chunk,
+                kind=pb.REPLACE,
+                length=len(data),
+                chunk_size=CHUNK_SIZE,
+                checksums=checksums(data, 0),
+                target_id=middle,
+                update_version=2,
+                from_target=head,
+                sequence=1000,
+            )
+            addresses = world.routing.addresses_of_target(middle)
+            reply = await world.pool.call(addresses, WRITE, pb.WriteRequest(writes=[io], from_target=head), timeout_s=5, send=[data])
+            assert (reply.results[0].status, reply.results[0].version) == (0, 2), reply.results[0].message
+            assert await world.read(chain, chunk, 0, 100, target=tail) == data
 
     trio.run(main)

@@ -131,6 +131,22 @@ def test_truncating_what_is_not_there_to_nothing_makes_nothing() -> None:
     assert content_of(engine, B) == b"", "a chunk that was there is empty now, not gone"
 
 
+def test_a_replacement_can_be_the_pending_version() -> None:
+    engine = open_engine(LogDisk())
+    engine.apply(write(A, 0, noise(1, 9000)), 1)
+    engine.prepare(write(A, 0, noise(2, 100)))
+    meta = engine.prepare(replacement(A, noise(3, 500), version=2))
+    assert meta.version == 1 and meta.pending is not None and meta.pending.version == 2
+    assert content_of(engine, A) == noise(1, 9000)
+    engine.commit([A], 1)
+    assert content_of(engine, A) == noise(3, 500)
+    with pytest.raises(StaleUpdate):
+        engine.prepare(replacement(A, b"x", version=2))
+    with pytest.raises(MissingUpdate):
+        engine.prepare(replacement(A, b"x", version=4))
+    assert not engine.check(read_data=True).problems
+
+
 def test_replace_sets_the_whole_chunk_and_drops_the_pending_version() -> None:
     engine = open_engine(LogDisk())
     engine.apply(write(A, 0, noise(1, 90_000)), 9)
