@@ -12,6 +12,7 @@ only ever completed, not changed. So one whose making was cut short, by a kill o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -112,7 +113,10 @@ def create(path: Path, *, storage: int, replicas: int, mount: str | None, chunk_
     try:
         if path.exists() and any(file.name != "cluster.json.tmp" for file in path.iterdir()):
             raise WrongDataDirectory(f"{path} is not empty and holds no cluster.json: name an empty or a new directory")
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            _sync_folder(folder.parent)
     except OSError as error:
         raise _not_writable(path, error) from None
     manager_port, meta_port = (base_port, base_port + 1) if base_port else free_ports(2)
@@ -167,7 +171,10 @@ def write_configs(cluster: ClusterDir) -> None:
     """The folders and configuration files that are not there yet: what is there is the operator's."""
     for name in ("etc", "log", "run", "manager", "meta"):
         (cluster.path / name).mkdir(exist_ok=True)
-    _sync_folder(cluster.path)  # also for a cluster.json that was found: whoever wrote it may have been killed before its name was synced
+    # Also for what was found: whoever made it may have been killed before its name was synced.
+    _sync_folder(cluster.path)
+    with contextlib.suppress(PermissionError):
+        _sync_folder(cluster.path.parent)
     run = cluster.run_dir
     write_config(
         cluster,

@@ -126,7 +126,8 @@ class Recorder:
         node = self._nodes[self._next] = _Node(self._next, mode)
         self._next += 1
         names[name] = node.inode
-        self._note(kind, parent, data=name, target=node.inode)
+        if not stat.S_ISSOCK(mode):  # nothing of a socket is on a disk but its name, which nobody expects to find again
+            self._note(kind, parent, data=name, target=node.inode)
         return node
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
@@ -140,9 +141,10 @@ class Recorder:
         return self._opened(node, flags), self._shown(node)
 
     async def unlink(self, parent: int, name: bytes, caller: Caller) -> None:
-        self._child(parent, name)
+        node = self._child(parent, name)
         del self._nodes[parent].names[name]
-        self._note("unlink", parent, data=name)
+        if not stat.S_ISSOCK(node.mode):
+            self._note("unlink", parent, data=name)
 
     async def rmdir(self, parent: int, name: bytes, caller: Caller) -> None:
         await self.unlink(parent, name, caller)
