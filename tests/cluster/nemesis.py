@@ -109,13 +109,18 @@ class Nemesis:
         self._say(f"{name} is back")
 
     async def heal(self) -> None:
-        """After `run` was cancelled: everything runs and reaches everything."""
+        """After `run` was cancelled: everything goes on and reaches everything. `keep_alive` sees to those that end by themselves still."""
         for name in list(self._cluster.paused):
             self._cluster.resume(name)
         if self._cluster.network is not None:
             self._cluster.network.mend()
         self._busy.clear()
-        await self._revive()
+
+    async def keep_alive(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._revive()
+            await trio.sleep(0.5)
 
     def _say(self, what: str) -> None:
         self.said.append(f"{self._now():.3f} {what}")

@@ -80,7 +80,10 @@ async def one_run(cluster: ProcessCluster, seed: int) -> tuple[list[Operation], 
                     working.start_soon(client.run, OPERATIONS, PAUSE_S, SECONDS_MAX)
             nursery.cancel_scope.cancel()
         await nemesis.heal()
-        await trio.to_thread.run_sync(lambda: cluster.wait_serving(REPLICAS))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nemesis.keep_alive)
+            await trio.to_thread.run_sync(lambda: cluster.wait_serving(REPLICAS))
+            nursery.cancel_scope.cancel()
         await trio.sleep(CACHE.rest_max_s * 2)  # chains that a client lets rest are a miss
         healed_s = time.monotonic()
         async with trio.open_nursery() as nursery:
