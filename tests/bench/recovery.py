@@ -71,7 +71,7 @@ class Loss:
     mount_s: float
     write_s: float
     serving_s: float
-    """From when its new process was up until it served again in all of its chains."""
+    """From the start of its new process until it served again in all of its chains."""
 
 
 class Work:
@@ -182,9 +182,9 @@ async def lose(cluster: ProcessCluster, work: Work, position: str, how: str) -> 
     if how == "stopped":
         cluster.resume(name)  # it sees that it was declared dead, and ends
     await trio.to_thread.run_sync(cluster.running[name].wait)
+    began_s = time.monotonic()
     cluster.launch(name)
     await trio.to_thread.run_sync(cluster.wait_ready, name)
-    began_s = time.monotonic()
     with trio.fail_after(2 * OUT_S):
         while len(work.client.routing.serving(work.chain)) < len(targets) or not _all_serve(work.client):
             await trio.sleep(0.01)
@@ -209,9 +209,9 @@ async def resync(cluster: ProcessCluster, mib: int) -> tuple[float, float]:
             while _all_serve(client):
                 await trio.sleep(0.01)
         subprocess.run(["rm", "-rf", *map(str, (cluster.path / name).iterdir())], check=True)
+        began_s = time.monotonic()
         cluster.launch(name)
         await trio.to_thread.run_sync(cluster.wait_ready, name)
-        began_s = time.monotonic()
         with trio.fail_after(300):
             while not _all_serve(client):
                 await trio.sleep(0.02)
@@ -236,7 +236,7 @@ def main(mib: int, lease_ms: int, times: int) -> None:
                 figures = f"{loss.detected_s:10.2f}{loss.read_s:8.2f}{loss.mount_s:8.2f}{loss.write_s:8.2f}{loss.serving_s:14.2f}"
                 print(f"{loss.position:>8} {loss.how:8}{figures}")
             per_gib_s, gib = trio.run(resync, cluster, mib)
-            print(f"fully resynced: {per_gib_s:.1f} s per GiB ({gib:g} GiB to an empty disk, three replicas on one machine)")
+            print(f"fully resynced: {per_gib_s:.1f} s per GiB from the start of its process ({gib:g} GiB to an empty disk, one machine)")
         finally:
             subprocess.run(["umount", "-l", str(base / "mounted")], check=False, capture_output=True)
             cluster.stop()
