@@ -393,6 +393,12 @@ class StorageService:
                 tags.append(Tag(record.tag.client_id, record.tag.channel, record.tag.sequence, record.result))
         if tags:
             target.engine.commit([], target.replica.version, tags)
+        # What was synced on the others must be so here before it may be the last one serving: it may lose power then.
+        try:
+            await target.sync(self._host.workers)
+        except KvfsError as error:
+            self._host.note_error(target, error)
+            raise
         target.replica.sync_done(request.chain_version, request.from_target)
         self._host.link.report_now()
         return base.Empty()

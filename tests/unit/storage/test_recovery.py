@@ -11,7 +11,11 @@ from mini_cluster import CHUNK_SIZE, WRITE, MiniCluster, mini_cluster
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import KvfsError
 from kvfs.common.ids import chunk_id
+from kvfs.common.sim.disk import SimDisk
+from kvfs.common.sim.medium import Medium
 from kvfs.common.wire import storage_pb2 as pb
+from kvfs.common.wire.service import method
+from kvfs.storage import server
 
 SIZE = 200_000
 
@@ -258,5 +262,45 @@ def test_a_pending_version_is_carried_on_through_a_middle(tmp_path: Path) -> Non
             reply = await world.pool.call(addresses, WRITE, pb.WriteRequest(writes=[io], from_target=head), timeout_s=5, send=[data])
             assert (reply.results[0].status, reply.results[0].version) == (0, 2), reply.results[0].message
             assert await world.read(chain, chunk, 0, 100, target=tail) == data
+
+    trio.run(main)
+
+
+def test_what_was_synced_survives_the_power_loss_of_a_target_that_was_brought_up_to_date_since(tmp_path: Path) -> None:
+    """It had got the chunks and not synced them, and as the last one serving it was what the others were then brought up to."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            media: dict[str, Medium] = {}
+
+            def open_disk(path: str) -> SimDisk:
+                top, _, inside = path.partition("/disk-0")
+                return SimDisk(medium=media.setdefault(top, Medium(1 << 40)), inside=inside.strip("/"))
+
+            world.services = server.World(open_disk=open_disk)
+            await world.start(1)
+            await world.start(2)
+            await world.create(2, 2)
+            (chain,) = [chain.chain_id for chain in world.routing.chains]
+            chunk, data = chunk_id(5, 0), b"synced"
+            world.stop(2)
+            await world.write(chain, chunk, data)
+            (alone,) = world.routing.serving(chain)
+            await world.pool.call(
+                world.routing.addresses_of_target(alone), method("Storage", "Sync"), pb.SyncRequest(target_ids=[alone]), timeout_s=5
+            )
+            await world.start(2)
+            await world.settled(2)
+            world.stop(1)
+            with trio.fail_after(20):
+                while len(world.routing.serving(chain)) > 1:
+                    await world.link.wait_routing(world.routing.version)
+            (medium,) = [medium for top, medium in media.items() if "storage-2" in top]
+            SimDisk(medium=medium).crash()
+            world.stop(2)
+            await world.start(2)
+            await world.start(1)
+            await world.settled(2)
+            assert await world.read(chain, chunk, 0, 100) == data
 
     trio.run(main)
