@@ -25,6 +25,7 @@ from kvfs.common.wire.service import method
 
 REMOVE_RANGE: Final = method("Storage", "RemoveRange")
 WRITE: Final = method("Storage", "Write")
+SYNC: Final = method("Storage", "Sync")
 LAST_CHUNK: Final = method("Storage", "LastChunk")
 
 DEADLINE_S = 30.0
@@ -58,6 +59,9 @@ class Chunks(ABC):
     async def last(self, chain_id: int, inode: int) -> LastChunk | None:
         """The highest chunk of the inode on one chain; None if it has none there."""
 
+    async def settle(self, chain_id: int) -> None:  # noqa: B027
+        """What was removed stays removed, also after a loss of power: before the last record that it ever was is erased."""
+
 
 class StorageChunks(Chunks):
     def __init__(self, link: ManagerLink, pool: ChannelPool, clock: Clock, random: Random, client_id: bytes) -> None:
@@ -74,6 +78,15 @@ class StorageChunks(Chunks):
         more = True
         while more:
             more = await self._tagged(lambda tag: self._remove_once(chain_id, inode, first_index, tag))
+
+    async def settle(self, chain_id: int) -> None:
+        async def once() -> None:
+            routing = self._link.routing
+            for target_id in routing.serving(chain_id):
+                request = storage_pb2.SyncRequest(target_ids=[target_id])
+                await self._pool.call(routing.addresses_of_target(target_id), SYNC, request, timeout_s=TRY_S)
+
+        await self._retry(once)
 
     async def _remove_once(self, chain_id: int, inode: int, first_index: int, tag: base_pb2.Tag) -> bool:
         routing = self._link.routing

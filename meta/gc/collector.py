@@ -120,8 +120,12 @@ class Collector:
         if inode is None:
             return
         for chain_id in chains_with_chunks(inode):
-            await self._chunks.remove(chain_id, number, 0)
+            await self._remove(chain_id, number)
         await self._transact(lambda step: _erase_removed(step, key, number))
+
+    async def _remove(self, chain_id: int, number: int) -> None:
+        await self._chunks.remove(chain_id, number, 0)
+        await self._chunks.settle(chain_id)
 
     def _freeable(self, txn: Transaction, key: bytes, number: int) -> pb.Inode | None:
         """The file, if it is to be freed now; a queue entry that is wrong is cleared."""
@@ -136,7 +140,7 @@ class Collector:
         _, number = keys.garbage_parts(key)
         inode = await self._engine.transact(lambda txn: self._new_step(txn).peek(number))
         if inode is not None:
-            await together([partial(self._chunks.remove, chain_id, number, 0) for chain_id in inode.space.chain_ids])
+            await together([partial(self._remove, chain_id, number) for chain_id in inode.space.chain_ids])
         await self._transact(lambda step: then(step, key, number))
 
     async def _take_apart(self, key: bytes) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.errors import Busy, ChunkNotFound, InvalidArgument, KvfsError, MissingUpdate, TargetOffline
+from kvfs.common.errors import Busy, ChunkNotFound, InvalidArgument, KvfsError, MissingUpdate, NoSpace, TargetOffline
 from kvfs.common.ids import chunk_id as chunk_id_of
 from kvfs.common.ids import chunk_index
 from kvfs.storage.engine import inspect, own_files, superblock
@@ -218,7 +218,7 @@ class ChunkEngine:
             try:
                 if update.chunk_id in batch:
                     raise Busy("a chunk can be prepared once in a batch")
-                staged = self._stager.stage(update, pending=True)
+                staged = self._stage(update, pending=True)
             except KvfsError as error:
                 outcomes.append(error)
                 continue
@@ -264,7 +264,7 @@ class ChunkEngine:
                 self._record([*batch.values()], batch_tags)
                 batch, batch_tags = {}, []
             try:
-                staged = self._stager.stage(update)
+                staged = self._stage(update)
             except KvfsError as error:
                 outcomes.append(error)
                 continue
@@ -292,7 +292,7 @@ class ChunkEngine:
         version is dropped. Any version is taken, also an older one than ours: the predecessor knows."""
         if update.kind != UpdateKind.REPLACE:
             raise InvalidArgument(f"replace was called with a {update.kind.name}")
-        staged = self._stager.stage(update)
+        staged = self._stage(update)
         change = staged.applied(update.chain_version)
         assert change.new is not None
         self._record([(staged, change)], tags)
@@ -341,6 +341,16 @@ class ChunkEngine:
             self._disk.close()
 
     # --- inside ---
+
+    def _stage(self, update: Update, *, pending: bool = False) -> Staged:
+        try:
+            return self._stager.stage(update, pending=pending)
+        except NoSpace:
+            if self._ledger.index_full is None:
+                raise
+        # The index found no room once. Nothing else asks it again while all updates are refused, and by now there may be some.
+        self._ledger.ask_index_again()
+        return self._stager.stage(update, pending=pending)
 
     def _record(self, batch: Sequence[tuple[Staged, Change]], tags: Sequence[Tag] = ()) -> None:
         """Journal staged updates together; all of them are cancelled when that fails."""

@@ -310,6 +310,12 @@ class Ledger:
             if self.failed is None and self.wants_sync():
                 self.sync()
 
+    def ask_index_again(self) -> None:
+        """Not locked. After a checkpoint that found no room."""
+        with self._in_the_background():
+            if self.failed is None:
+                self.checkpoint()
+
     def tidy(self) -> None:
         """Not locked. What KV-cache blocks left behind goes back to the disk, but for a few free places: called once a second while there is some."""
         with self._in_the_background():

@@ -14,6 +14,7 @@ from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import InvalidArgument, NoSpace
+from kvfs.common.sim.disk import SimDisk
 from kvfs.storage.engine.classes import block_bytes_for, data_file_name, parse_data_file_name
 from kvfs.storage.engine.config import EngineConfig
 from kvfs.storage.engine.engine import ChunkEngine
@@ -346,3 +347,21 @@ def test_a_class_that_does_not_fit_is_refused(slab: int) -> None:
     with pytest.raises(InvalidArgument):
         engine.apply(write(A, 0, b"x" * 4097, slab_bytes=slab), 1)
     assert engine.get(A) is None
+
+
+def test_an_index_that_found_no_room_is_asked_again() -> None:
+    """Seed 40031 of the simulation: the disk had been full for a while, and writes were refused until something was removed."""
+    full = False
+
+    def hook(operation: str, name: str) -> None:
+        if full and operation == "map_commit":
+            raise NoSpace("planted")
+
+    engine = open_engine(SimDisk(hook=hook))
+    full = True
+    with pytest.raises(NoSpace, match="index has no room"):
+        for index in range(500):
+            engine.apply(write(cid(index), 0, noise(index, 100)), 1)
+    full = False
+    engine.apply(write(cid(999), 0, noise(9, 100)), 1)
+    assert not engine.check(read_data=True).problems
