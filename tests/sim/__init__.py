@@ -3,8 +3,8 @@ machines, with virtual time, a simulated network and simulated disks, while faul
 
 Where things are: run.py (a seed from plan to verdict, and the command), world.py (the cluster), machine.py (one machine and its process, and how it
 dies), scheduler.py (virtual time and the order of tasks), store.py (the store that several services share), workers.py (disk work without threads),
-clients.py (what clients do, and what they were promised), faults.py, checks.py, trace.py. The product runs as it is: services are given a `World` of
-boundaries, as they are given the real ones elsewhere, and configuration that users have too.
+clients.py (what clients do, and what they were promised), faults.py, checks.py, blackout.py (power goes everywhere), trace.py. The product runs as it
+is: services are given a `World` of boundaries, as they are given the real ones elsewhere, and configuration that users have too.
 
 To write a fault: an `async def` in faults.py under `@fault(weight)`. It breaks something, sleeps, mends it; what it chooses, it draws from the
 `random` it is given. To write a check: an `async def check_x(end) -> list[str]` in checks.py, added to CHECKS; it runs when every target serves
