@@ -16,6 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 CHECKSUM_UNIT_BYTES: Final = 32768
 CHECKSUM_BYTES: Final = 8
+FLIPPED_BITS_MAX: Final = 8
 _UNIT: Final = CHECKSUM_UNIT_BYTES
 _SLICES: Final = tuple(slice(start, start + CHECKSUM_UNIT_BYTES) for start in range(0, 64 << 20, CHECKSUM_UNIT_BYTES))
 """Of the units of the largest chunk: made once, since hashing a unit takes hardly longer than making its slice in Python."""
@@ -62,6 +63,11 @@ def checksums_of(pieces: Iterable[memoryview]) -> bytes:
         else:
             units.extend([piece[start : start + _UNIT] for start in range(0, length, _UNIT)])
     return struct.pack(f"<{len(units)}Q", *map(xxh3_64_intdigest, units))
+
+
+def almost(data: bytes, expected: bytes) -> bool:
+    """Whether `data` is `expected` with a few flipped bits: for bytes that carry their checksum no other valid ones are so near."""
+    return len(data) == len(expected) and (int.from_bytes(data, "big") ^ int.from_bytes(expected, "big")).bit_count() <= FLIPPED_BITS_MAX
 
 
 def verify(data: bytes | bytearray | memoryview, offset: int, expected: bytes) -> bool:

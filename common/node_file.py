@@ -58,15 +58,20 @@ def _parsed(fields: dict[str, Any], number: int) -> NodeFile:
     return NodeFile(str(fields["cluster_id"]), str(fields["role"]), str(fields["node_uuid"]), number)
 
 
+def check_empty(disk: Disk, *, where: str) -> None:
+    """A directory without a node file may become one of ours only if nobody has anything in it."""
+    strangers = sorted(set(disk.list("")) - {"LOCK", "lost+found"})
+    if strangers:
+        raise WrongDataDirectory(
+            f"{where} holds {strangers[0]!r} but no {NAME}: name an empty directory, or restore {NAME} from a copy; nothing was touched"
+        )
+
+
 def open_node_file(disk: Disk, random: Random, *, where: str, role: str, cluster_id: str) -> NodeFile:
     """The directory's node file, checked against what the caller is, or a new one. Lock the directory first. `cluster_id` empty: any."""
     found = read_node_file(disk, where=where)
     if found is None:
-        strangers = sorted(set(disk.list("")) - {"LOCK", "lost+found"})
-        if strangers:
-            raise WrongDataDirectory(
-                f"{where} holds {strangers[0]!r} but no {NAME}: name an empty directory, or restore {NAME} from a copy; nothing was touched"
-            )
+        check_empty(disk, where=where)
         new = NodeFile(cluster_id, role, random.bytes(16).hex())
         disk.write_file(NAME, new.encode())
         return new

@@ -7,16 +7,17 @@ role is refused before anything in it changes; a target whose index cannot be re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
 from kvfs.common.boundary.random import Random
 from kvfs.common.boundary.real_disk import RealDisk, is_leftover
+from kvfs.common.checksum import almost
 from kvfs.common.errors import KvfsError, SetupError, WrongDataDirectory
 from kvfs.common.node_file import NAME as NODE_FILE
-from kvfs.common.node_file import NodeFile, open_node_file, read_node_file
+from kvfs.common.node_file import NodeFile, check_empty, open_node_file, read_node_file
 from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.storage.config import StorageConfig
 from kvfs.storage.engine import superblock
@@ -68,21 +69,56 @@ class Disks:
         self.cluster_id = config.cluster_id or self.node.cluster_id
 
     def _identify(self, random: Random) -> NodeFile:
-        """All directories are of one node: checked in full before any is marked."""
-        first = self.directories[0]
-        known = read_node_file(first.disk, where=first.path)
-        for directory in self.directories[1:]:
-            found = read_node_file(directory.disk, where=directory.path)
-            if found is not None and (known is None or found.node_uuid != known.node_uuid):
+        """All directories are of one node: checked in full before any is marked. New ones (a disk was replaced) get the others' identity."""
+        files = [self._node_file(directory) for directory in self.directories]
+        marked = [(directory, file) for directory, file in zip(self.directories, files, strict=True) if file is not None]
+        known = marked[0][0] if marked else self.directories[0]
+        for other, found in marked[1:]:
+            if found.node_uuid != marked[0][1].node_uuid:
                 raise WrongDataDirectory(
-                    f"{directory.path} belongs to another storage node than {first.path}: "
+                    f"{other.path} belongs to another storage node than {known.path}: "
                     "check storage.data (the order of the directories must not change); nothing was touched"
                 )
-        node = open_node_file(first.disk, random, where=first.path, role="storage", cluster_id=self._config.cluster_id)
-        for directory in self.directories[1:]:
-            if read_node_file(directory.disk, where=directory.path) is None:
+        for directory, file in zip(self.directories, files, strict=True):
+            if file is None:
+                check_empty(directory.disk, where=directory.path)
+        node = open_node_file(known.disk, random, where=known.path, role="storage", cluster_id=self._config.cluster_id)
+        for directory, file in zip(self.directories, files, strict=True):
+            if file is None and directory is not known:
                 directory.disk.write_file(NODE_FILE, node.encode())
         return node
+
+    def _node_file(self, directory: DataDirectory) -> NodeFile | None:
+        """What a directory says whose it is; a few flipped bits are mended, when other directories or superblocks of targets say what it was."""
+        try:
+            return read_node_file(directory.disk, where=directory.path)
+        except WrongDataDirectory:
+            data = directory.disk.read_file(NODE_FILE)
+            node = next((node for node in self._candidates() if almost(data, node.encode())), None)
+            if node is None:
+                raise
+            log.warning("%s/%s was damaged and is written anew", directory.path, NODE_FILE)
+            directory.disk.write_file(NODE_FILE, node.encode())
+            return node
+
+    def _candidates(self) -> Iterator[NodeFile]:
+        """Who this node may be, as far as its directories tell."""
+        for directory in self.directories:
+            for name in directory.disk.list(TARGETS) if directory.disk.exists(TARGETS) else ():
+                try:
+                    block = superblock.load(self.disk_of(directory, int(name))) if name.isdecimal() else None
+                except KvfsError:
+                    continue
+                if block is not None:
+                    for cluster_id in dict.fromkeys((block.cluster_id, "")):
+                        yield NodeFile(cluster_id, "storage", block.node_uuid.hex())
+        for directory in self.directories:
+            try:
+                found = read_node_file(directory.disk, where=directory.path)
+            except SetupError:
+                continue
+            if found is not None:
+                yield found
 
     def repair_node_files(self) -> list[str]:
         """Blocking: the files that say whose the directories are, written again where they are not what they were."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import trio
 
@@ -26,6 +27,7 @@ from kvfs.storage.chain.copying import AskStart, CopyEffect, Copying, ListPage, 
 from kvfs.storage.engine.requests import UpdateKind
 from kvfs.storage.forwards import KINDS
 from kvfs.storage.host import Host
+from kvfs.storage.scrub.mend import mend
 from kvfs.storage.target import Progress, Target
 
 log = logging.getLogger("kvfs.storage")
@@ -177,6 +179,9 @@ class Resync:
                         borrowed.append(await host.buffers.acquire(meta.length))
                 writes.append(write)
             await host.workers.run(lambda: self._read(writes, borrowed))
+            if damaged := [write.chunk_id for write in writes if write.damaged]:
+                await self._mend(damaged)
+                await host.workers.run(lambda: self._read(writes, borrowed))
             request = pb.WriteRequest(writes=writes, from_target=target.target_id, spaces=spaces.values())
             reply = await host.pool.call(host.addresses(self._successor), WRITE, request, timeout_s=CALL_S, send=borrowed)
             if len(reply.results) != len(writes):
@@ -189,8 +194,17 @@ class Resync:
                 host.buffers.release(span)
             host.unlock(ticket)
 
+    async def _mend(self, chunks: Sequence[bytes]) -> None:
+        """What another replica has whole is copied whole. What nobody has is copied as it lies here: without it the successor would have a hole, and
+        zeros are not what was written."""
+        host, target = self._host, self._target
+        for chunk in chunks:
+            inspection = await host.workers.run(partial(target.engine.inspect, chunk))
+            if inspection is not None and inspection.damaged and not await mend(host, target, inspection):
+                log.error("target %d: chunk %s is copied with its damage: no replica has it whole", target.target_id, chunk.hex())
+
     def _read(self, writes: Sequence[pb.WriteIO], spans: Sequence[Span]) -> None:
-        """In a worker thread: the committed bytes into the spans, verified, with their checksums."""
+        """In a worker thread: the committed bytes into the spans, looked at, with their checksums."""
         place = 0
         for write in writes:
             if write.kind != pb.REPLACE or not write.length:
@@ -199,6 +213,6 @@ class Resync:
             place += 1
             outcome = self._target.engine.read(write.chunk_id, 0, write.length, view)
             assert outcome is not None
-            if outcome.version != write.update_version or outcome.length != write.length or checksums(view, 0) != outcome.checksums:
-                raise ChecksumMismatch(f"chunk {write.chunk_id.hex()} of target {self._target.target_id} is damaged: it cannot be copied")
-            write.checksums = outcome.checksums
+            if outcome.version != write.update_version or outcome.length != write.length:
+                raise ChecksumMismatch(f"chunk {write.chunk_id.hex()} of target {self._target.target_id} is not what its index says")
+            write.checksums, write.damaged = outcome.checksums, checksums(view, 0) != outcome.checksums

@@ -231,6 +231,8 @@ class StorageService:
             raise InvalidArgument(f"a chunk size of {io.chunk_size}: 1 to {MAX_CHUNK_BYTES}")
         if io.tag.client_id and len(io.tag.client_id) != CLIENT_ID_BYTES:
             raise InvalidArgument(f"a tag's client id has {CLIENT_ID_BYTES} bytes, not {len(io.tag.client_id)}")
+        if io.damaged and (from_client or io.kind != pb.REPLACE):
+            raise BadRequest("only a replica copies damaged bytes, and whole chunks of them")
         check_block(io, from_client)
         if from_client:
             io.mtime_ns = self._host.clock.wall_ns()

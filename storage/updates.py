@@ -295,6 +295,8 @@ class Round:
                         written.append((flight, None))
                     else:
                         written.append((flight, engine.replace(update, tags)))
+                        if update.damaged:
+                            engine.sync()  # else an opening after a crash would take it for bytes that were never written
                 except KvfsError as error:
                     written.append((flight, error))
             return written
@@ -347,6 +349,7 @@ def _update(flight: Flight, item: Item, chain_version: int, *, waited_for: bool)
         chain_version=chain_version,
         mtime_ns=io.mtime_ns,
         slab_bytes=io.slab_bytes,
+        damaged=io.damaged,
         tag=Tag(item.tag.client_id, item.tag.channel, item.tag.sequence) if item.tag is not None else None,
         waited_for=waited_for,
     )

@@ -19,7 +19,7 @@ from kvfs.common.boundary.disk import DiskFile
 from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, checksums, xxh3_64
 from kvfs.common.errors import ChecksumMismatch, InvalidArgument
 from kvfs.common.helpers import helpers
-from kvfs.storage.engine.chunk import EMPTY, Content
+from kvfs.storage.engine.chunk import EMPTY, Content, units_of
 from kvfs.storage.engine.classes import BLOCK_ALIGNMENT_BYTES, LARGEST_BLOCK_BYTES, Block, block_bytes_for
 from kvfs.storage.engine.files import DataFiles
 from kvfs.storage.engine.requests import Update, UpdateKind
@@ -72,7 +72,9 @@ def check(update: Update) -> None:
         return
     if update.data is None or len(update.data) != update.length or (kind == UpdateKind.WRITE and not update.length):
         raise InvalidArgument(f"an update of {update.length} bytes came with {0 if update.data is None else len(update.data)}")
-    if update.length < LARGE_BYTES:
+    if update.damaged and (kind != UpdateKind.REPLACE or len(update.checksums) != units_of(update.length) * CHECKSUM_BYTES):
+        raise InvalidArgument("damaged bytes are copied whole, with a checksum for each unit")
+    if update.length < LARGE_BYTES and not update.damaged:
         _verify(update)
 
 
@@ -145,7 +147,7 @@ class ContentWriter:
             # A whole chunk: nothing old is left. (Never in place: stored bytes are never written over.)
             assert new_block is not None
             file = self._file(new_block)
-            if update.length < LARGE_BYTES:
+            if update.length < LARGE_BYTES or update.damaged:
                 file.write((data,), new_block.start)
             else:
                 _write_verified(file, update, data, new_block.start)

@@ -51,7 +51,7 @@ class ChunkEngine:
 
     def __init__(self, disk: Disk, clock: Clock, identity: Superblock, config: EngineConfig = DEFAULTS) -> None:
         disk.makedirs("")
-        superblock.load(disk)  # before the lock: a directory of someone else must not even get a lock file
+        superblock.load(disk, identity)  # before the lock: a directory of someone else must not even get a lock file
         disk.lock()
         try:
             superblock.settle(disk, identity)

@@ -59,6 +59,8 @@ class Update:
     """0: the engine's clock."""
     slab_bytes: int = 0
     """The block class of a KV-cache block; 0: by length."""
+    damaged: bool = False
+    """REPLACE only: the bytes do not have the checksums, and are kept as they are, so that what is wrong with them stays visible."""
     tag: Tag | None = None
     """Prepare only: whose update it is, kept with the pending version (without the result), so that a commit after a restart can record it."""
     waited_for: bool = False

@@ -261,6 +261,8 @@ def test_wrong_directories_are_refused_untouched(tmp_path: Path) -> None:
             other = tmp_path / "storage-2" / "disk-0"
             await refused((one, two), "another", WrongDataDirectory)
             await refused((one, other), "test", WrongDataDirectory)
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new" / "thesis.tex").touch()
             await refused((tmp_path / "new", two), "test", WrongDataDirectory)
             await refused((tmp_path / "manager",), "test", DirectoryInUse)
             assert not (tmp_path / "new" / "node.json").exists()

@@ -10,7 +10,7 @@ import pytest
 import trio
 from mini_cluster import CHUNK_SIZE, MiniCluster, mini_cluster
 
-from kvfs.common.errors import ChunkLost, NotEnoughTargets
+from kvfs.common.errors import ChecksumMismatch, ChunkLost, NotEnoughTargets
 from kvfs.common.ids import SPACE_BIT, block_id, chunk_id
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import cluster_pb2 as cluster
@@ -150,6 +150,82 @@ def test_a_chain_whose_only_copy_is_gone_waits_and_goes_on_empty_when_told_to(tm
             assert await world.read(chain, chunk_id(10, 0), 0, 10) == b"new"
             assert await world.read(chain, chunk_id(9, 1), 0, 10) == bytes(10), "written whole, nothing of it is lost any more"
             assert await world.read(other, chunk_id(9, 0), 0, 3000) == b"old" * 1000
+
+    trio.run(main)
+
+
+def test_what_no_replica_has_whole_is_copied_as_it_is(tmp_path: Path) -> None:
+    """A returning target is filled though one chunk of its predecessor is damaged. That chunk is an error there too, and no hole."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path, lease_ms=2000) as world:
+            for number in (1, 2):
+                await world.start(number)
+            await world.create(2, 2)
+            (chain,) = (each.chain_id for each in world.routing.chains)
+            data = {chunk_id(9, index): os.urandom(size) for index, size in enumerate((70_000, 20_000, CHUNK_SIZE))}
+            for chunk, content in data.items():
+                await world.write(chain, chunk, content)
+            head, tail = world.routing.serving(chain)
+            number = number_of(world, tail)
+            world.stop(number)
+            await world.over[number].wait()
+            shutil.rmtree(directory(world, tail))
+            for chunk in (chunk_id(9, 0), chunk_id(9, 2)):
+                flip_of(directory(world, head), data[chunk])
+            await world.start(number)
+            with trio.fail_after(30):
+                while len(world.routing.serving(chain)) < 2:
+                    await trio.sleep(0.05)
+            for target in (head, tail):
+                assert await world.read(chain, chunk_id(9, 1), 0, 20_000, target=target) == data[chunk_id(9, 1)]
+                for chunk in (chunk_id(9, 0), chunk_id(9, 2)):
+                    with pytest.raises(ChecksumMismatch):
+                        await world.read(chain, chunk, 10, 20, target=target)
+                    assert await world.read(chain, chunk, 40_000, 20_000, target=target) == data[chunk][40_000:60_000], "the rest is whole"
+
+    trio.run(main)
+
+
+def flip_of(folder: Path, data: bytes) -> None:
+    """The first bit of these bytes."""
+    for path in (folder / "data").iterdir():
+        at = path.read_bytes().find(data[:100])
+        if at >= 0:
+            with open(path, "r+b") as file:
+                file.seek(at)
+                file.write(bytes((data[0] ^ 1,)))
+            return
+    raise AssertionError("not there")
+
+
+@pytest.mark.parametrize("what", ["a flipped bit", "a new first disk"])
+def test_whose_a_directory_is_is_known_from_the_others(tmp_path: Path, what: str) -> None:
+    async def main() -> None:
+        async with mini_cluster(tmp_path, lease_ms=1000) as world:
+            disks = 2 if what == "a new first disk" else 1
+            await world.start(1, disks=disks)
+            await world.start(2, disks=disks)
+            await world.create(2, 2)
+            chains = [each.chain_id for each in world.routing.chains]
+            for chain in chains:
+                await world.write(chain, chunk_id(9, 0), b"kept")
+            first = tmp_path / "storage-1" / "disk-0"
+            before = (first / "node.json").read_bytes()
+            world.stop(1)
+            await world.over[1].wait()
+            if disks == 2:
+                shutil.rmtree(first)
+            else:
+                damaged = bytearray(before)
+                damaged[damaged.index(b"node_uuid") + 14] ^= 1
+                (first / "node.json").write_bytes(damaged)
+            await world.start(1, disks=disks)
+            await world.settled(2)
+            assert (first / "node.json").read_bytes() == before
+            for chain in chains:
+                for target in world.routing.serving(chain):
+                    assert await world.read(chain, chunk_id(9, 0), 0, 10, target=target) == b"kept"
 
     trio.run(main)
 

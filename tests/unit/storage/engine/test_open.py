@@ -64,11 +64,26 @@ def test_a_directory_of_another_one_is_refused(used: Path, identity: Superblock,
 def test_a_newer_format_is_refused(used: Path) -> None:
     data = bytearray((used / "superblock").read_bytes())
     data[8] = superblock.FORMAT + 1
+    data[-8:] = xxh3_64(bytes(data[:-8])).to_bytes(8, "little")
     (used / "superblock").write_bytes(data)
     before = snapshot(used)
     with pytest.raises(FormatTooNew, match="upgrade"):
         made(used)
     assert snapshot(used) == before
+
+
+def test_a_flipped_bit_of_the_superblock_is_mended(used: Path) -> None:
+    """Any; but nothing that is more than that is taken for ours."""
+    data = (used / "superblock").read_bytes()
+    for bit in range(0, len(data) * 8, 7):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (used / "superblock").write_bytes(damaged)
+        made(used).close()
+        assert (used / "superblock").read_bytes() == data
+    (used / "superblock").write_bytes(replace(superblock.decode(data), target_id=IDENTITY.target_id + 1).encode())
+    with pytest.raises(WrongDataDirectory):
+        made(used)
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", b"not a superblock at all, but long enough to be one"])
