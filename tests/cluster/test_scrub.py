@@ -57,14 +57,14 @@ def test_damage_is_mended_or_told_by_name(new_cluster: Callable[[], RealCluster]
             assert file.read() == files["mended"]
         with client.open("/lost", "rb") as file, pytest.raises(OSError, match="checksum"):
             file.read()
-        into = [bytearray(50_000), bytearray(50_000)]
-        assert space.get(keys, into) == [50_000, None] and into[0] == blocks[0], "the right bytes or a miss"
         report = json.loads(cluster.kvfs("fsck", "--json", check=False).stdout)
         assert len(report["problems"]) == 4 and not report["clean"]
         assert sum("/lost" in problem for problem in report["problems"]) == 2
         assert sum("/kvcache/s" in problem for problem in report["problems"]) == 2
         assert sum(row["damaged"] for row in cluster.json("status")["scrub"]) == 4
         assert "4 DAMAGED" in cluster.kvfs("status").stdout
+        into = [bytearray(50_000), bytearray(50_000)]
+        assert space.get(keys, into) == [50_000, None] and into[0] == blocks[0], "the right bytes or a miss"
         client.unlink("/lost")
         space.remove(keys[1:])
         deadline_s = time.monotonic() + 30
