@@ -1,5 +1,5 @@
 # The commands of the house; HACKING.md says more about each.
-.PHONY: demo demo-kvcache sim test test-slow test-ecosystem fuzz crash-states check format bench clean setup
+.PHONY: demo demo-kvcache sim planted test test-slow test-ecosystem fuzz crash-states check format bench clean setup
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -34,6 +34,9 @@ test-ecosystem:  ## the connectors under the real SGLang, LMCache and vLLM, with
 
 sim: setup  ## a whole cluster by seed: SEED=n replays one with its trace, SEEDS=n runs so many (FIRST=n: from there)
 	@$(BIN)/python -m tests.sim.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FIRST),1))
+
+planted: setup  ## mistakes planted in the product, and how many seeds the simulation needs to find each
+	@$(BIN)/python -m tests.sim.planted
 
 crash-states: setup  ## 50,000 states that a crash may leave, each opened and checked; `make test` does 5,000
 	@$(BIN)/python tests/crash/run.py --states 50000

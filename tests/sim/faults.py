@@ -68,6 +68,12 @@ async def _until_missed(world: World, machine: Machine) -> None:
             await trio.sleep(0.2)
 
 
+def owner(world: World, target_id: int) -> str:
+    """The machine of a target."""
+    routing = world.link.routing
+    return next(routing.node(target.node_id).hostname for target in routing.targets if target.target_id == target_id)
+
+
 def _up(world: World, kinds: str) -> list[Machine]:
     return [machine for kind in kinds for machine in world.of_kind(kind) if machine.up]
 

@@ -20,7 +20,7 @@ from types import FrameType
 
 import trio
 from tests.histories.history import History
-from tests.sim import scheduler
+from tests.sim import scheduler, stress
 from tests.sim.blackout import blackout
 from tests.sim.checks import CHECKS, QUIET_S, End
 from tests.sim.clients import CHUNK_BYTES, LOG, REGISTERS, SPACE, SPACE_PARAMS, WORKS, Blocks, Pace, Record, Registers, Work, client_main, connected
@@ -77,8 +77,13 @@ def plan_of(seed: int) -> Plan:
     pause_s, latency_s = random.choice((0.02, 0.1, 0.4)), random.choice((0.002, 0.02, 0.06))
     pace = Pace(operations=round(14 + random.randrange(14) + 0.8 / pause_s), pause_s=pause_s, keys=2 + 2 * random.randrange(3))
     busy_s = pace.operations * (pause_s / 2 + 3 * latency_s)
+    if stress.is_stress(seed):
+        shape, clients, pace = stress.shape_of(random), list(stress.works_of(random)), stress.pace_of(random)
+        busy_s = pace.operations * (pace.pause_s / 2 + 3 * latency_s)
     names = [name for name, (_, weight) in FAULTS.items() for _ in range(weight)]
     faults = [(random.uniform(0, busy_s), random.choice(names), random.uniform(0.5, 5)) for _ in range(1 + random.randrange(6))]
+    if stress.is_stress(seed):
+        faults = stress.faults_of(random, busy_s)
     return Plan(shape, tuple(clients), pace, latency_s, tuple(sorted(faults)), random.randrange(3) == 0)
 
 

@@ -54,6 +54,9 @@ class Shape:
     replicas: int = 3
     targets_per_disk: int = 1
     capacity_bytes: int = 64 * MIB
+    resync_at_once: int = 4
+    """Batches of a resync: with one of one chunk, bringing a target up to date takes as many messages as chunks differ."""
+    resync_batch_bytes: int = 4 * MIB
 
 
 class World:
@@ -148,6 +151,8 @@ class World:
             scrub_interval_s=0,
             forward_timeout_ms=3000,
             buffer_bytes=64 * MIB,
+            resync_concurrency=self.shape.resync_at_once,
+            resync_batch_bytes=self.shape.resync_batch_bytes,
         )
         boundaries = storage_server.World(
             process.clock,
