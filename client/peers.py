@@ -100,8 +100,8 @@ class _Asked(NamedTuple):
         """Whether they are still the ones to ask."""
         try:
             for target in self.targets:
-                serving = routing.serving(routing.target(target).chain_id)
-                if target not in (serving[:1] if self.heads else serving):
+                chain = routing.target(target).chain_id
+                if target not in (routing.serving(chain)[:1] if self.heads else routing.holding(chain)):
                     return False
         except KvfsError:
             return False

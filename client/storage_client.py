@@ -118,39 +118,41 @@ class StorageClient:
             return 0
 
     async def sync(self, chain_ids: Sequence[int], *, deadline_s: float | None = None) -> None:
-        """What was acknowledged on these chains before the call survives power loss after it: synced on every target that serves them now."""
+        """What was acknowledged on these chains before the call survives power loss after it: synced on every target that serves them now, and on
+        those that are being brought up to date: one may serve, and be the last, before it syncs by itself what came while it was syncing."""
         pending = set(chain_ids)
         attempts = self._attempts(deadline_s, self._config.write_attempt_s)
         while pending:
             routing = self._peers.routing
             failed: dict[int, KvfsError] = {}
-            by_node: dict[int, tuple[tuple[str, ...], list[int]]] = {}
+            by_node: dict[int, tuple[tuple[str, ...], pb.SyncRequest]] = {}
             chains_of: dict[int, set[int]] = {}
             for chain in pending:
                 try:
-                    serving = routing.serving(chain)
-                    if not serving:
+                    if not routing.serving(chain):
                         raise NoServingTarget(f"chain {chain} has no serving target")
-                    for target in serving:
+                    for target in routing.holding(chain):
                         node = routing.node_of_target(target)
-                        by_node.setdefault(node.node_id, (tuple(node.addresses), []))[1].append(target)
+                        request = by_node.setdefault(node.node_id, (tuple(node.addresses), pb.SyncRequest()))[1]
+                        request.target_ids.append(target)
+                        request.chain_versions.append(routing.chain(chain).version)
                         chains_of.setdefault(node.node_id, set()).add(chain)
                 except KvfsError as error:
                     failed[chain] = error
             timeout_s = attempts.timeout_s()
 
             async def sync_node(
-                node_id: int, addresses: tuple[str, ...], targets: list[int], chains: set[int], timeout_s: float, failed: dict[int, KvfsError]
+                node_id: int, addresses: tuple[str, ...], request: pb.SyncRequest, chains: set[int], timeout_s: float, failed: dict[int, KvfsError]
             ) -> None:
                 try:
-                    await self._peers.ask(addresses, SYNC, pb.SyncRequest(target_ids=targets), targets, timeout_s=timeout_s)
+                    await self._peers.ask(addresses, SYNC, request, request.target_ids, timeout_s=timeout_s)
                 except KvfsError as error:
                     self._peers.suspect(node_id, error)
                     failed.update(dict.fromkeys(chains, error))
 
             async with trio.open_nursery() as nursery:
-                for node_id, (addresses, targets) in by_node.items():
-                    nursery.start_soon(sync_node, node_id, addresses, targets, chains_of[node_id], timeout_s, failed)
+                for node_id, (addresses, request) in by_node.items():
+                    nursery.start_soon(sync_node, node_id, addresses, request, chains_of[node_id], timeout_s, failed)
             # A chain that changed meanwhile may have a member that was not asked, or one that failed and is out: look again.
             pending = {chain for chain in pending if chain in failed}
             if pending:

@@ -79,6 +79,10 @@ class Routing:
         except KeyError:
             raise UnknownChain(f"chain {chain_id} is not in routing version {self.version}") from None
 
+    def holding(self, chain_id: int) -> list[int]:
+        """Target ids that take the chain's writes: those that serve, head first, then who is being brought up to date."""
+        return [member.target_id for member in self.chain(chain_id).targets if member.state in (pb.SERVING, pb.SYNCING)]
+
     def head(self, chain_id: int) -> int:
         """The target that takes the chain's writes."""
         serving = self.serving(chain_id)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Awaitable, Sequence
+from itertools import zip_longest
 
 import trio
 
 from kvfs.common.errors import (
     BadRequest,
+    ChainVersionMismatch,
     DeadlineExceeded,
     InternalError,
     InvalidArgument,
@@ -326,7 +328,16 @@ class StorageService:
         return reply
 
     async def sync(self, request: pb.SyncRequest, call: Call) -> pb.SyncReply:
-        targets = {target_id: self._serving(target_id) for target_id in request.target_ids}
+        if request.chain_versions and len(request.chain_versions) != len(request.target_ids):
+            raise BadRequest(f"{len(request.chain_versions)} chain versions for {len(request.target_ids)} targets")
+        targets: dict[int, Target] = {}
+        for target_id, version in zip_longest(request.target_ids, request.chain_versions, fillvalue=0):
+            target = self._host.usable(target_id)
+            if version:
+                await self._know(target, version)
+                if target.replica.version > version:
+                    raise ChainVersionMismatch(f"target {target_id}: version {version} of its chain was asked for, it is at {target.replica.version}")
+            targets[target_id] = target if target.replica.syncing else self._serving(target_id)
         errors: list[KvfsError] = []
 
         async def one(target: Target) -> None:

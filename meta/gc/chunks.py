@@ -82,8 +82,9 @@ class StorageChunks(Chunks):
     async def settle(self, chain_id: int) -> None:
         async def once() -> None:
             routing = self._link.routing
-            for target_id in routing.serving(chain_id):
-                request = storage_pb2.SyncRequest(target_ids=[target_id])
+            version = routing.chain(chain_id).version
+            for target_id in routing.holding(chain_id):
+                request = storage_pb2.SyncRequest(target_ids=[target_id], chain_versions=[version])
                 await self._pool.call(routing.addresses_of_target(target_id), SYNC, request, timeout_s=TRY_S)
 
         await self._retry(once)

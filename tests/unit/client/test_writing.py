@@ -12,6 +12,7 @@ from tests.unit.client.handles import nothing_is_held, opened
 from kvfs.client.config import ClientConfig
 from kvfs.client.file.open_file import OpenFile
 from kvfs.common.errors import BadHandle, InputOutput, NoSpace
+from kvfs.common.wire import cluster_pb2
 
 
 def test_what_was_written_is_read_before_and_after_it_is_sent() -> None:
@@ -252,6 +253,24 @@ def test_writers_wait_when_too_much_is_dirty() -> None:
             for file in files:
                 await file.close()
             assert place.content(7) == place.content(8) == b"x" * (2 << 20)
+
+    run(test)
+
+
+def test_fsync_syncs_a_target_that_is_being_brought_up_to_date_too() -> None:
+    """It may serve, and be the last, before anybody syncs what it took meanwhile."""
+
+    async def test() -> None:
+        async with world(nodes=2, chains=3) as place:
+            for chain in place.routing.message.chains:
+                chain.targets[1].state = cluster_pb2.SYNCING
+            place.routing.update()
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"x" * (2 * CHUNK)])
+            await file.fsync()
+            assert sorted(target for storage in place.storage for target in storage.synced) == [1001, 1002, 2001, 2002]
+            await file.close()
 
     run(test)
 
