@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,7 @@ class ProcessCluster(RealCluster):
             made.save()
         for file in (self.path / "etc").iterdir():
             file.unlink()
+        made.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         common = {"cluster_id": made.cluster_id, "managers": made.managers}
         cluster_dir.write_config(
             made, "manager", ManagerConfig(data=str(self.path / "manager"), listen=made.managers, cluster_id=made.cluster_id, lease_ms=lease_ms)
@@ -156,5 +158,6 @@ class ProcessCluster(RealCluster):
                 process.kill()
                 process.wait()
         self.running.clear()
+        shutil.rmtree(cluster_dir.load(self.path).run_dir, ignore_errors=True)
         for fd in (self._lifeline_read, self._lifeline_write, *self._ready.values()):
             os.close(fd)
