@@ -39,6 +39,8 @@ class Whole:
     address: ClusterAddress
     nursery: trio.Nursery
     scopes: list[trio.CancelScope] = field(default_factory=list)
+    over: dict[int, trio.Event] = field(default_factory=dict)
+    """Of storage services: set when they have ended."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of storage services."""
 
@@ -60,9 +62,14 @@ class Whole:
             while len(self.scopes) <= number:
                 self.scopes.append(trio.CancelScope())
             self.scopes[number] = scope
-            await serve_storage(config, task_status=task_status)
+            self.over[number] = trio.Event()
+            try:
+                await serve_storage(config, task_status=task_status)
+            finally:
+                self.over[number].set()
 
     def stop_storage(self, number: int) -> None:
+        """It still answers what it has begun: wait for `over` where that matters."""
         self.scopes[number].cancel()
 
 
