@@ -121,10 +121,6 @@ class AsyncClient(PathOperations):
         """Truncate or extend by number, in step with whatever files of this client are open on it."""
         return await self.files.truncate(inode, length, session=session, user=user or self.user)
 
-    async def flush_inode(self, inode: int) -> None:
-        """Send whatever this client has unsent for an inode, and wait for it. Errors stay with the open files."""
-        await self.files.flush(inode)
-
     def on_revoked(self, callback: OnRevoked) -> None:
         """Call with (inode, name) when cached attributes (name empty) or an entry of that directory are no longer true. The revocation is
         acknowledged

@@ -24,7 +24,6 @@ from kvfs.client.storage_writes import ChunkWrite, WriteDone, WritePath
 from kvfs.client.tags import Channels
 from kvfs.common.errors import KvfsError, NoServingTarget
 from kvfs.common.routing import Routing
-from kvfs.common.wire import base_pb2
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import Method, method
 
@@ -32,7 +31,6 @@ SYNC = method("Storage", "Sync")
 REMOVE_RANGE = method("Storage", "RemoveRange")
 LAST_CHUNK = method("Storage", "LastChunk")
 LIST_CHUNKS = method("Storage", "ListChunks")
-STATUS = method("Storage", "Status")
 CHECK_TARGET = method("Storage", "CheckTarget")
 KV_EVICT = method("Storage", "KvEvict")
 NO_END = 0
@@ -218,12 +216,6 @@ class StorageClient:
         reply: pb.CheckTargetReply = await self._at_target(
             target_id, CHECK_TARGET, pb.CheckTargetRequest(target_id=target_id, read_data=read_data), deadline_s=deadline_s, attempt_s=deadline_s
         )
-        return reply
-
-    async def node_status(self, node_id: int, *, timeout_s: float = 5.0) -> pb.StorageStatusReply:
-        """What a storage node says of its targets; one attempt."""
-        node = self._peers.routing.node(node_id)
-        reply: pb.StorageStatusReply = await self._peers.caller.call(tuple(node.addresses), STATUS, base_pb2.Empty(), timeout_s=timeout_s)
         return reply
 
     def _attempts(self, deadline_s: float | None, attempt_s: float) -> Attempts:

@@ -19,7 +19,6 @@ ChunkId = NewType("ChunkId", bytes)
 
 ROOT_INODE = InodeId(1)
 CHUNK_ID_BYTES = 24
-MAX_INODE = (1 << 60) - 1
 SPACE_BIT = 1 << 59
 """Set in the inode of a KV-cache space, whose chunks are blocks."""
 DIGEST_BYTES = 16

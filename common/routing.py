@@ -69,9 +69,6 @@ class Routing:
         except KeyError:
             raise UnknownChain(f"chain table {table_id} is not in routing version {self.version}") from None
 
-    def has_table(self, table_id: int) -> bool:
-        return table_id in self._tables
-
     def serving(self, chain_id: int) -> list[int]:
         """Target ids that serve, head first. Do not change the list."""
         try:
@@ -132,7 +129,3 @@ class Routing:
             free[disk] = max(free.get(disk, 0), target.free_bytes)
             used += target.used_bytes
         return used + sum(free.values()), sum(free.values()), used
-
-    def chain_of_chunk(self, chain_ids: list[int], index: int) -> int:
-        """The chain of chunk `index` of a file whose layout names `chain_ids`."""
-        return chain_ids[index % len(chain_ids)]

@@ -15,8 +15,6 @@ class MountConfig:
     mount_point: str = ""
     cluster: str = ""
     """A directory made by `kvfs up`, or manager addresses "host:port,host:port"."""
-    foreground: bool = True
-    """Read by the command only: mount() itself never forks."""
     allow_other: bool = True
     """Other users may use the mount. Needs root, or user_allow_other in /etc/fuse.conf."""
     read_only: bool = False

@@ -23,6 +23,7 @@ from kvfs.common.errors import (
     KvfsError,
     NotPermitted,
     TargetNotServing,
+    from_wire,
 )
 from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_block, is_space
 from kvfs.common.transport.region import Span
@@ -456,6 +457,4 @@ def _to_wire(result: Result) -> pb.WriteResult:
 
 
 def _error(result: Result) -> KvfsError:
-    from kvfs.common.errors import from_wire
-
     return from_wire(result.status, result.message)

@@ -72,11 +72,6 @@ class FileTable:
             return await state.truncate(length, session, user)
         return await self._shared.meta.set_attr(inode, user=user, length=length, session=session)
 
-    async def flush(self, inode: int) -> None:
-        state = self._states.get(inode)
-        if state is not None:
-            await state.flush()
-
     async def revoke(self, inode: int, flush_limit_s: float) -> None:
         """Cached attributes and data of an inode are no longer true. What is written here and not yet sent goes out first, so that another client's
         change comes after it."""

@@ -28,7 +28,7 @@ from kvfs.storage.engine.inspect import Inspection
 from kvfs.storage.engine.ledger import Change
 from kvfs.storage.engine.reader import place_of, read_content
 from kvfs.storage.engine.recovery import open_ledger
-from kvfs.storage.engine.requests import CheckReport, LastChunk, Place, ReadOutcome, RemovedRange, Space, Tag, Update, UpdateKind
+from kvfs.storage.engine.requests import CheckReport, LastChunk, Place, ReadOutcome, Space, Tag, Update, UpdateKind
 from kvfs.storage.engine.staging import Staged, Stager
 from kvfs.storage.engine.superblock import Superblock
 from kvfs.storage.engine.upkeep import Upkeep
@@ -307,21 +307,6 @@ class ChunkEngine:
             ledger.record([Change(meta, None) for meta in found], tags)
         self._upkeep.after_change()
         return len(found)
-
-    def remove_range(self, inode: int, first: int, end: int = 0, *, limit: int = 4096, tags: Sequence[Tag] = ()) -> RemovedRange:
-        """Remove the chunks of an inode with first <= index < end (end 0: no end), at most `limit`, committed and pending, in one record."""
-        last = MAX_CHUNK_INDEX if not end else end - 1
-        if first > last:
-            return RemovedRange([], False, 0)
-        begin, behind = chunk_id_of(inode, first), chunk_id_of(inode, last) + b"\0"
-        ledger = self._ledger
-        with ledger.lock:
-            ledger.check_serving()
-            found = ledger.metas(begin, behind, limit + 1)
-            gone = found[:limit]
-            ledger.record([Change(meta, None) for meta in gone], tags)
-        self._upkeep.after_change()
-        return RemovedRange([meta.chunk_id for meta in gone], len(found) > limit, sum(meta.allocated_bytes for meta in gone))
 
     def sync(self) -> None:
         """Everything that returned before this call survives power loss when it returns. Concurrent calls share one sync."""

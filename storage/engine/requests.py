@@ -101,14 +101,6 @@ class Place(NamedTuple):
 
 
 @value
-class RemovedRange:
-    chunk_ids: list[bytes]
-    more: bool
-    """More chunks of the range are left: call again."""
-    freed_bytes: int
-
-
-@value
 class LastChunk:
     index: int
     length: int

@@ -128,7 +128,6 @@ def test_whole_pages_of_registered_memory_are_read_without_a_copy(client: Client
 def test_reads_on_this_machine_ask_for_places_only(client: Client, file: RawFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of checksum units at both ends; the storage reads nothing. What has gone from its place meanwhile is asked of the service."""
     data = written(file, 3 * MIB)
-    client.call(lambda inner: inner.flush_inode(file.opened(reading=True).inode))
     before = client.counters.read_requests, client.counters.direct_bytes
     buffer = bytearray(2 * MIB + 3)
     ring = client.make_ring(1)

@@ -130,7 +130,9 @@ async def _create_targets(address: ClusterAddress, replicas: int, storage: int) 
         await link.call(CREATE_TARGETS, request, timeout_s=10)
         while True:
             routing = await link.refresh()
-            if routing.has_table(1) and all(len(routing.serving(chain.chain_id)) == replicas for chain in routing.chains):
+            if any(table.table_id == 1 for table in routing.tables) and all(
+                len(routing.serving(chain.chain_id)) == replicas for chain in routing.chains
+            ):
                 return
             await trio.sleep(0.02)
 

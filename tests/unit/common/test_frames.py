@@ -154,7 +154,7 @@ def request_frame(**more: Any) -> bytes:
 
 
 def test_a_server_survives_thousands_of_damaged_frames() -> None:
-    seed = int(os.environ.get("KVFS_TEST_SEED", "20250"))
+    seed = int(os.environ.get("KVFS_SEED", "20250"))
     print(f"seed {seed}")
     chance = random.Random(seed)
 

@@ -60,8 +60,7 @@ def test_nodes_targets_and_tables() -> None:
     assert view.addresses_of_target(10) == ("tcp://a:1", "unix:///a") and view.node_of_target(11).node_id == 2
     assert [node.node_id for node in view.nodes_with_role(pb.ROLE_STORAGE)] == [1, 2]
     assert [node.node_id for node in view.nodes_with_role(pb.ROLE_STORAGE, alive=True)] == [1]
-    assert view.has_table(1) and not view.has_table(2) and list(view.table(1).chain_ids) == [1, 2, 3]
-    assert [view.chain_of_chunk([4, 5], index) for index in range(3)] == [4, 5, 4]
+    assert list(view.table(1).chain_ids) == [1, 2, 3]
     assert {target.target_id for target in view.targets_of_node(2)} == {11, 21, 31}
     with pytest.raises(UnknownTarget):
         view.target(5)

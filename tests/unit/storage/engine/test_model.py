@@ -102,12 +102,12 @@ class EngineMachine(RuleBasedStateMachine):
         self.pending.pop(chunk, None)
         self.committed[chunk] = (version, data)
 
-    @rule(first=st.integers(0, 5), end=st.integers(0, 5))
-    def remove_range(self, first: int, end: int) -> None:
-        self.engine.remove_range(5, first, end)
-        for index in range(first, end or 10):
-            self.committed.pop(cid(index), None)
-            self.pending.pop(cid(index), None)
+    @rule(chunks=st.sets(CHUNKS))
+    def resync_removes(self, chunks: set[bytes]) -> None:
+        assert self.engine.remove(sorted(chunks)) == len(chunks & (self.committed.keys() | self.pending.keys()))
+        for chunk in chunks:
+            self.committed.pop(chunk, None)
+            self.pending.pop(chunk, None)
 
     @rule()
     def sync(self) -> None:

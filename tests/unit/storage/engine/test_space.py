@@ -152,7 +152,7 @@ def test_freed_space_goes_to_other_classes() -> None:
     with pytest.raises(NoSpace):
         engine.apply(write(cid(16), 0, b"x"), 1)
     assert engine.space().free_bytes == 0
-    engine.remove_range(5, 0)
+    engine.remove(map(cid, range(16)))
     for index in range(4):
         engine.apply(write(cid(index), 0, noise(index, 250_000)), 1)
     with pytest.raises(NoSpace):
@@ -242,7 +242,7 @@ def test_opening_gives_back_what_no_chunk_holds() -> None:
         engine.apply(write(cid(index), 0, noise(index, 60_000)), 1)
     for index in range(12):
         engine.prepare(write(cid(index), 0, noise(index, 50_000)))
-    engine.remove_range(5, 4)
+    engine.remove(map(cid, range(4, 12)))
     engine.drop_pending([cid(0), cid(1), cid(2), cid(3)])
     reopened = open_engine(disk)
     assert reopened.space().used_bytes == 4 * 64 * KIB
