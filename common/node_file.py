@@ -43,6 +43,7 @@ def read_node_file(disk: Disk, *, where: str) -> NodeFile | None:
         fields = json.loads(disk.read_file(NAME))
         number = fields["format"]
         if isinstance(number, int) and number > FORMAT:
+            # The checksum is that of our own format: only the number has flipped bits, no newer kvfs wrote this.
             if "check" in fields and fields["check"] == _parsed(fields, FORMAT)._check():
                 raise ValueError("it does not have its checksum")
             raise FormatTooNew(f"{where} was written by a newer kvfs (format {number}, this one knows {FORMAT}): upgrade kvfs; nothing was touched")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import xxhash
+from tests.unit.document import FORMAT
 
 from kvfs.client.block_placement import BlockPlacement
 from kvfs.common.errors import InputOutput
@@ -37,7 +37,7 @@ def test_known_places() -> None:
 
 
 def test_the_worked_example_of_the_format_document() -> None:
-    section = (Path(__file__).parents[3] / "docs" / "format.md").read_text().split("## KV-cache blocks")[1].split("```")[1]
+    section = FORMAT.read_text().split("## KV-cache blocks")[1].split("```")[1]
     text, namespace, parent, key, bucket, chain = [line.split("#")[0].strip() for line in section.strip().splitlines()]
     params = SpaceParams(block_tokens=4, block_bytes=4096, model="m", dtype="bf16")
     assert hashlib.blake2b(text.encode(), digest_size=16, person=b"kvfs-space").digest() == params.digest == bytes.fromhex(namespace)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import resource
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from tests.unit.document import worked_bytes
 
 from kvfs.common.errors import ConnectionLost, KvfsError, MalformedFrame, MessageTooBig, TransportError, Unreachable, VersionMismatch
 from kvfs.common.wire import base_pb2, storage_pb2
@@ -77,22 +76,14 @@ def test_the_table_of_lengths() -> None:
             decode_table(bytes(damaged), 3)
 
 
-def shown_bytes(example: str) -> bytes:
-    """The bytes of an example in docs/format.md."""
-    text = (Path(__file__).parents[3] / "docs" / "format.md").read_text()
-    block = re.search(rf"<!-- {example} example -->\n```\n(.*?)```", text, re.S)
-    assert block is not None
-    return bytes.fromhex("".join(re.sub(r"^[0-9a-f]{4}:|#.*$", "", line) for line in block[1].splitlines()))
-
-
 def test_the_example_in_the_format_document_is_what_is_written() -> None:
     """docs/format.md shows a request in bytes; it must be this one."""
     request = storage_pb2.VersionRequest(chain_id=7, target_id=1001)
-    assert shown_bytes("frame") == encode(Kind.REQUEST, 42, request.SerializeToString(), method=method("Storage", "Version").key, deadline_ms=5000)
+    assert worked_bytes("frame") == encode(Kind.REQUEST, 42, request.SerializeToString(), method=method("Storage", "Version").key, deadline_ms=5000)
 
 
 def test_the_example_of_a_lent_file_is_what_is_written() -> None:
-    assert shown_bytes("lent file") == encode(Kind.FILE, 1)
+    assert worked_bytes("lent file") == encode(Kind.FILE, 1)
     result = storage_pb2.ReadResult(
         length=4096,
         checksums=bytes(range(8, 0, -1)),
@@ -102,7 +93,7 @@ def test_the_example_of_a_lent_file_is_what_is_written() -> None:
         file_offset=196_608,
         stored=32_768,
     )
-    assert shown_bytes("place") == storage_pb2.ReadReply(results=[result]).SerializeToString()
+    assert worked_bytes("place") == storage_pb2.ReadReply(results=[result]).SerializeToString()
 
 
 def test_method_numbers_are_places_in_their_service() -> None:

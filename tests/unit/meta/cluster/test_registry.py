@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import trio
+from tests.unit.document import FORMAT
 
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import registry
@@ -13,12 +12,11 @@ from kvfs.meta.cluster.registry import Change, Records
 from kvfs.meta.cluster.states import Chain, Member, Public
 from kvfs.meta.kv import Transaction, open_engine
 
-DOCUMENT = Path(__file__).parents[4] / "docs" / "format.md"
 LEASE = Lease("m", "tcp://h:1", 2, 7, 10_000)
 
 
 def test_the_example_in_the_document() -> None:
-    lines = DOCUMENT.read_text().split("<!-- cluster example -->")[1].split("```")[1].strip().splitlines()
+    lines = FORMAT.read_text().split("<!-- cluster example -->")[1].split("```")[1].strip().splitlines()
     rows = [tuple(bytes.fromhex(word) for word in line.partition("#")[0].split()) for line in lines]
     chain = Chain(100_001, 3, (Member(1_000_001, Public.SERVING), Member(2_000_001, Public.OFFLINE)))
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.document import worked_bytes
 
 from kvfs.common.errors import IndexCorrupt
 from kvfs.meta.kv.journal import BLOCK_BYTES, encode_changes, encode_record, read_segment, replay
@@ -29,9 +28,7 @@ def versions(data: bytearray, base: int = 0) -> list[int]:
 
 def test_the_worked_example_of_the_format_document():
     data = record(6, 7, {b"k": b"v", b"gone": None})
-    text = (Path(__file__).parents[4] / "docs" / "format.md").read_text().split("<!-- journal example -->")[1].split("```")[1]
-    example = b"".join(bytes.fromhex(line.split(":")[1].split("#")[0]) for line in text.splitlines() if ":" in line.split("#")[0])
-    assert data == example.ljust(BLOCK_BYTES, b"\0")
+    assert data == worked_bytes("journal").ljust(BLOCK_BYTES, b"\0")
 
 
 @settings(max_examples=50, deadline=None)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from tests.unit.document import FORMAT
 
 from kvfs.common.errors import FormatTooNew
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import keys, records
-
-FORMAT = Path(__file__).parents[4] / "docs" / "format.md"
 
 
 def test_the_worked_example_of_the_format_document() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.document import worked_bytes
 
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import IndexCorrupt
@@ -17,20 +16,14 @@ from kvfs.storage.engine.classes import Block
 from kvfs.storage.engine.requests import Tag, UpdateKind
 from kvfs.storage.engine.superblock import Superblock
 
-DOCUMENT = Path(__file__).parents[4] / "docs" / "format.md"
 TAG = Tag(b"0123456789abcdef", 3, 77, b"ok")
 SECOND = 1_000_000_000
 
 
-def example(name: str) -> bytes:
-    block = DOCUMENT.read_text().split(f"<!-- {name} example -->\n```\n")[1].split("```")[0]
-    return b"".join(bytes.fromhex(line.split(":", 1)[1].split("#")[0]) for line in block.splitlines())
-
-
 def test_the_superblock_of_the_document() -> None:
     written = Superblock("demo", 1001, bytes(range(16)))
-    assert written.encode() == example("superblock")
-    assert superblock.decode(example("superblock")) == written
+    assert written.encode() == worked_bytes("superblock")
+    assert superblock.decode(worked_bytes("superblock")) == written
 
 
 def test_the_index_value_of_the_document() -> None:
@@ -38,15 +31,15 @@ def test_the_index_value_of_the_document() -> None:
     committed = Content(7, 7, block, checksums(b"hello, "), False)
     pending = PendingMeta(5, UpdateKind.WRITE, Content(12, 12, block, checksums(b"hello, world"), False), 1_700_000_001 * SECOND)
     meta = ChunkMeta(chunk_id(42, 2), 4, 9, 1_700_000_000 * SECOND, committed, pending)
-    assert chunk.encode(meta) == example("index")
-    assert chunk.decode(chunk_id(42, 2), example("index")) == meta
+    assert chunk.encode(meta) == worked_bytes("index")
+    assert chunk.decode(chunk_id(42, 2), worked_bytes("index")) == meta
 
 
 def test_the_journal_record_of_the_document() -> None:
     rows = {b"c" + chunk_id(42, 3): None, tags.key_of(TAG.client_id, TAG.channel): tags.encode(TAG)}
-    assert journal.encode_record(120, 118, 100, rows) == example("chunk journal")
-    found = journal.decode_record(memoryview(example("chunk journal") + b"more"))
-    assert found == (journal.Record(120, 118, 100, rows), len(example("chunk journal")))
+    assert journal.encode_record(120, 118, 100, rows) == worked_bytes("chunk journal")
+    found = journal.decode_record(memoryview(worked_bytes("chunk journal") + b"more"))
+    assert found == (journal.Record(120, 118, 100, rows), len(worked_bytes("chunk journal")))
 
 
 CONTENTS = st.integers(0, 200_000).flatmap(

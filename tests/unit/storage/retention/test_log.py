@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 from engine_world import LogDisk, ManualClock, cid, open_engine, write
+from tests.unit.document import worked_bytes
 
 from kvfs.common.checksum import xxh3_64
 from kvfs.common.errors import FormatTooNew
@@ -270,9 +270,7 @@ def test_spaces_without_blocks_are_forgotten_when_they_are_many(monkeypatch: pyt
 
 
 def test_the_log_of_the_document() -> None:
-    document = (Path(__file__).parents[4] / "docs" / "format.md").read_text()
-    block = document.split("<!-- retention example -->\n```\n")[1].split("```")[0]
-    example = b"".join(bytes.fromhex(line.split(":", 1)[1].split("#")[0]) for line in block.splitlines())
+    example = worked_bytes("retention")
     policy, counts = Policy(4_497_408, 1 << 30, 3_600_000, 2), Counts(10, 4, 9, 1, 2, 3, 0)
     blocks = [(bytes(range(16)), 1_700_000_000_000), (bytes(range(16, 32)), 1_700_000_000_000)]
     inode = SPACE_BIT | 42

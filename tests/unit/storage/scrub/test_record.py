@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.document import worked_bytes
 
+from kvfs.common.ids import chunk_id
 from kvfs.storage.scrub.record import DAMAGED_MAX, Pace, ScrubRecord, decode
 
 CHUNK = bytes(range(24))
@@ -40,6 +42,12 @@ def test_a_restart_knows_where_it_was() -> None:
     found.begin(at(9))
     again = decode(found.encode())
     assert again is not None and (again.position, again.chunks, again.damaged) == (b"", 0, {})
+
+
+def test_the_record_of_the_document() -> None:
+    record = ScrubRecord(3, True, 1_700_000_000 * 10**9, 1_699_400_000 * 10**9, 2, 12_012, 1, 0, chunk_id(42, 2), {chunk_id(42, 1): 4})
+    assert record.encode() == worked_bytes("scrub")
+    assert decode(worked_bytes("scrub")) == record
 
 
 def test_any_flipped_bit_makes_it_no_record() -> None:
