@@ -1,24 +1,20 @@
 """An open file.
 
-Owns a handle: its rights, its session, how it reads, and which write errors it has already reported. All handles of one inode in a client share a
-`FileState`, so they see each other's writes at once.
-Invariants: no byte is given that was not verified or written here; a read is short only at the end of the file; an error of the
-write-behind comes out
-of every handle once; a handle that was closed stays closed, also when closing failed.
+Owns a handle: its rights, its session, and which write errors it has already reported; how it reads is its `Reading`. All handles of one inode in a
+client share a `FileState`, so they see each other's writes at once.
+Invariants: a read is short only at the end of the file; an error of the write-behind comes out of every handle once; a handle that was closed stays
+closed, also when closing failed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from math import inf
 
 import trio
 
-from kvfs.client.file.fetch import fetch_block, fetch_into
 from kvfs.client.file.memory import bytes_of, size_of
-from kvfs.client.file.places import Reach
-from kvfs.client.file.readahead import Stream, Window
-from kvfs.client.file.state import FileState, Held, let_go
+from kvfs.client.file.reading import Reading
+from kvfs.client.file.state import FileState
 from kvfs.client.file.stretch import Stretch
 from kvfs.client.peers import Buffer
 from kvfs.client.placement import Placement
@@ -31,8 +27,6 @@ from kvfs.common.wire import meta_pb2 as pb
 _EMPTY = memoryview(b"")
 LAST_WORDS = 1 / 8
 """Part of a deadline that the report of a file's length has where sending the bytes has used up all of it."""
-INLINE_BYTES = 1 << 20
-"""Read from the page cache in the client's thread before others get their turn."""
 
 
 class OpenFile:
@@ -46,8 +40,7 @@ class OpenFile:
         self._write = write
         self._append = append
         self._on_close = on_close
-        self._stream = Stream(state.shared.config)
-        self._reach = Reach()
+        self._reading = Reading(state)
         self._errors_seen = state.errors
         self._closed = False
         self._through = 0
@@ -106,86 +99,18 @@ class OpenFile:
     # --- reading ---------------------------------------------------------------------------------------------------------------------
 
     async def pread(self, offset: int, length: int) -> memoryview:
-        """Up to `length` bytes, fewer only at the end of the file. A read-only view of the client's registered memory, without a copy where
-        it was read
-        ahead: the memory goes back to the pool when the last view of it is gone, so hand it on or copy it, do not collect many."""
+        """Up to `length` bytes, fewer only at the end of the file. A read-only view of the client's registered memory, without a copy where it was
+        read ahead: the memory goes back to the pool when the last view of it is gone, so hand it on or copy it, do not collect many."""
         end = await self._range(offset, length)
-        if end <= offset:
-            return _EMPTY
-        state = self._state
-        if state.windows.at(offset) is None:
-            block = state.shared.memory.allocate(end - offset)
-            try:
-                if await self._read_places(offset, block.view) == block.size:
-                    return block.lend(0, block.size)
-            finally:
-                block.release()
-        await self._read_ahead(offset, end)
-        held = state.hold_unacknowledged(offset, end)
-        try:
-            window = state.windows.at(offset)
-            if window is not None and not held and window.end >= end:
-                window.hold()
-                try:
-                    if await window.wait(state.shared.clock, state.shared.config.deadline_s) is not None:
-                        assert window.block is not None
-                        state.shared.storage.counters.window_hits += 1
-                        lent = window.block.lend(offset - window.start, end - window.start)
-                        state.windows.consumed(window, end - offset)
-                        return lent
-                finally:
-                    window.let_go()
-            block = state.shared.memory.allocate(end - offset)
-            try:
-                if held or window is not None:
-                    await self._gather(offset, block.part(0, block.size), held)
-                else:
-                    block = await fetch_block(state.shared.storage, state.shared.memory, state.placement, offset, block)
-                return block.lend(0, block.size)
-            finally:
-                block.release()
-        finally:
-            let_go(held)
+        return await self._reading.lend(offset, end) if offset < end else _EMPTY
 
     async def pread_into(self, offset: int, views: Sequence[Buffer]) -> int:
         """Fill writable views (or Spans of a RegisteredBuffer, which the storage fills without a copy) in order. The count is short only at the end
         of the file."""
-        total = sum(map(size_of, views))
-        end = await self._range(offset, total)
+        end = await self._range(offset, sum(map(size_of, views)))
         if end <= offset:
             return 0
-        if self._state.windows.at(offset) is None:
-            start = offset
-            for view in views:
-                into = bytes_of(view)[: end - start]
-                done = await self._read_places(start, into)
-                start += done
-                if done < len(into):
-                    break
-            if start == end:
-                return end - offset
-        if not isinstance(views[0], Span):
-            await self._read_ahead(offset, end)
-        held = self._state.hold_unacknowledged(offset, end)
-        try:
-            start = offset
-            parts: list[tuple[int, Span | memoryview]] = []
-            for view in views:
-                count = min(size_of(view), end - start)
-                if not count:
-                    continue
-                if isinstance(view, Span):
-                    parts.append((start, view if count == view.length else view.part(0, count)))
-                else:
-                    parts.append((start, bytes_of(view)[:count]))
-                start += count
-            if len(parts) > 1 and not held and not self._state.windows.overlapping(offset, end):
-                await fetch_into(self._state.shared.storage, self._state.placement, parts)
-            else:
-                for start, part in parts:
-                    await self._gather(start, part, held)
-        finally:
-            let_go(held)
+        await self._reading.fill(offset, end, views)
         return end - offset
 
     def read_now(self, offset: int, into: memoryview) -> int:
@@ -198,19 +123,16 @@ class OpenFile:
         that length ends, as `pread` would."""
         end = await self._range(offset, length)
         if offset < end:
-            await self._state.find_places(*self._reach.next(self._state.places, offset, end, self._state.token))
+            await self._reading.find_places(offset, end)
         return end
 
     def wants_more(self, offset: int) -> bool:
         """Whether a reader who has got so far should have `find_more` run, not waiting for it. True once, until that has run."""
-        if offset < self._reach.more_at:
-            return False
-        self._reach.more_at = inf
-        return offset < self._state.length
+        return self._reading.wants_more(offset)
 
     async def find_more(self, offset: int) -> None:
         """As `find_places`, for what a reader who has got to `offset` will want next."""
-        start, stop = self._reach.more(self._state.places, offset)
+        start, stop = self._reading.more(offset)
         await self._range(offset, 0)
         await self._state.find_places(start, stop)
 
@@ -228,28 +150,6 @@ class OpenFile:
         """Whether it is worth asking for places: not when none were told a moment ago."""
         return not self._state.places.resting
 
-    async def _read_places(self, offset: int, into: memoryview) -> int:
-        """As `read_now`, in the client's thread: asks for places where none are known, and never waits for the disk."""
-        state = self._state
-        places = state.places
-        done = 0
-        asked = False
-        while done < len(into) and not places.resting:
-            step = into[done : done + INLINE_BYTES]
-            count = places.read(offset + done, step, state.token, nowait=True)
-            done += count
-            if count:
-                asked = False
-            if count == len(step):
-                if done < len(into):
-                    await trio.lowlevel.checkpoint()
-                continue
-            if asked or places.covers(offset + done, state.token):
-                break  # it would wait for the disk, or the bytes have been replaced
-            asked = True
-            await state.find_places(*self._reach.next(places, offset + done, offset + len(into), state.token))
-        return done
-
     async def _range(self, offset: int, length: int) -> int:
         """Where the read ends."""
         if self._closed or not self._read:
@@ -260,54 +160,6 @@ class OpenFile:
         if not state.leased:
             await state.fresh(self.user)
         return min(offset + length, state.length)
-
-    async def _read_ahead(self, offset: int, end: int) -> None:
-        """[offset, end) is about to be read from the service."""
-        state = self._state
-        # A read of more than the read-ahead is a batch by itself.
-        if end < offset + state.shared.config.read_ahead_bytes and self._stream.advance(state.windows, offset, end, state.length):
-            await trio.lowlevel.checkpoint()  # the fetches' turn: a reader that finds all it wants would keep them from starting
-
-    async def _gather(self, offset: int, into: Span | memoryview, held: list[Held]) -> None:
-        """Fill `into` from our own unacknowledged writes, from what was read ahead, and from the storage for the rest."""
-        state = self._state
-        end = offset + len(into)
-        view = into.view if isinstance(into, Span) else into
-        missing = _without([(offset, end)], [(part.start, part.end) for part in held])
-        windows: list[Window] = []
-        for start, stop in missing:
-            windows += [window for window in state.windows.overlapping(start, stop) if window not in windows]
-        for window in windows:
-            window.hold()
-        try:
-            direct = _without(missing, [(window.start, window.end) for window in windows])
-            await self._fetch_parts(offset, into, direct)
-            for window in windows:
-                block = await window.wait(state.shared.clock, state.shared.config.deadline_s)
-                parts = _within(missing, window.start, window.end)
-                if block is None:
-                    await self._fetch_parts(offset, into, parts)
-                    continue
-                for start, stop in parts:
-                    view[start - offset : stop - offset] = block.view[start - window.start : stop - window.start]
-                    state.windows.consumed(window, stop - start)
-        finally:
-            for window in windows:
-                window.let_go()
-        for part in held:
-            start, stop = max(part.start, offset), min(part.end, end)
-            if start < stop:
-                first = part.offset + start - part.start
-                view[start - offset : stop - offset] = part.block.view[first : first + stop - start]
-
-    async def _fetch_parts(self, offset: int, into: Span | memoryview, ranges: list[tuple[int, int]]) -> None:
-        if not ranges:
-            return
-        parts: list[tuple[int, Span | memoryview]] = []
-        for start, stop in ranges:
-            part = into.part(start - offset, stop - start) if isinstance(into, Span) else into[start - offset : stop - offset]
-            parts.append((start, part))
-        await fetch_into(self._state.shared.storage, self._state.placement, parts)
 
     # --- writing ---------------------------------------------------------------------------------------------------------------------
 
@@ -340,7 +192,8 @@ class OpenFile:
             return await self.current_length()
         if state.written_end > state.attributes.length:
             # The end that the metadata service knows must be the true one before it gives out what is behind it.
-            await self._flush_and_report()
+            await self.flush()
+            await state.report(self.session, self.user, still_open=True)
         reply = await state.shared.meta.append(self.inode, self.session, total, user=self.user)
         state.adopt(reply.inode, own=True)
         await self._put(reply.offset, buffers)
@@ -502,10 +355,6 @@ class OpenFile:
         finally:
             self._on_close(self, state)
 
-    async def _flush_and_report(self) -> None:
-        await self.flush()
-        await self._state.report(self.session, self.user, still_open=True)
-
     def _check_writable(self, offset: int) -> None:
         if self._closed or not self._write:
             raise BadHandle("the file is not open for writing")
@@ -519,21 +368,3 @@ class OpenFile:
             error = state.last_error
             assert isinstance(error, KvfsError)
             raise type(error)(f"earlier written bytes are lost: {error.message}") from error
-
-
-def _without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges less the holes, in order."""
-    for low, high in holes:
-        left = []
-        for start, stop in ranges:
-            if start < low:
-                left.append((start, min(stop, low)))
-            if stop > high:
-                left.append((max(start, high), stop))
-            # what lies in [low, high) is gone
-        ranges = [(start, stop) for start, stop in left if start < stop]
-    return ranges
-
-
-def _within(ranges: list[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
-    return [(max(start, low), min(stop, high)) for start, stop in ranges if start < high and stop > low]

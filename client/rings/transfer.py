@@ -22,7 +22,8 @@ import trio
 
 from kvfs.client.async_client import AsyncClient
 from kvfs.client.file.memory import Block, RegisteredBuffer, registered_at, zero
-from kvfs.client.file.open_file import INLINE_BYTES, OpenFile
+from kvfs.client.file.open_file import OpenFile
+from kvfs.client.file.reading import INLINE_BYTES
 from kvfs.client.place import Read
 from kvfs.client.placement import Piece
 from kvfs.client.storage_client import StorageClient
