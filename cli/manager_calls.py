@@ -11,8 +11,8 @@ import trio
 from kvfs.cli.context import Options
 from kvfs.client.locate import locate
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import NotPrimary, TransportError, Unreachable
 from kvfs.common.wire import base_pb2, cluster_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool

@@ -34,8 +34,9 @@ from kvfs.client.storage_client import StorageClient
 from kvfs.client.user import User
 from kvfs.client.watch import OnLost, OnRevoked, Watcher
 from kvfs.common.boundary.clock import Clock, SystemClock
-from kvfs.common.boundary.net import Net, SystemNet
+from kvfs.common.boundary.net import Net
 from kvfs.common.boundary.random import Random, SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.config import load
 from kvfs.common.errors import KvfsError
 from kvfs.common.membership import ManagerLink

@@ -23,6 +23,7 @@ import lmdb
 
 from kvfs.common.boundary.disk import Disk, DiskFile, LentFile, OrderedMap, ReadableFile
 from kvfs.common.boundary.lmdb_check import check_lmdb_file, check_lmdb_snapshot
+from kvfs.common.boundary.net import after
 from kvfs.common.errors import DirectoryInUse, IndexCorrupt, InputOutput, InvalidArgument, KvfsError, NoSpace, from_os
 
 _IOV_MAX: Final = 1024
@@ -210,7 +211,7 @@ class _Readable(ReadableFile):
                 elif count == 0:
                     break
                 else:
-                    rest = _after(rest, count)
+                    rest = after(rest, count)
         except OSError as error:
             raise from_os(error, f"read {self._path}") from error
         return total
@@ -273,7 +274,7 @@ class RealFile(_Readable, DiskFile):
                 elif count == 0:
                     raise InputOutput(f"write {self._path}: the device takes no bytes")
                 else:
-                    rest = _after([memoryview(part).cast("B") for part in rest], count)
+                    rest = after([memoryview(part).cast("B") for part in rest], count)
         except OSError as error:
             raise from_os(error, f"write {self._path}") from error
 
@@ -442,14 +443,6 @@ def _lmdb_errno(error: Any) -> int:
         if os.strerror(code) in str(error):
             return code
     return errno.EIO
-
-
-def _after(rest: list[Any], count: int) -> list[Any]:
-    for index, part in enumerate(rest):
-        if count < part.nbytes:
-            return [part[count:], *rest[index + 1 :]]
-        count -= part.nbytes
-    return []
 
 
 def _sync_file(path: str) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvfs.common.boundary.clock import Clock, SystemClock
-from kvfs.common.boundary.net import Net, SystemNet
+from kvfs.common.boundary.net import Net
 from kvfs.common.boundary.random import Random, SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import socket
 from dataclasses import dataclass, field
 
 import kvfs
-from kvfs.common.boundary.net import Net, boot_id
+from kvfs.common.boundary.net import Net
+from kvfs.common.boundary.system_net import boot_id
 from kvfs.common.errors import MalformedFrame, VersionMismatch, WrongCluster
 from kvfs.common.wire import base_pb2 as pb
 from kvfs.common.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN

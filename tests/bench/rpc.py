@@ -24,7 +24,7 @@ import trio
 
 from kvfs.client.portal import Portal
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.identity import Identity

@@ -34,8 +34,8 @@ from kvfs.client.storage_places import ChunkRange
 from kvfs.client.storage_reads import READ, choose
 from kvfs.client.storage_writes import ChunkWrite
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import KvfsError
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvfs.common.boundary.net import ByteStream, ReadBuffer, SocketStream, SystemNet
+from kvfs.common.boundary.net import ByteStream, ReadBuffer
+from kvfs.common.boundary.system_net import SocketStream, SystemNet
 from kvfs.common.wire.frame import HEADER_BYTES, Header, Kind, Limits, decode_header
 
 LIMITS = Limits()

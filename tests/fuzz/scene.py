@@ -20,8 +20,8 @@ from kvfs.client.config import ClientConfig
 from kvfs.client.locate import ClusterAddress
 from kvfs.client.user import User
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import KvfsError
 from kvfs.common.ids import chunk_inode
 from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2

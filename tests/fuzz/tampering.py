@@ -12,7 +12,8 @@ from typing import Any
 
 import trio
 
-from kvfs.common.boundary.net import ByteStream, ReadBuffer, SystemNet
+from kvfs.common.boundary.net import ByteStream, ReadBuffer
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.wire.frame import HEADER_BYTES, Kind, Limits, decode_header, encode
 from kvfs.common.wire.service import METHODS, Method
 

@@ -21,7 +21,8 @@ from kvfs.client.async_client import AsyncClient, open_client
 from kvfs.client.config import ClientConfig
 from kvfs.client.user import User
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import ByteStream, SystemNet
+from kvfs.common.boundary.net import ByteStream
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import KvfsError
 from kvfs.common.transport.region import Region
 from kvfs.common.wire import base_pb2

@@ -21,7 +21,7 @@ from tests.real_cluster import RealCluster
 from kvfs.cli.cluster_dir import load
 from kvfs.cli.fsck import check_cluster
 from kvfs.client.locate import locate
-from kvfs.common.boundary.net import SystemNet
+from kvfs.common.boundary.system_net import SystemNet
 
 from .attack import Findings, attack
 from .mutate import Mutator

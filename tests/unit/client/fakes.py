@@ -17,8 +17,8 @@ from kvfs.client.async_client import AsyncClient
 from kvfs.client.config import ClientConfig
 from kvfs.client.user import User
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SeededRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.checksum import checksums, verify
 from kvfs.common.errors import ChecksumMismatch, ChunkNotFound, KvfsError, NotFound
 from kvfs.common.routing import Routing

@@ -151,7 +151,7 @@ def test_files_are_read_directly_where_the_storage_is_here(monkeypatch: pytest.M
 @pytest.mark.parametrize("reason", ["switched off", "another user"])
 def test_who_is_told_no_places_reads_through_the_service(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason == "another user":
-        monkeypatch.setattr("kvfs.common.boundary.net._peer_uid", lambda sock: os.geteuid() + 4321)
+        monkeypatch.setattr("kvfs.common.boundary.system_net._peer_uid", lambda sock: os.geteuid() + 4321)
 
     async def test() -> None:
         data = random.Random(6).randbytes(3 * MIB + 17)

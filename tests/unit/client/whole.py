@@ -16,8 +16,8 @@ from kvfs.client.async_client import AsyncClient, open_client
 from kvfs.client.config import ClientConfig
 from kvfs.client.locate import ClusterAddress
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.membership import ManagerLink
 from kvfs.common.wire import cluster_pb2
 from kvfs.common.wire.channel import ChannelPool

@@ -12,8 +12,9 @@ import trio
 import trio.testing
 
 from kvfs.common.boundary.clock import Clock, SystemClock
-from kvfs.common.boundary.net import Net, SystemNet
+from kvfs.common.boundary.net import Net
 from kvfs.common.boundary.random import SeededRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.sim.clock import SimClock
 from kvfs.common.sim.net import SimFabric
 from kvfs.common.transport.region import BufferPool

@@ -14,9 +14,10 @@ import trio.testing
 
 from kvfs.common.boundary.clock import Clock, SystemClock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.boundary.net import Net, SystemNet
+from kvfs.common.boundary.net import Net
 from kvfs.common.boundary.random import Random, SeededRandom, SystemRandom
 from kvfs.common.boundary.real_disk import RealDisk, RealLentFile
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import (
     AddressInUse,
     ConfigError,

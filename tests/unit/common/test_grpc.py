@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import AddressInUse, BadRequest, ConfigError, NotPrimary
 from kvfs.common.wire import base_pb2, cluster_pb2, storage_pb2
 from kvfs.common.wire.grpc_adapter import serve_grpc

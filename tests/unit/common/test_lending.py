@@ -11,8 +11,8 @@ import trio
 from tests.unit.common.rpc_world import READ, TRANSPORTS, World, on_transport, read
 
 from kvfs.common.boundary.disk import DiskFile
-from kvfs.common.boundary.net import SocketStream
 from kvfs.common.boundary.real_disk import RealDisk
+from kvfs.common.boundary.system_net import SocketStream
 from kvfs.common.errors import ConnectionLost, InputOutput
 from kvfs.common.sim.disk import SimDisk
 from kvfs.common.wire import storage_pb2
@@ -142,7 +142,7 @@ def test_who_gets_no_file_is_told_so(transport: str, reason: str, tmp_path: Path
             files = [SimDisk().open("f", create=True)]
         limits = Limits(files=1) if reason == "too many" else Limits()
         if reason == "not trusted":
-            monkeypatch.setattr("kvfs.common.boundary.net._peer_uid", lambda sock: os.geteuid() + 4321)
+            monkeypatch.setattr("kvfs.common.boundary.system_net._peer_uid", lambda sock: os.geteuid() + 4321)
             monkeypatch.setattr("kvfs.common.sim.net.SimStream.trusted", property(lambda self: False, lambda self, value: None), raising=False)
         async with world.serve(Library(files), limits=limits, lends_files=reason != "not offered") as where, world.pool() as pool:
             if reason == "too many":

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from kvfs.common.boundary.net import SystemNet
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import ConnectionLost, DeadlineExceeded, KvfsError, MalformedFrame, NoSpace, Unreachable, VersionMismatch, WrongCluster
 from kvfs.common.sim.net import SimFabric
 from kvfs.common.transport.region import Region

@@ -11,8 +11,8 @@ from typing import Any
 import trio
 
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import ConnectionLost, KvfsError, from_wire
 from kvfs.common.ids import chunk_id

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import AddressInUse, AlreadyExists, ConfigError, DirectoryInUse, KvfsError, WrongDataDirectory
 from kvfs.common.membership import ManagerLink
 from kvfs.common.wire import cluster_pb2 as pb

@@ -13,8 +13,8 @@ import trio
 from tests.unit.meta.namespace.service_world import FakeChunks
 
 from kvfs.common.boundary.clock import SystemClock
-from kvfs.common.boundary.net import SystemNet
 from kvfs.common.boundary.random import SystemRandom
+from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import ConfigError, DirectoryInUse, FormatTooNew, NoServingTarget, NotFound, WrongDataDirectory
 from kvfs.common.membership import ManagerLink
 from kvfs.common.wire import meta_pb2 as pb
