@@ -14,11 +14,12 @@ ChainId = NewType("ChainId", int)
 TargetId = NewType("TargetId", int)
 NodeId = NewType("NodeId", int)
 ClientId = NewType("ClientId", bytes)
-"""16 random bytes, one per client process."""
+"""CLIENT_ID_BYTES random bytes, one per client process."""
 ChunkId = NewType("ChunkId", bytes)
 
 ROOT_INODE = InodeId(1)
 CHUNK_ID_BYTES = 24
+CLIENT_ID_BYTES = 16
 SPACE_BIT = 1 << 59
 """Set in the inode of a KV-cache space, whose chunks are blocks."""
 DIGEST_BYTES = 16

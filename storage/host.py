@@ -23,6 +23,9 @@ from kvfs.storage.workers import Workers
 
 log = logging.getLogger("kvfs.storage")
 
+MARGIN_S = 0.05
+"""An update ends this much before its caller's deadline, so that the answer still arrives."""
+
 
 @dataclass(slots=True)
 class Host:
@@ -76,6 +79,14 @@ class Host:
 
     def addresses(self, target_id: int) -> tuple[str, ...]:
         return self.link.routing.addresses_of_target(target_id)
+
+    async def know_chain(self, target: Target, chain_version: int) -> None:
+        """A sender that knows a newer chain than this node does: ask before refusing it."""
+        if target.replica.version < chain_version:
+            try:
+                await self.link.refresh(timeout_s=1.0)
+            except KvfsError as error:
+                log.debug("refreshing the routing: %s", error.message)
 
     def note_error(self, target: Target, error: KvfsError) -> None:
         """What the engine raised may mean that its disk is gone."""

@@ -8,7 +8,6 @@ update of a client.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Awaitable, Sequence
 from itertools import zip_longest
 
@@ -17,7 +16,6 @@ import trio
 from kvfs.common.errors import (
     BadRequest,
     ChainVersionMismatch,
-    DeadlineExceeded,
     InternalError,
     InvalidArgument,
     KvfsError,
@@ -25,19 +23,21 @@ from kvfs.common.errors import (
     TargetNotServing,
     from_wire,
 )
-from kvfs.common.ids import CHUNK_ID_BYTES, chunk_id, chunk_inode, is_block, is_space
+from kvfs.common.ids import CHUNK_ID_BYTES, CLIENT_ID_BYTES, chunk_id, chunk_inode, is_block, is_space
 from kvfs.common.transport.region import Span
 from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.lending import Lender
 from kvfs.common.wire.server import Call
-from kvfs.storage.chain.messages import RECORD_BYTES, Incoming, Result, TagKey, newer, refusal
-from kvfs.storage.engine.requests import Tag, UpdateKind
+from kvfs.storage.budget import Budget
+from kvfs.storage.chain.messages import Incoming, Result, TagKey, refusal
+from kvfs.storage.engine.requests import UpdateKind
 from kvfs.storage.forwards import MAX_CHUNK_BYTES
-from kvfs.storage.host import Host
+from kvfs.storage.host import MARGIN_S, Host
 from kvfs.storage.reads import Reader, Wanted
 from kvfs.storage.retention.calls import RetentionCalls, check_block, note_blocks
 from kvfs.storage.retention.evict import BATCH
+from kvfs.storage.returning import ReturnCalls
 from kvfs.storage.scrub.scrubber import Scrubber
 from kvfs.storage.target import Target
 from kvfs.storage.updates import Item, Round
@@ -45,57 +45,14 @@ from kvfs.storage.versions import Versions
 
 log = logging.getLogger("kvfs.storage")
 
-MARGIN_S = 0.05
-"""An update ends this much before its caller's deadline, so that the answer still arrives."""
 PLACES_S = 0.2
 """Places of chunks with an update under way wait no longer for it: who asked uses none for longer than that, and others of the same question wait.
 With a dead tail that was until the chain had dropped it: readers of a file of which one chunk was being written stood still for a lease."""
 LIST_LIMIT = 4096
-CLIENT_ID_BYTES = 16
 REMOVE_LIMIT = 4096
 _KINDS = frozenset(int(kind) for kind in UpdateKind)
 _NO_BYTES = bytes(8)
 _WITH_BYTES = (pb.WRITE, pb.REPLACE, pb.CREATE)
-
-
-class Budget:
-    """Bytes of requests under way, first come, first served."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self._left = total_bytes
-        self._total = total_bytes
-        self._waiting: deque[tuple[int, trio.Event]] = deque()
-
-    def try_take(self, count: int) -> bool:
-        if self._waiting or count > self._left:
-            return False
-        self._left -= count
-        return True
-
-    async def take(self, count: int, timeout_s: float) -> None:
-        count = min(count, self._total)
-        if self.try_take(count):
-            return
-        entry = (count, trio.Event())
-        self._waiting.append(entry)
-        try:
-            with trio.fail_after(max(0.0, timeout_s)):
-                await entry[1].wait()
-        except BaseException as error:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
-            else:
-                self.give(count)
-            if isinstance(error, trio.TooSlowError):
-                raise DeadlineExceeded(f"{self._total} bytes of other requests are under way") from None
-            raise
-
-    def give(self, count: int) -> None:
-        self._left += min(count, self._total)
-        while self._waiting and self._waiting[0][0] <= self._left:
-            needed, event = self._waiting.popleft()
-            self._left -= needed
-            event.set()
 
 
 class StorageService:
@@ -107,6 +64,8 @@ class StorageService:
         self._budget = Budget(host.config.in_flight_bytes)
         calls = RetentionCalls(host)
         self.kv_probe, self.kv_touch, self.kv_stats, self.kv_evict = calls.probe, calls.touch, calls.stats, calls.evict
+        returning = ReturnCalls(host)
+        self.sync_start, self.sync_done = returning.start, returning.done
 
     # --- reads -----------------------------------------------------------------------------------------------------------------------
 
@@ -214,7 +173,7 @@ class StorageService:
         if taken != len(views):
             raise BadRequest(f"{len(views)} spans came, {taken} updates have bytes")
         for members in rounds:
-            await self._catch_up([item for _, item in members.values()])
+            await self._know_chains([item for _, item in members.values()])
             await Round(self._host, [item for _, item in members.values()], deadline).run()
             for place, item in members.values():
                 results[place] = item.result
@@ -254,13 +213,12 @@ class StorageService:
         )
         return Item(target, io.chunk_id, incoming, io, view, span)
 
-    async def _catch_up(self, items: Sequence[Item]) -> None:
-        """A sender that knows a newer chain than this node does: ask before refusing it."""
-        if any(item.incoming is not None and item.incoming.chain_version > item.target.replica.version for item in items):
-            try:
-                await self._host.link.refresh(timeout_s=1.0)
-            except KvfsError as error:
-                log.debug("refreshing the routing: %s", error.message)
+    async def _know_chains(self, items: Sequence[Item]) -> None:
+        """Asks at most once: the answer has all chains."""
+        for item in items:
+            if item.incoming is not None and item.incoming.chain_version > item.target.replica.version:
+                await self._host.know_chain(item.target, item.incoming.chain_version)
+                return
 
     async def remove_range(self, request: pb.RemoveRangeRequest, call: Call) -> pb.RemoveRangeReply:
         """Ordinary REMOVE updates of every chunk in the range, a batch at a time: they pass down the chain as such."""
@@ -282,7 +240,7 @@ class StorageService:
             refused = target.replica.screen(Incoming(first, UpdateKind.REMOVE, request.chain_version))
             if refused is not None:
                 raise _error(refused)
-        await self._catch_up(items)
+        await self._know_chains(items)
         await Round(self._host, items, call.deadline - MARGIN_S).run()
         removed = freed = 0
         for item, meta in zip(items, doomed, strict=True):
@@ -335,7 +293,7 @@ class StorageService:
         for target_id, version in zip_longest(request.target_ids, request.chain_versions, fillvalue=0):
             target = self._host.usable(target_id)
             if version:
-                await self._know(target, version)
+                await self._host.know_chain(target, version)
                 if target.replica.version > version:
                     raise ChainVersionMismatch(f"target {target_id}: version {version} of its chain was asked for, it is at {target.replica.version}")
             targets[target_id] = target if target.replica.syncing else self._serving(target_id)
@@ -378,61 +336,6 @@ class StorageService:
         for chunk, version in target.scrub.damaged().items():
             reply.damages.add(chunk_id=chunk, problem=f"version {version} does not have its checksums here, and no replica had it whole")
         return reply
-
-    # --- resync, the returning side --------------------------------------------------------------------------------------------------
-
-    async def sync_start(self, request: pb.SyncStartRequest, call: Call) -> base.Empty:
-        target = self._host.usable(request.target_id)
-        await self._know(target, request.chain_version)
-        result, effects = target.replica.sync_start(request.chain_version, request.from_target)
-        if result.status:
-            raise _error(result)
-        assert effects
-        self._host.link.report_now()
-        await drop_leftovers(self._host, target, call.deadline - MARGIN_S)
-        return base.Empty()
-
-    async def sync_done(self, request: pb.SyncDoneRequest, call: Call) -> base.Empty:
-        target = self._host.usable(request.target_id)
-        refused = target.replica.screen_sync(request.chain_version, request.from_target)
-        if refused is not None:  # nothing is taken from who is not the predecessor in this version of the chain
-            raise _error(refused)
-        tags = []
-        for record in request.tags:
-            if len(record.tag.client_id) != CLIENT_ID_BYTES or len(record.result) != RECORD_BYTES:
-                raise BadRequest(f"a tag record of {len(record.tag.client_id)} and {len(record.result)} bytes: {CLIENT_ID_BYTES} and {RECORD_BYTES}")
-            key = TagKey(record.tag.client_id, record.tag.channel, record.tag.sequence)
-            known = target.engine.tag(key.client_id, key.channel)
-            if known is None or newer(key, known.sequence):
-                tags.append(Tag(record.tag.client_id, record.tag.channel, record.tag.sequence, record.result))
-        if tags:
-            target.engine.commit([], target.replica.version, tags)
-        # What was synced on the others must be so here before it may be the last one serving: it may lose power then.
-        try:
-            await target.sync(self._host.workers)
-        except KvfsError as error:
-            self._host.note_error(target, error)
-            raise
-        target.replica.sync_done(request.chain_version, request.from_target)
-        self._host.link.report_now()
-        return base.Empty()
-
-    async def _know(self, target: Target, chain_version: int) -> None:
-        if target.replica.version < chain_version:
-            try:
-                await self._host.link.refresh(timeout_s=1.0)
-            except KvfsError as error:
-                log.debug("refreshing the routing: %s", error.message)
-
-
-async def drop_leftovers(host: Host, target: Target, deadline: float) -> None:
-    """Forget the pending versions of a target that is about to be brought up to date."""
-    for chunk in await host.workers.run(target.pending_chunks):
-        ticket = await host.lock([(target.target_id, chunk)], deadline)
-        try:
-            target.engine.drop_pending([chunk])
-        finally:
-            host.unlock(ticket)
 
 
 def _all_of(results: list[pb.ReadResult | None], wanted: Sequence[Wanted]) -> list[pb.ReadResult]:

@@ -22,6 +22,7 @@ import trio
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import BadRequest, Busy, InvalidArgument, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation
+from kvfs.common.ids import CLIENT_ID_BYTES
 from kvfs.common.primary import not_primary
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import drains, joining, placing, routing
@@ -346,8 +347,8 @@ class Primary:
 
     async def client_heartbeat(self, request: pb.ClientHeartbeatRequest) -> pb.ClientHeartbeatReply:
         client_id = request.client.client_id
-        if len(client_id) != 16:
-            raise BadRequest(f"a client id of {len(client_id)} bytes: it has 16")
+        if len(client_id) != CLIENT_ID_BYTES:
+            raise BadRequest(f"a client id of {len(client_id)} bytes: it has {CLIENT_ID_BYTES}")
         now_s, now_ns = self._clock.monotonic(), self._clock.wall_ns()
         if request.leaving or not self._clients.renew(client_id, now_s):
             async with self._lock:

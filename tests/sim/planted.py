@@ -25,7 +25,7 @@ from kvfs.common.checksum import checksums
 from kvfs.common.errors import TargetNotServing
 from kvfs.common.membership import ManagerLink
 from kvfs.meta.namespace.step import Step
-from kvfs.storage import service as storage_service
+from kvfs.storage import returning
 from kvfs.storage.chain.compare import Listed
 from kvfs.storage.chain.flight import Flight, Local
 from kvfs.storage.chain.messages import FlightEffect, Forward, Incoming, Result, Stored
@@ -209,7 +209,7 @@ PLANTS.update(
         "tag": Plant("idempotency tag ignored", ((Replica, "_duplicate", _never_a_duplicate),)),
         "resync-skip": Plant(
             "resync skipping a chunk whose version is equal but pending",
-            ((Resync, "_list_remote", _list_pending_as_committed), (storage_service, "drop_leftovers", _keep_leftovers)),
+            ((Resync, "_list_remote", _list_pending_as_committed), (returning, "drop_leftovers", _keep_leftovers)),
         ),
         "block-reuse": Plant("freed block reused before the index commit", ((Allocator, "quarantine", _free_at_once),)),
         "truncate": Plant(
