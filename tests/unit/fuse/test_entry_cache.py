@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.fuse.conftest import Clock
 
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.fuse.entry_cache import ATTRIBUTES_MAX, CHANGED_MAX, DIRECTORIES_MAX, ENTRIES_MAX, EntryCache
 
 LEASE_MS = 1000
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

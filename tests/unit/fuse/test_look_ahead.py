@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.fuse.conftest import Clock
 
 from kvfs.fuse.look_ahead import DIRECTORIES_MAX, MISSES, PAGES_MAX, PAUSE_S, ROUND_S, LookAhead
-
-
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

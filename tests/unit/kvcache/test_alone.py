@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.unit.client.test_sync import client, cluster
 from tests.unit.kvcache.test_space import BLOCK, PARAMS, PRESENT, REFUSED, STORED, block, buffers, key
 
 from kvfs.client import Client
@@ -19,16 +18,6 @@ from kvfs.common.errors import ConnectionLost, DeadlineExceeded, InvalidArgument
 from kvfs.common.wire.line import Line
 from kvfs.kvcache import KVCache, Space
 from kvfs.kvcache.buffers import BlockBuffers
-
-__all__ = ["client", "cluster"]
-
-
-@pytest.fixture
-def cache(client: Client) -> Iterator[KVCache]:
-    made = KVCache(client)
-    yield made
-    for name in made.list():
-        made.drop(name)
 
 
 @pytest.fixture

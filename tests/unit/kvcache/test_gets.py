@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import trio
 from tests.unit.client.fakes import run
-from tests.unit.client.test_sync import client, cluster
 from tests.unit.client.whole import Whole
 from tests.unit.kvcache.test_space import BLOCK, PARAMS, STORED, block, buffers, eventually, key, space
 
@@ -20,8 +19,6 @@ from kvfs.client.place import Place, Read
 from kvfs.common.boundary.real_disk import RealLentFile
 from kvfs.kvcache import AsyncKVCache, KVCache, SpaceParams
 from kvfs.kvcache.known import KNOWN_S
-
-__all__ = ["client", "cluster"]
 
 MIB = 1 << 20
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import trio
 from tests.unit.client.fakes import run
-from tests.unit.client.test_sync import client, cluster
 from tests.unit.kvcache.test_space import STORED, block, key, space
 
 from kvfs.client import Client
@@ -19,8 +18,6 @@ from kvfs.common.transport.region import BufferPool, Region, Span
 from kvfs.kvcache import KVCache, SpaceParams
 from kvfs.kvcache.buffers import to_send
 from kvfs.kvcache.parcels import Parcel, _pieces, give_back, hash_registered, make_ready
-
-__all__ = ["client", "cluster"]
 
 MIB = 1 << 20
 SIZES = (3 * MIB + 5, 100, 40_000, MIB, 16 << 10)

@@ -6,25 +6,14 @@ import os
 import random
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from tests.unit.client.test_sync import client, cluster
 from tests.unit.kvcache.test_space import BLOCK, PARAMS, PRESENT, STORED, block, buffers, key
 
 from kvfs.client import Client
 from kvfs.common.errors import BadHandle, InvalidArgument, NotFound, SpaceDiffers
 from kvfs.kvcache import KVCache, Space, SpaceParams
-
-__all__ = ["client", "cluster"]
-
-
-@pytest.fixture
-def cache(client: Client) -> Iterator[KVCache]:
-    made = KVCache(client)
-    yield made
-    for name in made.list():
-        made.drop(name)
 
 
 def test_everything_once(cache: KVCache) -> None:

@@ -83,6 +83,14 @@ class MiniCluster:
         await self.link.refresh()
         await self.settled(replicas)
 
+    async def one_chain(self, replicas: int) -> int:
+        """So many services, and one chain over them that serves: its id."""
+        for number in range(1, replicas + 1):
+            await self.start(number)
+        await self.create(replicas, replicas)
+        (chain,) = self.routing.chains
+        return chain.chain_id
+
     @property
     def routing(self) -> Routing:
         return self.link.routing

@@ -101,10 +101,7 @@ def test_a_target_whose_disk_was_full_at_the_start_serves_when_there_is_room(tmp
 
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            await world.start(1)
-            await world.start(2)
-            await world.create(2, 2)
-            (chain,) = chains_of(world)
+            chain = await world.one_chain(2)
             await world.write(chain, chunk_id(5, 0), b"before")
             world.stop(1)
             world.services = World(open_disk=FullDisk)
@@ -122,10 +119,7 @@ def test_a_full_target_refuses_and_keeps_what_it_has(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
             world.settings = {"target_capacity_bytes": 32 << 20}
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            (chain,) = chains_of(world)
+            chain = await world.one_chain(2)
             data = bytes(CHUNK_SIZE)[:-1] + b"x"
             written = 0
             with pytest.raises(errors.NoSpace):
@@ -148,10 +142,7 @@ def test_a_full_target_refuses_and_keeps_what_it_has(tmp_path: Path) -> None:
 def test_damaged_bytes_are_refused(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            (chain,) = chains_of(world)
+            chain = await world.one_chain(2)
             chunk = chunk_id(5, 0)
             io = pb.WriteIO(chunk_id=chunk, length=5, chunk_size=CHUNK_SIZE, checksums=checksums(b"HELLO", 0))
             (result,) = await world.write_once(chain, [io], [b"hello"])
@@ -167,9 +158,7 @@ def test_damaged_bytes_are_refused(tmp_path: Path) -> None:
 def test_bad_requests(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            await world.start(1)
-            await world.create(1, 1)
-            (chain,) = chains_of(world)
+            chain = await world.one_chain(1)
             head = world.routing.head(chain)
             where = world.routing.addresses_of_target(head)
             version = world.routing.chain(chain).version
@@ -213,10 +202,7 @@ def test_one_request_with_many_updates_of_many_chunks(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            (chain,) = chains_of(world)
+            chain = await world.one_chain(2)
 
             async def batch(letter: bytes, order: list[int]) -> None:
                 ios = []

@@ -159,10 +159,7 @@ def test_what_no_replica_has_whole_is_copied_as_it_is(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with mini_cluster(tmp_path, lease_ms=2000) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            (chain,) = (each.chain_id for each in world.routing.chains)
+            chain = await world.one_chain(2)
             data = {chunk_id(9, index): os.urandom(size) for index, size in enumerate((70_000, 20_000, CHUNK_SIZE))}
             for chunk, content in data.items():
                 await world.write(chain, chunk, content)
@@ -236,10 +233,7 @@ def test_a_damaged_index_is_made_anew_and_filled_by_the_chain(tmp_path: Path, ru
 
     async def main() -> None:
         async with mini_cluster(tmp_path, lease_ms=2000) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            (chain,) = (each.chain_id for each in world.routing.chains)
+            chain = await world.one_chain(2)
             data = {chunk_id(9, index): os.urandom(20_000) for index in range(300)}
             for chunk, content in data.items():
                 await world.write(chain, chunk, content)

@@ -120,10 +120,7 @@ async def wait_serving(world: MiniCluster, chain: int, count: int) -> None:
 def test_kill_one_and_bring_it_back_under_load(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2, 3):
-                await world.start(number)
-            await world.create(3, 3)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(3)
             writers = Writers(world, chain, 40, seed=1)
             readers = Readers(world, chain, 0, seed=1)
             async with trio.open_nursery() as nursery:
@@ -174,9 +171,7 @@ def test_all_stop_and_start_again(tmp_path: Path) -> None:
 def test_a_lone_replica_comes_back_with_its_data(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            await world.start(1)
-            await world.create(1, 1)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(1)
             await world.write(chain, chunk_id(9, 0), b"abc")
             world.stop(1)
             await trio.sleep(0.1)
@@ -191,10 +186,7 @@ def test_a_lone_replica_comes_back_with_its_data(tmp_path: Path) -> None:
 def test_sync_remove_range_last_chunk(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(2)
             from kvfs.common.wire.service import method
 
             head = world.routing.head(chain)
@@ -237,10 +229,7 @@ def test_a_pending_version_is_carried_on_through_a_middle(tmp_path: Path) -> Non
 
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2, 3):
-                await world.start(number)
-            await world.create(3, 3)
-            (chain,) = [chain.chain_id for chain in world.routing.chains]
+            chain = await world.one_chain(3)
             chunk = chunk_id(5, 0)
             await world.write(chain, chunk, b"before")
             head, middle, tail = world.routing.serving(chain)
@@ -278,10 +267,7 @@ def test_what_was_synced_survives_the_power_loss_of_a_target_that_was_brought_up
                 return SimDisk(medium=media.setdefault(top, Medium(1 << 40)), inside=inside.strip("/"))
 
             world.services = server.World(open_disk=open_disk)
-            await world.start(1)
-            await world.start(2)
-            await world.create(2, 2)
-            (chain,) = [chain.chain_id for chain in world.routing.chains]
+            chain = await world.one_chain(2)
             chunk, data = chunk_id(5, 0), b"synced"
             world.stop(2)
             await world.write(chain, chunk, data)

@@ -25,10 +25,7 @@ from kvfs.storage.forwards import Forwarder
 def test_write_and_read(tmp_path: Path, replicas: int, shared: bool) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path, shared=shared) as world:
-            for number in range(1, replicas + 1):
-                await world.start(number)
-            await world.create(replicas, replicas)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(replicas)
             data = bytes(range(256)) * 4096
             result = await world.write(chain, chunk_id(5, 0), data)
             assert (result.version, result.chunk_length) == (1, len(data))
@@ -49,10 +46,7 @@ def test_write_and_read(tmp_path: Path, replicas: int, shared: bool) -> None:
 def test_requests_that_make_no_sense_are_refused_one_by_one(tmp_path: Path) -> None:
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(2)
             head = world.routing.head(chain)
             where = world.routing.addresses_of_target(head)
             reads = [pb.ReadIO(chain_id=chain, target_id=head, chunk_id=wrong, length=4) for wrong in (b"", b"short", bytes(99))]
@@ -80,10 +74,7 @@ def test_a_sync_done_of_who_is_not_the_predecessor_leaves_no_tags(tmp_path: Path
 
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(2)
             head, tail = world.routing.serving(chain)
             client_id, channel = world.pool.identity.client_id, 77
             tag = base.Tag(client_id=client_id, channel=channel, sequence=1)
@@ -126,10 +117,7 @@ def test_places_are_told_of_what_the_chain_has_committed(tmp_path: Path) -> None
 
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2, 3):
-                await world.start(number)
-            await world.create(3, 3)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(3)
             acknowledged, writing = 0, True
             size = 200_000
 
@@ -172,10 +160,7 @@ def test_places_of_a_question_do_not_wait_for_an_update_that_does_not_end(tmp_pa
 
     async def main() -> None:
         async with mini_cluster(tmp_path) as world:
-            for number in (1, 2):
-                await world.start(number)
-            await world.create(2, 2)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(2)
             for index in (0, 1):
                 await world.write(chain, chunk_id(5, index), b"x" * 1000)
             head = world.routing.head(chain)
@@ -214,9 +199,7 @@ def test_places_are_told_to_nobody_who_may_not_read_the_files(tmp_path: Path, sh
     async def main() -> None:
         async with mini_cluster(tmp_path, shared=shared) as world:
             world.settings["direct_reads"] = not shared
-            await world.start(1)
-            await world.create(1, 1)
-            chain = next(iter(world.routing.chains)).chain_id
+            chain = await world.one_chain(1)
             await world.write(chain, chunk_id(5, 0), b"secret")
             target = world.routing.tail(chain)
             io = pb.ReadIO(chain_id=chain, target_id=target, chunk_id=chunk_id(5, 0), offset=0, length=6)

@@ -16,16 +16,9 @@ from kvfs.common.ids import SPACE_BIT, block_id, chunk_id
 from kvfs.common.wire import storage_pb2 as pb
 
 
-def one_chain(world: MiniCluster) -> tuple[int, list[int]]:
-    (chain,) = world.routing.chains
-    return chain.chain_id, world.routing.serving(chain.chain_id)
-
-
 async def pair(world: MiniCluster) -> tuple[int, list[int]]:
-    for number in (1, 2):
-        await world.start(number)
-    await world.create(2, 2)
-    return one_chain(world)
+    chain = await world.one_chain(2)
+    return chain, world.routing.serving(chain)
 
 
 def test_a_flipped_bit_is_mended_from_the_replica(tmp_path: Path) -> None:
