@@ -13,10 +13,10 @@ from kvfs.cli.context import Options, common_options, console, err_console, prin
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses, target_statuses
 from kvfs.cli.status import describe_drain
 from kvfs.common.errors import InvalidArgument
+from kvfs.common.ids import TARGETS_OF_NODE
 from kvfs.common.wire import base_pb2, cluster_pb2
 from kvfs.common.wire.channel import ChannelPool
 
-TARGETS_OF_NODE = 1_000_000
 POLL_S = 0.2
 
 

@@ -18,6 +18,8 @@ ClientId = NewType("ClientId", bytes)
 ChunkId = NewType("ChunkId", bytes)
 
 ROOT_INODE = InodeId(1)
+TARGETS_OF_NODE = 1_000_000
+"""Target ids are node * TARGETS_OF_NODE + what meta/cluster/placing.py adds; a node's own number is smaller."""
 CHUNK_ID_BYTES = 24
 CLIENT_ID_BYTES = 16
 SPACE_BIT = 1 << 59

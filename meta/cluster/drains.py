@@ -18,7 +18,7 @@ from enum import Enum, auto
 from kvfs.common.errors import InvalidArgument, NoSpace, NotEnoughTargets, UnknownTarget
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.placing import new_target, open_places, place_of
-from kvfs.meta.cluster.registry import Change, Records
+from kvfs.meta.cluster.registry import Change, Records, changed
 from kvfs.meta.cluster.states import Chain, Member, Public
 from kvfs.meta.cluster.tables import Place, choose
 
@@ -71,20 +71,20 @@ def advance(records: Records, reports: Reports, change: Change) -> None:
                 continue  # there was a place when it was asked for: it waits until there is one again
         elif step in (Step.ASK, Step.ASK_BACK):
             change.targets[drain.target_id] = _target(records, change, drain.target_id, retiring=step is Step.ASK)
-            change.drains[drain.target_id] = _copy(drain, leaving=step is Step.ASK)
+            change.drains[drain.target_id] = changed(drain, leaving=step is Step.ASK)
         elif step is Step.REMOVE:
             change.chains[chain.chain_id] = chain.without(drain.target_id)
             change.targets[drain.target_id] = _target(records, change, drain.target_id, retiring=True, chain_id=0)
-            change.drains[drain.target_id] = None if drain.cancelled else _copy(drain, done=True)
+            change.drains[drain.target_id] = None if drain.cancelled else changed(drain, done=True)
         elif step is Step.FINISH:
-            change.drains[drain.target_id] = None if drain.cancelled else _copy(drain, done=True)
+            change.drains[drain.target_id] = None if drain.cancelled else changed(drain, done=True)
 
 
 def _place(records: Records, reports: Reports, change: Change, drain: pb.Drain, chain: Chain) -> None:
     target = new_target(records, change, find_place(records, reports, drain.target_id, chain), chain.chain_id)
     change.targets[target.target_id] = target
     change.chains[chain.chain_id] = chain.with_members([*chain.members, Member(target.target_id, Public.OFFLINE)])
-    change.drains[drain.target_id] = _copy(drain, replacement=target.target_id)
+    change.drains[drain.target_id] = changed(drain, replacement=target.target_id)
 
 
 def find_place(records: Records, reports: Reports, leaving: int, chain: Chain) -> Place:
@@ -185,20 +185,8 @@ def describe(records: Records, drain: pb.Drain) -> pb.Drain:
         words = "cancelled"
     else:
         words = f"replacement is {states.get(drain.replacement, 'being placed')}"
-    return _copy(drain, state=words)
-
-
-def _copy(drain: pb.Drain, **fields: object) -> pb.Drain:
-    made = pb.Drain()
-    made.CopyFrom(drain)
-    for name, field in fields.items():
-        setattr(made, name, field)
-    return made
+    return changed(drain, state=words)
 
 
 def _target(records: Records, change: Change, target_id: int, **fields: object) -> pb.Target:
-    made = pb.Target()
-    made.CopyFrom(change.targets.get(target_id, records.targets[target_id]))
-    for name, field in fields.items():
-        setattr(made, name, field)
-    return made
+    return changed(change.targets.get(target_id, records.targets[target_id]), **fields)

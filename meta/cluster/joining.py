@@ -11,7 +11,7 @@ import itertools
 
 from kvfs.common.errors import BadRequest, Busy, InvalidArgument
 from kvfs.common.wire import cluster_pb2 as pb
-from kvfs.meta.cluster.registry import Change, Records
+from kvfs.meta.cluster.registry import Change, Records, changed
 from kvfs.meta.cluster.states import Member, Public
 
 MAX_ADDRESSES = 16
@@ -53,16 +53,10 @@ def plan(records: Records, request: pb.RegisterRequest) -> tuple[Change, pb.Node
     there = {target_id for disk in request.disks for target_id in disk.targets}
     for target in records.targets_of_node(node.node_id):
         if target.born and not target.blank and target.target_id not in there:
-            blank = pb.Target()
-            blank.CopyFrom(target)
-            blank.blank = True
-            change.targets[target.target_id] = blank
+            change.targets[target.target_id] = changed(target, blank=True)
         elif target.blank and target.target_id in there and _waits_for(records, target):
             # Nobody makes an empty target where the last copy was: what is there is that copy, on a disk that had only been away.
-            back = pb.Target()
-            back.CopyFrom(target)
-            back.blank = False
-            change.targets[target.target_id] = back
+            change.targets[target.target_id] = changed(target, blank=False)
     return change, node
 
 

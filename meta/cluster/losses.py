@@ -13,7 +13,7 @@ from dataclasses import replace
 from kvfs.common.errors import InvalidArgument, NoServingTarget, NotEnoughTargets, StaleIncarnation, UnknownChain, UnknownTarget
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.placing import new_target, open_places, place_of
-from kvfs.meta.cluster.registry import Change, Records
+from kvfs.meta.cluster.registry import Change, Records, changed
 from kvfs.meta.cluster.states import Chain, Local, Member, Public, advance
 from kvfs.meta.cluster.tables import choose
 
@@ -33,7 +33,7 @@ def withdraw(records: Records, request: pb.WithdrawRequest) -> Change:
     after = advance(chain, {target.target_id: Local.OFFLINE})
     if after is not chain:
         change.chains[chain.chain_id] = after
-    change.targets[target.target_id] = _blank(target)
+    change.targets[target.target_id] = changed(target, blank=True)
     return change
 
 
@@ -60,20 +60,11 @@ def accept(records: Records, request: pb.AcceptLossRequest) -> Change:
     members = [Member(fresh.target_id, Public.SERVING), *(Member(member.target_id, Public.OFFLINE) for member in others)]
     change.chains[chain.chain_id] = _lost(chain.with_members(members), request.lost_below)
     change.targets[fresh.target_id] = fresh
-    change.targets[gone] = _blank(records.targets[gone], chain_id=0)
+    change.targets[gone] = changed(records.targets[gone], blank=True, chain_id=0)
     for member in others:
-        change.targets[member.target_id] = _blank(records.targets[member.target_id])
+        change.targets[member.target_id] = changed(records.targets[member.target_id], blank=True)
     return change
 
 
 def _lost(chain: Chain, below: int) -> Chain:
     return replace(chain, lost_below=max(chain.lost_below, below))
-
-
-def _blank(target: pb.Target, **fields: object) -> pb.Target:
-    made = pb.Target()
-    made.CopyFrom(target)
-    made.blank = True
-    for name, field in fields.items():
-        setattr(made, name, field)
-    return made

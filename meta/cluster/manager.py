@@ -160,10 +160,7 @@ class Manager:
         change = Change()
         for node in records.nodes.values():
             if node.role == pb.ROLE_MANAGER and node.alive and node.node_uuid != self._me.uuid:
-                gone = pb.Node()
-                gone.CopyFrom(node)
-                gone.alive = False
-                change.nodes[node.node_id] = gone
+                change.nodes[node.node_id] = registry.changed(node, alive=False)
         before = records.node_of_uuid(self._me.uuid)
         node_id = before.node_id if before else max(records.nodes, default=0) + 1
         change.nodes[node_id] = pb.Node(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from kvfs.common.boundary.random import Random
 from kvfs.common.errors import AlreadyExists, InvalidArgument, NotEnoughTargets
+from kvfs.common.ids import TARGETS_OF_NODE
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.registry import Change, Records
 from kvfs.meta.cluster.states import Chain, Member, Public
 from kvfs.meta.cluster.tables import Place, choose_targets_per_disk, generate, spread
 
-TARGETS_OF_NODE = 1_000_000
 TARGETS_OF_DISK = 1_000
 CHAINS_OF_TABLE = 100_000
 MAX_TABLE_ID = 40_000

@@ -28,7 +28,7 @@ from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster import drains, joining, placing, routing
 from kvfs.meta.cluster.lease import Holding, renew
 from kvfs.meta.cluster.liveness import Leases
-from kvfs.meta.cluster.registry import Change, Records, fence, write_lease, writer
+from kvfs.meta.cluster.registry import Change, Records, changed, fence, write_lease, writer
 from kvfs.meta.cluster.states import Local, Public, advance, heard
 from kvfs.meta.kv import Engine, Transaction
 
@@ -249,10 +249,7 @@ class Primary:
             change = Change()
             for node_id in self._nodes.expired(now_s):
                 self._nodes.drop(node_id)
-                dead = pb.Node()
-                dead.CopyFrom(self.records.nodes[node_id])
-                dead.alive = False
-                change.nodes[node_id] = dead
+                change.nodes[node_id] = dead = changed(self.records.nodes[node_id], alive=False)
                 for target in self.records.targets_of_node(node_id):
                     self._silent_since_s.pop(target.target_id, None)
                 log.warning("node %d (pid %d) has been silent for %g s: declared dead", node_id, dead.pid, self._times.lease_s)
@@ -285,9 +282,7 @@ class Primary:
         for target_id, report in self._reports.items():
             target = self.records.targets[target_id]
             if not target.born and report.local_state in (pb.UPTODATE, pb.ONLINE):
-                born = _copy(change.targets.get(target_id, target))
-                born.born = True
-                change.targets[target_id] = born
+                change.targets[target_id] = changed(change.targets.get(target_id, target), born=True)
 
     def _plan_chains(self, change: Change, now_s: float) -> None:
         for chain in self.records.chains.values():
@@ -304,9 +299,7 @@ class Primary:
             for member in after.members:
                 target = change.targets.get(member.target_id, self.records.targets[member.target_id])
                 if member.state is Public.SERVING and target.blank:
-                    filled = _copy(target)
-                    filled.blank = False
-                    change.targets[member.target_id] = filled
+                    change.targets[member.target_id] = changed(target, blank=False)
 
     # --- what operators and nodes ask for ---------------------------------------------------------------------------------------------
 
@@ -368,10 +361,7 @@ class Primary:
         elif not known:
             if len(self.records.clients) >= MAX_CLIENTS:
                 raise Overloaded(f"the cluster has {MAX_CLIENTS} clients, the most that it can have")
-            info = pb.ClientInfo()
-            info.CopyFrom(request.client)
-            info.since_ns = info.since_ns or now_ns
-            info.seen_ns = 0
+            info = changed(request.client, since_ns=request.client.since_ns or now_ns, seen_ns=0)
             await self._commit(Change(clients={client_id: info}))
             self._clients.grant(client_id, now_s)
         else:
@@ -415,9 +405,3 @@ class Primary:
         if change.routes:
             changed, self._changed = self._changed, trio.Event()
             changed.set()
-
-
-def _copy(target: pb.Target) -> pb.Target:
-    result = pb.Target()
-    result.CopyFrom(target)
-    return result

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from struct import Struct
-from typing import cast
+from typing import TypeVar, cast
+
+from google.protobuf.message import Message
 
 from kvfs.common.errors import FormatTooNew, WrongDataDirectory
 from kvfs.common.primary import not_primary
@@ -19,6 +21,8 @@ from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.lease import Lease, same_reign
 from kvfs.meta.cluster.states import Chain, Member, Public
 from kvfs.meta.kv import Transaction
+
+_Message = TypeVar("_Message", bound=Message)
 
 FORMAT_VERSION = 1
 
@@ -190,6 +194,15 @@ def write(txn: Transaction, mine: Lease, records: Records, change: Change) -> No
 
 def writer(mine: Lease, records: Records, change: Change) -> Callable[[Transaction], None]:
     return lambda txn: write(txn, mine, records, change)
+
+
+def changed(record: _Message, **fields: object) -> _Message:
+    """A copy with these fields: what the primary has in memory stays as it is until the change is committed."""
+    made = type(record)()
+    made.CopyFrom(record)
+    for name, content in fields.items():
+        setattr(made, name, content)
+    return made
 
 
 def chain_from_wire(chain: pb.Chain) -> Chain:

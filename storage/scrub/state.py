@@ -1,6 +1,6 @@
 """The scrub of one target as its process knows it: the record, how it is kept on the disk, and who wants a pass.
 
-Runs in trio's thread but for `load` and `saved`, which give or do what a worker thread has to do.
+Runs in trio's thread, but for `load` and `save`, which wait for the disk and are a worker thread's.
 """
 
 from __future__ import annotations
