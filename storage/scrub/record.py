@@ -2,8 +2,8 @@
 
 Owns when a pass is due. Invariants: a pass goes through the chunks in the order of their ids and never back, so that after a restart it goes on where
 it was; `damaged` names chunks that no replica had whole when they were last looked at, at most DAMAGED_MAX of them; times are wall times and decide
-nothing but when the next pass begins: a clock that was set back only makes it begin earlier. A record that cannot be read is a target that was never
-scrubbed.
+nothing but when the next pass begins: a clock that was set back only makes it begin earlier. A record that cannot be read is none: the target counts
+as scrubbed when it is opened (`state.py`).
 """
 
 from __future__ import annotations
