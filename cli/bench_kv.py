@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -19,7 +20,7 @@ from kvfs.cli.workers import Line, Workers
 from kvfs.client import Client
 from kvfs.client.config import ClientConfig
 from kvfs.common.config import load
-from kvfs.common.errors import DataError
+from kvfs.common.errors import DataError, NotFound
 from kvfs.kvcache import KVCache, Put, Space, SpaceParams
 
 BLOCK_TOKENS = 64
@@ -90,13 +91,14 @@ def run(cluster: str, pids: Sequence[int], name: str, plan: Plan, advance: Advan
     """One row an operation. `pids`: of the cluster's processes, whose CPU time is added."""
     with Client(cluster, description="kvfs bench kv") as client:
         cache = KVCache(client)
-        cache.create(name, SpaceParams(block_tokens=BLOCK_TOKENS, block_bytes=plan.block_bytes, replication=plan.replicas))
-        try:
+        try:  # an interrupted create may have made it
+            cache.create(name, SpaceParams(block_tokens=BLOCK_TOKENS, block_bytes=plan.block_bytes, replication=plan.replicas))
             with Workers(work, [(cluster, name, plan, number) for number in range(plan.clients)]) as workers:
                 workers.ask("open")
                 return [_measure(workers, pids, plan, operation, advance) for operation in OPERATIONS]
         finally:
-            cache.drop(name)
+            with suppress(NotFound):
+                cache.drop(name)
 
 
 def _measure(workers: Workers, pids: Sequence[int], plan: Plan, operation: str, advance: Advance) -> Row:

@@ -9,12 +9,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import trio
 
 from kvfs.client.async_client import open_client
-from kvfs.common.errors import DataError
+from kvfs.common.errors import DataError, NotFound
 from kvfs.kvcache import AsyncKVCache, SpaceParams, SpaceStats
 from kvfs.kvcache.replay import Request, Tally, oracle, replay
 
@@ -80,15 +81,15 @@ async def run(
     quota = None if capacity_blocks is None else capacity_blocks * params.block_bytes
     async with open_client(cluster, description="kvfs bench trace") as client:
         cache = AsyncKVCache(client)
-        space = await cache.create(name, replace(params, quota_bytes=quota))
-        try:
+        try:  # an interrupted create may have made it
+            space = await cache.create(name, replace(params, quota_bytes=quota))
             began_s = time.perf_counter()
             tally = await replay(space, requests, read=read, block_tokens=params.block_tokens, progress=progress)
             seconds = time.perf_counter() - began_s
             stats = await _settled(cache, name, quota)
         finally:
             if drop:
-                with trio.CancelScope(shield=True), trio.move_on_after(SETTLE_S):
+                with trio.CancelScope(shield=True), trio.move_on_after(SETTLE_S), suppress(NotFound):
                     await cache.drop(name)
     if tally.wrong_bytes:
         raise DataError(f"{tally.wrong_bytes} of {tally.blocks_read} blocks did not hold the bytes that were put")
