@@ -18,7 +18,7 @@ demo-kvcache:  ## KV-cache blocks of a real model's size: put, get, restart, rep
 	@$(BIN)/kvfs demo-kvcache --plot build/demo-kvcache.png
 
 test: setup check  ## everything but the tests marked slow
-	@deploy/bootstrap.sh plots
+	@deploy/bootstrap.sh plots,inference,oracle
 	@$(BIN)/pytest -m "not slow and not ecosystem" -n $(WORKERS) --dist loadfile
 
 test-slow: setup

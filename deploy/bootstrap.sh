@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=.venv
-extra=${1:-}  # one more extra of pyproject.toml, for the target that needs it: `deploy/bootstrap.sh plots`
+extra=${1:-}  # more extras of pyproject.toml, for the target that needs them: `deploy/bootstrap.sh plots` or `plots,inference`
 stamp=$venv/.kvfs-ready${extra:+-$extra}
 key=$(cat pyproject.toml setup.py deploy/constraints.txt common/wire/*.proto | sha256sum | cut -d' ' -f1)
 if [ -x $venv/bin/kvfs ] && [ "$(cat $stamp 2>/dev/null)" = "$key" ]; then exit 0; fi
@@ -39,6 +39,10 @@ fi
 
 say "installing kvfs into $venv (up to a minute the first time)"
 [ -x $venv/bin/python ] || "$python" -m venv $venv
+case ",$extra," in *,inference,*)
+    # Before anything that depends on it, so that nothing chooses another build.
+    $venv/bin/python -m pip --disable-pip-version-check install -q torch==2.13.0 2>&1 | { grep -v '^WARNING: Location' || true; }
+esac
 $venv/bin/python -m pip --disable-pip-version-check install -q -c deploy/constraints.txt -e ".[fuse,dev${extra:+,$extra}]" 2>&1 | { grep -v '^WARNING: Location' || true; }
 [ -x $venv/bin/kvfs ] || { say "pip did not install the kvfs command: see its messages above"; exit 1; }
 for done in $venv/.kvfs-ready $stamp; do printf '%s' "$key" > "$done"; done

@@ -1,0 +1,1 @@
+"""A DeepSeek-V3 checkpoint as a forward pass."""

@@ -1,0 +1,1 @@
+"""Prefixes on kvfs."""
