@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvfs.common.errors import InputOutput, InvalidArgument
-from kvfs.common.ids import ChunkId
+from kvfs.common.ids import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, ChunkId
 from kvfs.common.wire import meta_pb2 as pb
 
 MAX_FILE_BYTES = (1 << 63) - 1
@@ -40,6 +40,9 @@ class Placement:
         layout = inode.layout
         if not layout.chain_ids or layout.chunk_size <= 0:
             raise InputOutput(f"inode {inode.inode} has no layout: it is not a file with content")
+        if not CHUNK_BYTES_MIN <= layout.chunk_size <= CHUNK_BYTES_MAX:
+            # Whoever answers a byte makes a write of a megabyte a million writes.
+            raise InputOutput(f"inode {inode.inode} is said to have chunks of {layout.chunk_size} bytes: {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")
         return cls(inode.inode, layout.chunk_size, tuple(layout.chain_ids), inode.inode.to_bytes(8, "big"))
 
     def chain(self, index: int) -> int:

@@ -26,6 +26,9 @@ SPACE_BIT = 1 << 59
 """Set in the inode of a KV-cache space, whose chunks are blocks."""
 DIGEST_BYTES = 16
 """Of a block's key: the end of its chunk id."""
+CHUNK_BYTES_MIN = 64 << 10
+CHUNK_BYTES_MAX = 64 << 20
+"""A file's chunk size is a power of two between these."""
 
 
 def chunk_id(inode: int, index: int) -> ChunkId:

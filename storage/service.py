@@ -183,7 +183,7 @@ class StorageService:
         target = self._host.usable(io.target_id)
         if len(io.chunk_id) != CHUNK_ID_BYTES:
             raise InvalidArgument(f"a chunk id has {CHUNK_ID_BYTES} bytes, not {len(io.chunk_id)}")
-        if from_client and not is_block(io.chunk_id) and io.chunk_id[8:16] != _NO_BYTES:
+        if not is_block(io.chunk_id) and io.chunk_id[8:16] != _NO_BYTES:
             raise InvalidArgument(f"chunk {io.chunk_id.hex()}: a file has no more than 2^64 chunks")
         if view is not None and len(view) != io.length:
             raise BadRequest(f"an update of {io.length} bytes came with {len(view)}")

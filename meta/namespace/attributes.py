@@ -7,13 +7,12 @@ the content changes. A shrinking truncate only notes here what the chains must c
 from __future__ import annotations
 
 from kvfs.common.errors import AccessDenied, FileTooBig, InvalidArgument, IsDirectory, NotPermitted
+from kvfs.common.ids import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
 from kvfs.meta.namespace.records import Cut
 from kvfs.meta.namespace.step import LENGTH_MAX, Step
 
-CHUNK_BYTES_MIN = 64 << 10
-CHUNK_BYTES_MAX = 64 << 20
 STRIPE_MAX = 256
 
 

@@ -32,6 +32,7 @@ from kvfs.common.errors import (
     ConfigError,
     ConnectionLost,
     DeadlineExceeded,
+    InputOutput,
     InvalidArgument,
     NotFound,
     SetupError,
@@ -44,6 +45,13 @@ from kvfs.common.wire import meta_pb2
 
 def placement(chunk_size: int, chains: list[int]) -> Placement:
     return Placement.of(meta_pb2.Inode(inode=5, layout=meta_pb2.Layout(chunk_size=chunk_size, chain_ids=chains)))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 65535, (64 << 20) + 1, 1 << 31])
+def test_a_layout_that_no_file_has_is_refused(chunk_size: int) -> None:
+    """Found by a million wrong answers (seed 2026): with chunks of one byte a write of 150,000 bytes took 76 s."""
+    with pytest.raises(InputOutput, match=f"chunks of {chunk_size} bytes"):
+        placement(chunk_size, [10])
 
 
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 20))

@@ -58,6 +58,13 @@ def test_requests_that_make_no_sense_are_refused_one_by_one(tmp_path: Path) -> N
             far = pb.WriteIO(chunk_id=chunk_id(5, 1 << 64), length=1, chunk_size=10, checksums=checksums(b"x", 0))
             (result,) = await world.write_once(chain, [far], [b"x"])
             assert result.status == InvalidArgument.code
+            # Found by a million mutated frames (seed 2026): one that said to come from a replica was taken, and LastChunk failed ever after.
+            far.chain_id, far.target_id = chain, world.routing.tail(chain)
+            forged = pb.WriteRequest(writes=[far], from_target=head)
+            reply = await world.pool.call(
+                world.routing.addresses_of_target(far.target_id), method("Storage", "Write"), forged, timeout_s=5, send=[b"x"]
+            )
+            assert [result.status for result in reply.results] == [InvalidArgument.code]
             block = pb.WriteIO(chunk_id=block_id(SPACE_BIT | 5, b"d" * 16), kind=pb.CREATE, length=1, chunk_size=10, checksums=checksums(b"x", 0))
             block.slab_bytes = 4096
             (result,) = await world.write_once(chain, [block], [b"x"])
