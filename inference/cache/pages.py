@@ -86,12 +86,14 @@ class Pages:
         if freed:
             self.on_freed()
 
-    def name(self, page: int, key: bytes) -> None:
-        """The page is full and stays as it is: it is found by `key` from now on, unless another page is already."""
+    def name(self, page: int, key: bytes) -> bool:
+        """The page is full and stays as it is: it is found by `key` from now on. False: another page is already."""
         assert self._holders[page] and self._keys[page] is None, f"page {page} is not its writer's to name"
-        if key not in self._named:
-            self._named[key] = page
-            self._keys[page] = key
+        if key in self._named:
+            return False
+        self._named[key] = page
+        self._keys[page] = key
+        return True
 
     def find(self, key: bytes) -> int | None:
         return self._named.get(key)

@@ -69,8 +69,8 @@ def test_the_first_page_of_a_key_keeps_it() -> None:
     pages = Pages(2)
     taken = pages.take(2)
     assert taken is not None
-    pages.name(taken[0], key(1))
-    pages.name(taken[1], key(1))
+    assert pages.name(taken[0], key(1)) is True
+    assert pages.name(taken[1], key(1)) is False
     assert pages.find(key(1)) == taken[0]
     pages.release(taken[1:])
     assert pages.take(1) == taken[1:], "the other one is blank once it is free"
