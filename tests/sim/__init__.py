@@ -3,12 +3,14 @@ machines, with virtual time, a simulated network and simulated disks, while faul
 
 Where things are: run.py (a seed from plan to verdict, and the command), world.py (the cluster), machine.py (one machine and its process, and how it
 dies), scheduler.py (virtual time and the order of tasks), store.py (the store that several services share), workers.py (disk work without threads),
-clients.py (what clients do, and what they were promised), faults.py, checks.py, blackout.py (power goes everywhere), trace.py. The product runs as it
-is: services are given a `World` of boundaries, as they are given the real ones elsewhere, and configuration that users have too.
+clients.py (a client machine), work.py (what clients were promised) with registers.py, append_log.py, files.py, blocks.py (what they do), faults.py,
+stress.py with stress_works.py and stress_faults.py (every third seed), checks.py, blackout.py (power goes everywhere), trace.py. The product runs as
+it is: services are given a `World` of boundaries, as they are given the real ones elsewhere, and configuration that users have too.
 
 To write a fault: an `async def` in faults.py under `@fault(weight)`. It breaks something, sleeps, mends it; what it chooses, it draws from the
 `random` it is given. To write a check: an `async def check_x(end) -> list[str]` in checks.py, added to CHECKS; it runs when every target serves
-again and says what is wrong. To write a workload: a `Work` in clients.py, added to WORKS; what it was promised goes into the `Record`.
+again and says what is wrong. To write a workload: a `Work` in a module of its own, added to WORKS in clients.py; what it was promised goes into the
+`Record`.
 
 To plant a fault in the product (tests/sim/planted.py does): replace the method that decides it before `run_seed(seed)` and put it back after; nothing
 of a run is kept between seeds. A seed that fails prints its problems; its trace and every message: `python -m tests.sim.run --seed N --frames`.

@@ -10,7 +10,8 @@ import os
 import trio
 from tests.histories.history import History, fill, name_of
 from tests.sim.checks import QUIET_S, End, check_replicas, check_targets
-from tests.sim.clients import CHUNK_BYTES, REGISTERS, Record, shown
+from tests.sim.registers import REGISTERS
+from tests.sim.work import CHUNK_BYTES, Record, shown
 
 from kvfs.common.errors import KvfsError
 

@@ -14,7 +14,10 @@ from tests.histories.checker import check
 from tests.histories.explain import explain
 from tests.histories.history import Operation
 from tests.histories.models import CreateOnce, FileLength, Model, Register
-from tests.sim.clients import ANYTHING, LOG, Blocks, Record, Registers, shown
+from tests.sim.append_log import LOG
+from tests.sim.blocks import Blocks
+from tests.sim.registers import Registers
+from tests.sim.work import ANYTHING, Record, shown
 from tests.sim.world import World
 
 from kvfs.cli.fsck import Checker, ask_target

@@ -74,11 +74,11 @@ def owner(world: World, target_id: int) -> str:
     return next(routing.node(target.node_id).hostname for target in routing.targets if target.target_id == target_id)
 
 
-def _up(world: World, kinds: str) -> list[Machine]:
+def up(world: World, kinds: str) -> list[Machine]:
     return [machine for kind in kinds for machine in world.of_kind(kind) if machine.up]
 
 
-def _say(world: World, what: str) -> None:
+def say(world: World, what: str) -> None:
     world.trace.event("--", what)
 
 
@@ -90,7 +90,7 @@ async def _restart(machine: Machine) -> None:
 @fault(6)
 async def kill(world: World, random: Random, hold_s: float) -> None:
     """A service's process dies and is started again."""
-    victims = _up(world, "sssnm")
+    victims = up(world, "sssnm")
     if victims:
         machine = random.choice(victims)
         machine.kill()
@@ -101,7 +101,7 @@ async def kill(world: World, random: Random, hold_s: float) -> None:
 @fault(3)
 async def kill_storages(world: World, random: Random, hold_s: float) -> None:
     """Several storage services die one soon after another and come back in any order."""
-    victims = _up(world, "s")
+    victims = up(world, "s")
     random.shuffle(victims)
     async with trio.open_nursery() as nursery:
         for machine in victims[: 1 + random.randrange(max(1, len(victims)))]:
@@ -122,20 +122,20 @@ async def partition(world: World, random: Random, hold_s: float) -> None:
     random.shuffle(names)
     cut = 1 + random.randrange(max(1, len(names) - 1))
     one_way = random.randrange(3) == 0
-    _say(world, f"{' '.join(sorted(names[:cut]))} | {' '.join(sorted(names[cut:]))}: no byte passes" + (" to the right" if one_way else ""))
+    say(world, f"{' '.join(sorted(names[:cut]))} | {' '.join(sorted(names[cut:]))}: no byte passes" + (" to the right" if one_way else ""))
     world.fabric.partition(names[:cut], names[cut:], one_way=one_way)
     await trio.sleep(hold_s)
-    _say(world, "no partition")
+    say(world, "no partition")
     world.fabric.heal()
 
 
 @fault(2)
 async def cut_off(world: World, random: Random, hold_s: float) -> None:
     """Machines lose the managers, and nothing else: they live on with old routing."""
-    names = [machine.name for machine in _up(world, "snc") if random.randrange(3) == 0]
+    names = [machine.name for machine in up(world, "snc") if random.randrange(3) == 0]
     one_way = random.randrange(3) == 0
     if names:
-        _say(world, f"{' '.join(names)} cannot reach the managers" + (" but hear them" if one_way else ""))
+        say(world, f"{' '.join(names)} cannot reach the managers" + (" but hear them" if one_way else ""))
         world.fabric.partition(names, [machine.name for machine in world.of_kind("m")], one_way=one_way)
         await trio.sleep(hold_s)
         world.fabric.heal()
@@ -155,7 +155,7 @@ async def slow_network(world: World, random: Random, hold_s: float) -> None:
     names = [name for name in world.machines if random.randrange(2)]
     for name in names:
         world.fabric.lags_s[name] = random.uniform(0.01, 0.8)
-    _say(world, f"late: {' '.join(names)}")
+    say(world, f"late: {' '.join(names)}")
     await trio.sleep(hold_s)
     for name in names:
         world.fabric.lags_s.pop(name, None)
@@ -165,7 +165,7 @@ async def slow_network(world: World, random: Random, hold_s: float) -> None:
 async def slow_disk(world: World, random: Random, hold_s: float) -> None:
     machine = random.choice(world.of_kind("s"))
     machine.slow_s = random.uniform(0.01, 0.6)
-    _say(world, f"the disks of {machine.name} are slow")
+    say(world, f"the disks of {machine.name} are slow")
     await trio.sleep(hold_s)
     machine.slow_s = 0.0
 
@@ -178,7 +178,7 @@ async def full_disk(world: World, random: Random, hold_s: float) -> None:
     before = [medium.capacity_bytes for medium in media]
     for medium in media:
         medium.capacity_bytes = medium.used_bytes() + random.randrange(64 << 10)
-    _say(world, f"the disks of {machine.name} are full")
+    say(world, f"the disks of {machine.name} are full")
     await trio.sleep(hold_s)
     for medium, capacity_bytes in zip(media, before, strict=True):
         medium.capacity_bytes = capacity_bytes
@@ -201,7 +201,7 @@ async def io_errors(world: World, random: Random, hold_s: float) -> None:
                 raise InputOutput(f"{operation} {name}: the disk failed")
 
     machine.disk_hook = hook
-    _say(world, f"disk {failing} of {machine.name} fails after {left} operations")
+    say(world, f"disk {failing} of {machine.name} fails after {left} operations")
     await trio.sleep(hold_s)
     machine.disk_hook = None
     await machine.stop()
@@ -222,7 +222,7 @@ async def kill_at_a_disk_operation(world: World, random: Random, hold_s: float) 
             left -= 1
             if left < 0:
                 machine.disk_hook = None
-                _say(world, f"before {operation} {path}/{name}:")
+                say(world, f"before {operation} {path}/{name}:")
                 machine.kill()
                 raise InputOutput("the process is dead")
 
@@ -268,12 +268,12 @@ async def bit_flip(world: World, random: Random, hold_s: float) -> None:
             _, top, inside = path.split("/", 2)
             for _ in range(random.randrange(6)):
                 if where := machine.media[top].flip(f"{inside}/data", random):
-                    _say(world, f"a bit turns on {machine.name}: {where}")
+                    say(world, f"a bit turns on {machine.name}: {where}")
         await trio.sleep(hold_s)
-        await _scrub(world, machine)
+        await scrub(world, machine)
 
 
-async def _scrub(world: World, machine: Machine) -> None:
+async def scrub(world: World, machine: Machine) -> None:
     """Ask for a pass over every target of the machine, and wait for its end."""
     addresses = (f"tcp://{machine.name}:7003",)
     passes: dict[int, int] = {}
@@ -292,13 +292,13 @@ async def _scrub(world: World, machine: Machine) -> None:
             except KvfsError:
                 pass  # its connection is of an earlier life, say
             await trio.sleep(0.3)
-    _say(world, f"{machine.name} was not scrubbed within a minute")
+    say(world, f"{machine.name} was not scrubbed within a minute")
 
 
 @fault(2)
 async def restart(world: World, random: Random, hold_s: float) -> None:
     """A service is stopped in order and started again."""
-    victims = _up(world, "ssnm")
+    victims = up(world, "ssnm")
     if victims:
         machine = random.choice(victims)
         await machine.stop()
@@ -309,7 +309,7 @@ async def restart(world: World, random: Random, hold_s: float) -> None:
 @fault(2)
 async def no_manager(world: World, random: Random, hold_s: float) -> None:
     """All managers die."""
-    victims = _up(world, "m")
+    victims = up(world, "m")
     for machine in victims:
         machine.kill()
     await trio.sleep(hold_s)
@@ -324,14 +324,14 @@ async def clock_jump(world: World, random: Random, hold_s: float) -> None:
         if random.randrange(3) == 0:
             step_s = random.uniform(-3600, 3600)
             machine.clock.wall_offset_ns += round(step_s * 1e9)
-            _say(world, f"the clock of {machine.name} steps by {step_s:.0f} s")
+            say(world, f"the clock of {machine.name} steps by {step_s:.0f} s")
     await trio.sleep(0)
 
 
 @fault(2)
 async def kill_client(world: World, random: Random, hold_s: float) -> None:
     """A client dies with whatever it had under way, and another starts in its place."""
-    victims = [machine for machine in _up(world, "c") if machine.name != "look"]
+    victims = [machine for machine in up(world, "c") if machine.name != "look"]
     if victims:
         machine = random.choice(victims)
         machine.kill()

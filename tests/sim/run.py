@@ -21,12 +21,16 @@ from types import FrameType
 import trio
 from tests.histories.history import History
 from tests.sim import scheduler, stress
+from tests.sim.append_log import LOG
 from tests.sim.blackout import blackout
+from tests.sim.blocks import SPACE, SPACE_PARAMS, Blocks
 from tests.sim.checks import CHECKS, QUIET_S, End
-from tests.sim.clients import CHUNK_BYTES, LOG, REGISTERS, SPACE, SPACE_PARAMS, WORKS, Blocks, Pace, Record, Registers, Work, client_main, connected
+from tests.sim.clients import WORKS, client_main, connected
 from tests.sim.faults import FAULTS
 from tests.sim.machine import Process
+from tests.sim.registers import REGISTERS, Registers
 from tests.sim.trace import Frames, Trace
+from tests.sim.work import CHUNK_BYTES, Pace, Record, Work
 from tests.sim.world import Shape, World
 
 from kvfs.client.async_client import AsyncClient
