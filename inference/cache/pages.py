@@ -108,6 +108,14 @@ class Pages:
             found.append(page)
         return found
 
+    def forget(self) -> None:
+        """No page is found any more. Those that are held stay as they are: who knows them goes on reading them."""
+        for page in self._named.values():
+            self._keys[page] = None
+        self._named.clear()
+        self._blank += self._kept
+        self._kept.clear()
+
     def _oldest(self) -> int:
         page, _ = self._kept.popitem(last=False)
         key = self._keys[page]

@@ -3,7 +3,8 @@
 Owns `Scheduler`, `Limits` and `Effects`. Invariants:
   - a request that was accepted ends with exactly one finished event, or, handed over, with its one token;
   - requests are admitted in the order of their arrival, and only with all pages reserved that their tokens so far need; only one that the store is
-    still asked about is passed by. Every step decodes a token of each running answer and fills up with chunks of prompts, the oldest first;
+    still asked about, or whose prefix is being read for another one, is passed by;
+  - every step decodes a token of each running answer and fills up with chunks of prompts, the oldest first;
   - when an answer needs one page more and none is free, the youngest running request gives its pages back and is computed anew later: the oldest
     always goes on, so every request ends;
   - a page that others may find is never written to; pages that the store reads or writes stay held until it has ended, whatever became of their
@@ -75,6 +76,8 @@ class Scheduler:
         """Both by age."""
         self._apart: set[Sequence] = set()
         """FETCHING or SAVING."""
+        self._on_the_way: set[bytes] = set()
+        """Keys of pages that are being fetched."""
         self._effects = Effects()
 
     # --- requests come and go -------------------------------------------------------------------------------------------------------
@@ -114,6 +117,10 @@ class Scheduler:
         else:
             self._end(sequence, Finish.CANCELLED)
 
+    def flush(self) -> None:
+        """No page is found in memory any more."""
+        self._pages.forget()
+
     # --- what the store says ----------------------------------------------------------------------------------------------------------
 
     def looked_up(self, sequence: Sequence, pages: int, tail: bool) -> None:
@@ -137,6 +144,9 @@ class Scheduler:
                 self._start(sequence)
             else:
                 self._compute_instead(sequence)
+        self._on_the_way.difference_update(fetch.keys)
+        if not ok:
+            self._expect_no_more(set(fetch.keys))
         self._pages.release(fetch.pages)
 
     def written(self, write: Write) -> None:
@@ -205,7 +215,7 @@ class Scheduler:
         return EngineLoad(
             waiting=len(self._waiting),
             running=len(self._running) + len(self._apart),
-            waiting_tokens=sum(sequence.left for sequence in self._by_id.values() if sequence.left > 1),
+            waiting_tokens=sum(sequence.to_compute for sequence in self._by_id.values() if sequence.left > 1),
             pages_used=self._pages.used,
             pages=self._pages.count,
             pages_cached=self._pages.named,
@@ -217,16 +227,16 @@ class Scheduler:
         place = 0
         while place < len(self._waiting) and len(self._running) + len(self._apart) < self._running_max:
             sequence = self._waiting[place]
-            if sequence.stored is None:
+            found = self._pages.prefix([sequence.key(page) for page in range(sequence.reusable)])
+            if sequence.stored is None or (len(found) < sequence.reusable and sequence.key(len(found)) in self._on_the_way):
                 place += 1
-            elif self._reserve(sequence):
+            elif self._reserve(sequence, found):
                 del self._waiting[place]
             else:
                 return
 
-    def _reserve(self, sequence: Sequence) -> bool:
+    def _reserve(self, sequence: Sequence, found: list[int]) -> bool:
         """All pages of its tokens so far: those in memory, those that the store has, and empty ones. One is left for each that runs already."""
-        found = self._pages.prefix([sequence.key(place) for place in range(sequence.reusable)])
         idle = sum(not self._pages.holders(page) for page in found)
         need = sequence.pages_needed - len(found)
         if self._pages.free - idle < need + len(self._running) + len(self._apart):
@@ -257,6 +267,7 @@ class Scheduler:
         sequence.state = State.FETCHING
         self._pages.hold(own)
         self._apart.add(sequence)
+        self._on_the_way.update(keys)
         self._effects.fetches.append(sequence.fetch)
         return True
 
@@ -285,6 +296,14 @@ class Scheduler:
         self.stats.failed_fetches += 1
         sequence.stored, sequence.tail_stored = 0, False
         self._again(sequence)
+
+    def _expect_no_more(self, keys: set[bytes]) -> None:
+        """Those who waited for these pages do not try one after another: they are computed, once."""
+        for sequence in self._waiting:
+            for place in range(sequence.stored or 0):
+                if sequence.keys[place] in keys:
+                    sequence.stored, sequence.tail_stored = place, False
+                    break
 
     # --- what is computed -----------------------------------------------------------------------------------------------------------------
 

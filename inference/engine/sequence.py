@@ -62,6 +62,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def to_compute(self) -> int:
+        """`left` without what is being read."""
+        return self.left - (self.fetch.tokens if self.fetch is not None and self.state is State.FETCHING else 0)
+
+    @property
     def reusable(self) -> int:
         """Full pages that may come from elsewhere: the last token is always computed."""
         return (len(self.tokens) - 1) // PAGE_TOKENS

@@ -89,6 +89,19 @@ def test_mistakes_of_holders_are_noticed() -> None:
         pages.name(taken[0], key(1))
 
 
+def test_what_is_forgotten_is_not_found_and_still_held() -> None:
+    pages = Pages(3)
+    taken = pages.take(3)
+    assert taken is not None
+    for place, page in enumerate(taken):
+        pages.name(page, key(place))
+    pages.release(taken[1:])
+    pages.forget()
+    assert pages.named == 0 and pages.prefix([key(0)]) == [] and pages.holders(taken[0]) == 1
+    again = pages.take(2)
+    assert again is not None and sorted(again) == sorted(taken[1:])
+
+
 def test_freed_pages_are_announced() -> None:
     pages = Pages(2)
     calls: list[int] = []
@@ -165,6 +178,11 @@ class PagesMachine(RuleBasedStateMachine):
             self.pages.release(pages)
             held = {page for owned, _ in self.owned for page in owned}
             self.order += [page for page in reversed(pages) if page not in held]
+
+    @rule()
+    def forget(self) -> None:
+        self.pages.forget()
+        assert self.pages.named == 0
 
     @invariant()
     def counts_are_right(self) -> None:

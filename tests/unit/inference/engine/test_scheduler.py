@@ -428,6 +428,27 @@ def test_a_prompt_whose_first_layers_are_there_is_computed_on_and_thrown_away_if
     world.check_idle()
 
 
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_prefix_that_many_need_is_read_once(ok: bool) -> None:
+    requests = [ask(f"r{number}", prompt(200) + prompt(9, number + 1)) for number in range(4)]
+    world = filled(requests[0])
+    for request in requests:
+        world.submit(request)
+    while world.lookups:
+        world.answer_lookup()
+    assert not world.step()
+    assert len(world.fetches) == 1, "the others wait for what the first reads"
+    world.end_fetch(ok=ok)
+    assert sum(len(work.tokens) for _ in range(4) for work in world.step()) < 64 + 3 * 64 + 4 * 20
+    world.run()
+    assert not world.fetches, "and don't try again one after another"
+    for request in requests:
+        world.check(request)
+    while world.writes:
+        world.end_write()
+    world.check_idle()
+
+
 def test_a_fetch_that_fails_during_the_step_that_used_it_spoils_the_step() -> None:
     request = ask("a", prompt(200))
     world = filled(request)
