@@ -8,6 +8,7 @@ This module must never do I/O.
 Our chain (docs/format.md has a worked example); tokens are 4 bytes little-endian each:
     parent of the first block = BLAKE2b-16(salt, person "kvfs-salt-v1")
     key = BLAKE2b-16(key of the block before || tokens of the block, person "kvfs-chain-v1")
+    key of an unfinished block = BLAKE2b-16(key of the block before || its tokens, person "kvfs-tail-v1")
 The digest of a key is the key itself when it has 16 bytes, else BLAKE2b-16(key, person "kvfs-block").
 """
 
@@ -76,12 +77,22 @@ def chain(tokens: Tokens, block_tokens: int, *, salt: bytes = b"", parent: bytes
         raise InvalidArgument("a chain begins with a salt or goes on from a parent, not both")
     if parent and len(parent) != DIGEST_BYTES:
         raise InvalidArgument(f"a parent of {len(parent)} bytes: keys of this chain have {DIGEST_BYTES}")
-    last = parent or blake2b(salt, digest_size=DIGEST_BYTES, person=b"kvfs-salt-v1").digest()
+    last = parent or seed(salt)
     keys = []
     for block in _blocks(token_bytes(tokens), block_tokens):
         last = blake2b(last + block, digest_size=DIGEST_BYTES, person=b"kvfs-chain-v1").digest()
         keys.append(last)
     return keys
+
+
+def seed(salt: bytes = b"") -> bytes:
+    """What the first block of a chain has for a parent."""
+    return blake2b(salt, digest_size=DIGEST_BYTES, person=b"kvfs-salt-v1").digest()
+
+
+def unfinished(parent: bytes, tokens: Tokens) -> bytes:
+    """The key of a block that isn't full: fewer tokens than a block has, behind the block `parent` (or `seed`). A chain never goes on from it."""
+    return blake2b(parent + token_bytes(tokens), digest_size=DIGEST_BYTES, person=b"kvfs-tail-v1").digest()
 
 
 def _blocks(packed: bytes, block_tokens: int) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ import hashlib
 import random
 import struct
 from array import array
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,16 @@ def test_our_chain_is_what_its_description_says() -> None:
     assert keys.chain(tokens, 4, salt=b"tenant") == [first, second]  # two tokens are left over
     assert keys.chain(tokens[4:], 4, parent=first) == [second]
     assert keys.chain(tokens[:3], 4) == []
+    assert keys.seed(b"tenant") == parent
+    assert keys.unfinished(first, tokens[4:6]) == blake(first + struct.pack("<2I", *tokens[4:6]), b"kvfs-tail-v1")
+
+
+def test_the_worked_example_of_the_document() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "format.md").read_text()
+    first = keys.chain([1, 2, 3, 4, 5], 4)[0]
+    assert f"{keys.seed().hex()}  # parent of the first block" in text
+    assert f"{first.hex()}  # key and digest of tokens 1 2 3 4" in text
+    assert f"{keys.unfinished(first, [5]).hex()}  # key of the unfinished block behind it, with token 5" in text
 
 
 def test_prompts_share_keys_exactly_as_far_as_they_are_equal() -> None:

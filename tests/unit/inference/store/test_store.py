@@ -1,0 +1,241 @@
+"""Pages written to a real cluster and read again: what comes back, what doesn't, and what the engine is told."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+from tests.unit.client.fakes import run
+from tests.unit.client.whole import Whole, whole
+
+from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.errors import SpaceDiffers
+from kvfs.inference.cache.format import PAGE_TOKENS, PageFormat
+from kvfs.inference.cache.pool import PagePool
+from kvfs.inference.config import EngineConfig
+from kvfs.inference.store.store import KvStore
+from kvfs.inference.store.writer import Writer
+from kvfs.kvcache import AsyncKVCache, Put
+from kvfs.kvcache.keys import chain, seed, unfinished
+
+FORMAT = PageFormat("fp32", 4, 256, 64)
+CONFIG = EngineConfig(model="/models/Small Model")
+DIGEST = bytes(range(16))
+TOKENS = list(range(5, 5 + 5 * PAGE_TOKENS + 20))
+KEYS = chain(TOKENS, PAGE_TOKENS)
+TAIL = TOKENS[5 * PAGE_TOKENS :]
+
+
+@asynccontextmanager
+async def scene(config: EngineConfig = CONFIG, **cluster: Any) -> AsyncIterator[tuple[KvStore, PagePool, AsyncKVCache, Whole]]:
+    async with whole(**{"storage": 1, "replicas": 1, **cluster}) as made, made.client() as client:
+        cache = AsyncKVCache(client)
+        pool = PagePool(FORMAT, 16)
+        for page in range(16):
+            pool.buffer(page)[:] = random.Random(page).randbytes(FORMAT.page_bytes)
+        yield await KvStore.open(cache, DIGEST, "half", pool, config, SystemClock()), pool, cache, made
+
+
+async def other(cache: AsyncKVCache, **changes: Any) -> tuple[KvStore, PagePool]:
+    """Another worker's."""
+    pool = PagePool(FORMAT, 16)
+    return await KvStore.open(cache, DIGEST, "half", pool, replace(CONFIG, **changes), SystemClock()), pool
+
+
+def test_saved_pages_and_the_unfinished_one_are_found_and_read_by_another_worker() -> None:
+    async def test() -> None:
+        async with scene() as (store, pool, cache, _):
+            await store.save(KEYS, [3, 1, 4, 0, 5, 9], KEYS[-1], TAIL)
+            assert store.stats.written_pages == 6
+            mine, theirs = await other(cache)
+            assert mine.space == store.space == "Small-Model-000102030405-fp32"
+            assert await mine.match(KEYS, KEYS[-1], TAIL) == (5, True)
+            assert await mine.match(KEYS[:2], KEYS[1], TAIL) == (2, False)
+            assert await mine.match(KEYS, KEYS[-1], [*TAIL, 7]) == (5, False)
+            assert await mine.match([*KEYS[:3], b"x" * 16, KEYS[4]], b"", []) == (3, False)
+            arrived: list[bool] = []
+            reading = mine.read(KEYS, [10, 11, 12, 13, 14, 15], KEYS[-1], TAIL)
+            assert await reading.run(lambda: arrived.append(True))
+            for here, there in zip((3, 1, 4, 0, 5, 9), range(10, 16), strict=True):
+                assert theirs.buffer(there) == pool.buffer(here)
+            for layer in range(FORMAT.layers):
+                assert reading.wait(layer)
+                assert not theirs.gather(layer, [15], PAGE_TOKENS)[len(TAIL) :].any(), "an earlier owner's rows were stored"
+            assert (mine.stats.read_pages, mine.stats.read_bytes, mine.stats.failed_reads) == (6, 6 * FORMAT.page_bytes, 0)
+
+    run(test, 60)
+
+
+def test_a_prompt_shorter_than_a_page_is_its_salts_own() -> None:
+    async def test() -> None:
+        async with scene() as (store, _, _, _):
+            await store.save([], [0], seed(b"tenant"), TAIL)
+            assert await store.match([], seed(b"tenant"), TAIL) == (0, True)
+            assert await store.match([], seed(), TAIL) == (0, False)
+
+    run(test, 60)
+
+
+def test_layers_come_in_order_and_are_waited_for_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt may be computed on when the first group is there, and the later ones are waited for."""
+    monkeypatch.setattr("kvfs.inference.store.reading.GROUP_BYTES_MIN", 1)
+
+    async def test() -> None:
+        async with scene() as (store, _, cache, _):
+            await store.save(KEYS, [0, 1, 2, 3, 4], b"", [])
+            mine, _ = await other(cache)
+            gate, arrived, waited = trio.Event(), trio.Event(), list[bool]()
+            real = mine._space.get_range
+
+            async def slow(keys: Any, offset: int, *args: Any, **named: Any) -> Any:
+                if offset == 2 * FORMAT.layer_bytes:
+                    await gate.wait()
+                return await real(keys, offset, *args, **named)
+
+            monkeypatch.setattr(mine._space, "get_range", slow)
+            reading = mine.read(KEYS, [0, 1, 2, 3, 4], b"", [])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reading.run, arrived.set)
+                await arrived.wait()
+                assert await trio.to_thread.run_sync(reading.wait, 0)
+                assert await trio.to_thread.run_sync(reading.wait, 1)
+
+                async def wait() -> None:
+                    waited.append(await trio.to_thread.run_sync(reading.wait, 2))
+
+                nursery.start_soon(wait)
+                await trio.sleep(0.1)
+                assert not waited
+                gate.set()
+            assert waited == [True]
+
+    run(test, 60)
+
+
+def test_one_missing_block_makes_a_reading_worthless_and_nobody_waits() -> None:
+    async def test() -> None:
+        async with scene() as (store, _, _, _):
+            await store.save(KEYS[:4], [0, 1, 2, 3], b"", [])
+            reading = store.read(KEYS, [10, 11, 12, 13, 14], b"", [])
+            assert not await reading.run(lambda: None)
+            assert not reading.wait(3)
+            assert store.stats.failed_reads == 1 and store.stats.read_pages == 0
+
+    run(test, 60)
+
+
+def test_storage_that_is_gone_is_a_failed_reading_within_the_timeout() -> None:
+    async def test() -> None:
+        async with scene(replace(CONFIG, read_timeout_s=1.5)) as (store, _, cache, made):
+            await store.save(KEYS, [0, 1, 2, 3, 4], b"", [])
+            mine, _ = await other(cache, read_timeout_s=1.5)
+            made.stop_storage(0)
+            await made.over[0].wait()
+            reading = mine.read(KEYS, [10, 11, 12, 13, 14], b"", [])
+            with trio.fail_after(10):
+                assert not await reading.run(lambda: None)
+                assert (await mine.match(KEYS, b"", []))[0] == 0
+                await mine.save(KEYS, [0, 1, 2, 3, 4], b"", [])
+
+    run(test, 60)
+
+
+def test_a_cancelled_reading_lets_its_waiters_go() -> None:
+    async def test() -> None:
+        async with scene() as (store, _, _, _):
+            await store.save(KEYS, [0, 1, 2, 3, 4], b"", [])
+            reading = store.read(KEYS, [10, 11, 12, 13, 14], b"", [])
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await reading.run(lambda: None)
+            assert not reading.wait(3)
+
+    run(test, 60)
+
+
+def test_offers_are_written_in_the_background_and_told_once() -> None:
+    async def test() -> None:
+        async with scene() as (store, _, _, _), trio.open_nursery() as nursery:
+            told: list[int] = []
+            nursery.start_soon(store.run)
+            store.offer(KEYS[:2], [0, 1], [], lambda: told.append(1))
+            store.offer(KEYS[2:], [2, 3, 4], KEYS[:2], lambda: told.append(2))
+            assert not told and store.stats.waiting_bytes == 5 * FORMAT.page_bytes
+            await store.idle()
+            assert sorted(told) == [1, 2] and store.stats.waiting_bytes == 0
+            assert (await store.match(KEYS, b"", []))[0] == 5
+            store.offer(KEYS[:1], [7], [], lambda: told.append(3))
+            await store.idle()
+            assert (store.stats.written_pages, store.stats.present_pages) == (5, 1)
+            nursery.cancel_scope.cancel()
+
+    run(test, 60)
+
+
+def test_what_is_too_much_to_write_is_dropped_and_counted() -> None:
+    async def test() -> None:
+        async with scene(replace(CONFIG, write_queue_bytes=3 * FORMAT.page_bytes)) as (store, _, _, _):
+            told: list[int] = []
+            store.offer(KEYS[:3], [0, 1, 2], [], lambda: told.append(1))
+            store.offer(KEYS[3:4], [3], KEYS[:3], lambda: told.append(2))
+            assert told == [2] and store.stats.dropped_pages == 1
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await store.run()
+            assert told == [2, 1], "pages of an offer that was given up must come back to the engine"
+            assert store.stats.dropped_pages == 4 and store.stats.waiting_bytes == 0
+
+    run(test, 60)
+
+
+def test_a_writer_that_is_stopped_while_it_writes_gives_the_pages_back() -> None:
+    class Hanging:
+        async def put(self, *_: Any) -> list[Put]:
+            await trio.sleep_forever()
+            raise AssertionError
+
+    async def test() -> None:
+        pool = PagePool(FORMAT, 8)
+        told: list[int] = []
+        async with scene() as (store, _, _, _), trio.open_nursery() as nursery:
+            writer = Writer(Hanging(), pool, 1 << 30, store.stats)  # type: ignore[arg-type]
+            nursery.start_soon(writer.run)
+            for number in range(8):
+                writer.offer([KEYS[0]], [number], [], lambda number=number: told.append(number))  # type: ignore[misc]
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        assert sorted(told) == list(range(8))
+
+    run(test, 60)
+
+
+def test_two_models_never_share_a_space() -> None:
+    async def test() -> None:
+        async with scene() as (store, pool, cache, _):
+            await store.save(KEYS, [0, 1, 2, 3, 4], b"", [])
+            another = await KvStore.open(cache, bytes(16), "half", pool, CONFIG, SystemClock())
+            assert another.space != store.space
+            assert (await another.match(KEYS, b"", []))[0] == 0
+            with pytest.raises(SpaceDiffers):
+                await KvStore.open(cache, bytes(16), "half", pool, replace(CONFIG, space=store.space), SystemClock())
+            with pytest.raises(SpaceDiffers):
+                await KvStore.open(cache, DIGEST, "interleaved", pool, replace(CONFIG, space=store.space), SystemClock())
+
+    run(test, 60)
+
+
+def test_an_unfinished_page_has_a_key_of_its_own() -> None:
+    full = TOKENS[:PAGE_TOKENS]
+    keys = {
+        unfinished(seed(), full),
+        chain(full, PAGE_TOKENS)[0],
+        unfinished(seed(), full[:-1]),
+        unfinished(seed(b"x"), full),
+        unfinished(KEYS[0], full),
+    }
+    assert len(keys) == 5
