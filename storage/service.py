@@ -301,7 +301,7 @@ class StorageService:
 
         async def one(target: Target) -> None:
             try:
-                await target.sync(self._host.workers)
+                await target.sync(self._host.workers, removals=request.removals)
             except KvfsError as error:
                 self._host.note_error(target, error)
                 errors.append(error)

@@ -7,6 +7,7 @@ Invariants: `stored()` is asked under the chunk's lock; a target whose disk fail
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
@@ -70,8 +71,8 @@ class Target:
         """Of the task that runs for it as long as it is here."""
         self.space = Space(0, 0, 0, 0)
         self._credit_bytes = 0
-        self._sync: _SyncRound | None = None
-        self._next_sync: _SyncRound | None = None
+        self._syncs = _SharedRuns()
+        self._removal_syncs = _SharedRuns()
 
     @property
     def engine(self) -> ChunkEngine:
@@ -223,32 +224,46 @@ class Target:
             scrub=self.scrub.status(self.space.chunks),
         )
 
-    async def sync(self, workers: Workers) -> None:
-        """Everything acknowledged before this call survives power loss after it. One sync runs at a time; who comes meanwhile shares the next."""
-        waits = self._next_sync
-        if waits is not None:
-            await waits.done.wait()
+    async def sync(self, workers: Workers, *, removals: bool = False) -> None:
+        """Everything acknowledged before this call survives power loss after it; `removals`: the removals of chunks do."""
+        if removals:
+            await self._removal_syncs.run(lambda: workers.run(self.engine.sync_removals))
         else:
-            waits = self._next_sync = _SyncRound()
+            await self._syncs.run(lambda: workers.run(self.engine.sync))
+
+
+class _SharedRuns:
+    """One run at a time of what covers all that came before it began; who comes meanwhile shares the next."""
+
+    def __init__(self) -> None:
+        self._now: _Run | None = None
+        self._next: _Run | None = None
+
+    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
+        run = self._next
+        if run is not None:
+            await run.done.wait()
+        else:
+            run = self._next = _Run()
             with trio.CancelScope(shield=True):  # others wait for it
-                await self._run_sync(waits, workers)
-        if waits.error is not None:
-            raise waits.error
+                await self._begin(run, work)
+        if run.error is not None:
+            raise run.error
 
-    async def _run_sync(self, waits: _SyncRound, workers: Workers) -> None:
-        if self._sync is not None:
-            await self._sync.done.wait()
-        self._sync, self._next_sync = waits, None
+    async def _begin(self, run: _Run, work: Callable[[], Awaitable[None]]) -> None:
+        if self._now is not None:
+            await self._now.done.wait()
+        self._now, self._next = run, None
         try:
-            await workers.run(self.engine.sync)
+            await work()
         except KvfsError as error:
-            waits.error = error
+            run.error = error
         finally:
-            self._sync = None
-            waits.done.set()
+            self._now = None
+            run.done.set()
 
 
-class _SyncRound:
+class _Run:
     __slots__ = ("done", "error")
 
     def __init__(self) -> None:

@@ -8,20 +8,22 @@ another try, until the deadline.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
-from kvfs.common.errors import ChainError, KvfsError, TransportError, from_wire
+from kvfs.common.errors import ChainError, ChainVersionMismatch, KvfsError, TransportError, from_wire
 from kvfs.common.ids import chunk_id
 from kvfs.common.membership import ManagerLink
 from kvfs.common.wire import base_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.service import method
+from kvfs.meta.gc.together import together
 
 REMOVE_RANGE: Final = method("Storage", "RemoveRange")
 WRITE: Final = method("Storage", "Write")
@@ -59,8 +61,10 @@ class Chunks(ABC):
     async def last(self, chain_id: int, inode: int) -> LastChunk | None:
         """The highest chunk of the inode on one chain; None if it has none there."""
 
-    async def settle(self, chain_id: int) -> None:  # noqa: B027
-        """What was removed stays removed, also after a loss of power: before the last record that it ever was is erased."""
+    async def durably(self, chain_ids: Collection[int], change: Callable[[], Awaitable[None]], *, removals: bool) -> None:
+        """Run `change`, which removes and cuts chunks on these chains, so that a loss of power brings nothing back: before the last record of what
+        there was is erased. It may be run again, so it must do no harm twice. `removals`: it removes whole chunks only."""
+        await change()
 
 
 class StorageChunks(Chunks):
@@ -79,15 +83,33 @@ class StorageChunks(Chunks):
         while more:
             more = await self._tagged(lambda tag: self._remove_once(chain_id, inode, first_index, tag))
 
-    async def settle(self, chain_id: int) -> None:
+    async def durably(self, chain_ids: Collection[int], change: Callable[[], Awaitable[None]], *, removals: bool) -> None:
         async def once() -> None:
-            routing = self._link.routing
-            version = routing.chain(chain_id).version
-            for target_id in routing.holding(chain_id):
-                request = storage_pb2.SyncRequest(target_ids=[target_id], chain_versions=[version])
-                await self._pool.call(routing.addresses_of_target(target_id), SYNC, request, timeout_s=TRY_S)
+            # A chain that changed since may have lost its power with the change: then it is made again.
+            versions = {chain_id: self._link.routing.chain(chain_id).version for chain_id in chain_ids}
+            await change()
+            await self._sync(versions, removals)
 
         await self._retry(once)
+
+    async def _sync(self, versions: Mapping[int, int], removals: bool) -> None:
+        """On every target that holds these chains, in these versions of them."""
+        routing = self._link.routing
+        requests: dict[int, storage_pb2.SyncRequest] = {}
+        for chain_id, version in versions.items():
+            now = routing.chain(chain_id).version
+            if now != version:
+                raise ChainVersionMismatch(f"chain {chain_id} is at version {now}, what is to be synced was done at {version}")
+            for target_id in routing.holding(chain_id):
+                node_id = routing.node_of_target(target_id).node_id
+                request = requests.setdefault(node_id, storage_pb2.SyncRequest(removals=removals))
+                request.target_ids.append(target_id)
+                request.chain_versions.append(version)
+
+        async def one(request: storage_pb2.SyncRequest) -> None:
+            await self._pool.call(routing.addresses_of_target(request.target_ids[0]), SYNC, request, timeout_s=TRY_S)
+
+        await together([partial(one, request) for request in requests.values()])
 
     async def _remove_once(self, chain_id: int, inode: int, first_index: int, tag: base_pb2.Tag) -> bool:
         routing = self._link.routing

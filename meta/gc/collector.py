@@ -124,8 +124,7 @@ class Collector:
         await self._transact(lambda step: _erase_removed(step, key, number))
 
     async def _remove(self, chain_id: int, number: int) -> None:
-        await self._chunks.remove(chain_id, number, 0)
-        await self._chunks.settle(chain_id)
+        await self._chunks.durably([chain_id], partial(self._chunks.remove, chain_id, number, 0), removals=True)
 
     def _freeable(self, txn: Transaction, key: bytes, number: int) -> pb.Inode | None:
         """The file, if it is to be freed now; a queue entry that is wrong is cleared."""

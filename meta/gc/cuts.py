@@ -2,9 +2,9 @@
 
 An intent record (TRNC) is written with the new length and cleared when the chains are done, so that a truncation whose service died is carried out by
 the next, and one whose chains did not serve is tried again in the background (`undone`). Invariants: of one file at most one truncation is under way
-in this process (`exclusive`); the answer to a truncate comes after its cut, and while an intent is there nobody opens the file for writing or is
-given an end to append at (`Step.must_settle`): bytes behind the end can never come back when the file grows again, and what is written then is never
-cut.
+in this process (`exclusive`); the answer to a truncate comes after its cut, which is on the replicas' disks, and while an intent is there nobody
+opens the file for writing or is given an end to append at (`Step.must_settle`): bytes behind the end can never come back when the file grows again,
+also not with the power, and what is written then is never cut.
 """
 
 from __future__ import annotations
@@ -102,16 +102,17 @@ def _clear(txn: Transaction, inode: int, done: records.Cut) -> bool:
 
 
 async def cut_chunks(chunks: Chunks, inode: pb.Inode, length: int) -> None:
-    """Nothing behind `length` is left on any chain of the file."""
+    """Nothing behind `length` is left on any chain of the file, nor comes back with the power: a file that grew over it would show it."""
     layout = inode.layout
     size = layout.chunk_size
     first = -(-length // size)
-    calls: list[Callable[[], Awaitable[None]]] = [partial(chunks.remove, chain_id, inode.inode, first) for chain_id in set(layout.chain_ids)]
+    chain_ids = sorted(set(layout.chain_ids))
+    calls: list[Callable[[], Awaitable[None]]] = [partial(chunks.remove, chain_id, inode.inode, first) for chain_id in chain_ids]
     if length % size:
         index = length // size
         chain_id = layout.chain_ids[index % len(layout.chain_ids)]
         calls.append(partial(chunks.cut, chain_id, inode.inode, index, length % size, size))
-    await together(calls)
+    await chunks.durably(chain_ids, partial(together, calls), removals=not length % size)
 
 
 async def measure(chunks: Chunks, inode: pb.Inode) -> int:

@@ -312,6 +312,11 @@ class ChunkEngine:
         """Everything that returned before this call survives power loss when it returns. Concurrent calls share one sync."""
         self._ledger.sync()
 
+    def sync_removals(self) -> None:
+        """The removals of chunks that returned before this call survive power loss when it returns. Nothing else need; it is quick."""
+        self._ledger.check_serving()
+        self._ledger.release_removed()
+
     def close(self, *, abandon: bool = False) -> None:
         """Sync, move the journal into the index, let go of the directory. `abandon`: write nothing, what is there is given up."""
         if self._closed:

@@ -45,9 +45,7 @@ async def blackout(end: End) -> list[str]:
             problems.append(f"{path} was synced as {shown(content)}, and is {shown(found)}")
     for index in range(end.registers.pace.keys):
         problems += await _torn(end, index)
-    # A truncation is no more synced than a write is: what was cut off may be there again, behind the end of its file, where nobody reads it.
-    replicas = [problem for problem in await check_replicas(end) if "behind the file's length" not in problem]
-    return problems + replicas + await check_targets(end)
+    return problems + await check_replicas(end) + await check_targets(end)
 
 
 async def _torn(end: End, index: int) -> list[str]:

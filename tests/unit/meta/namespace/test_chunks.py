@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from typing import ClassVar
 
 import trio
 from tests.unit.client.whole import AsyncClient, whole
 
+from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.boundary.random import SeededRandom
 from kvfs.common.ids import chunk_index, chunk_inode
+from kvfs.common.routing import Routing
+from kvfs.common.wire import cluster_pb2 as pb
+from kvfs.common.wire.storage_pb2 import SyncRequest
+from kvfs.meta.gc.chunks import StorageChunks
 
 SIZE = 1 << 20
 
@@ -121,5 +128,41 @@ def test_a_file_grown_through_an_open_handle_and_never_written_leaves_no_chunk()
             await client.unlink("/grown")
             assert (await client.meta.collect_garbage()).gc_pending == 0
             assert await chunks(client, number) == {}
+
+    run(test)
+
+
+def test_a_change_is_made_again_when_its_chain_changes_before_it_is_synced() -> None:
+    """The replicas may have lost power with it, and serve again: to sync what they have now would say nothing."""
+
+    async def test() -> None:
+        def at_version(version: int) -> Routing:
+            chain = pb.Chain(chain_id=1, version=version, targets=[pb.ChainTarget(target_id=4, state=pb.SERVING)])
+            target = pb.Target(target_id=4, chain_id=1, node_id=2)
+            return Routing(pb.RoutingInfo(version=version, chains=[chain], targets=[target], nodes=[pb.Node(node_id=2, addresses=["tcp://s:1"])]))
+
+        class Link:
+            routing = at_version(7)
+
+            async def refresh(self, *, timeout_s: float) -> None:
+                pass
+
+        class Pool:
+            asked: ClassVar[list[tuple[int, bool]]] = []
+
+            async def call(self, addresses: object, what: object, request: SyncRequest, *, timeout_s: float) -> None:
+                self.asked.append((request.chain_versions[0], request.removals))
+
+        made = 0
+
+        async def change() -> None:
+            nonlocal made
+            made += 1
+            Link.routing = at_version(8)
+
+        chunks = StorageChunks(Link(), Pool(), SystemClock(), SeededRandom(1), b"m" * 16)  # type: ignore[arg-type]
+        await chunks.durably([1], change, removals=True)
+        assert made == 2
+        assert Pool.asked == [(8, True)]
 
     run(test)
