@@ -235,8 +235,8 @@ PLANTS.update(
 FOUND: dict[str, int] = {
     "early-ack": 8,
     "resync-skip": 3,
-    "block-reuse": 42,
-    "truncate": 15,
+    "block-reuse": 243,
+    "truncate": 6,
     "lease": 12,
     "not-serving": 48,
     "checksum": 21,
