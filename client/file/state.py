@@ -96,6 +96,10 @@ class FileState:
         self._writers_gone = trio.Event()
         self._cut_open = False
         """A truncate, ours that failed or another client's, may still wait for its chains."""
+        self._cut_among = False
+        """Another client cut the file while we wrote: which of our writes came after it, only the chains know."""
+        self._writer: tuple[bytes, User] | None = None
+        """Session and user of the last write."""
         self.errors = 0
         self.last_error: KvfsError | None = None
         self.adopt(inode)
@@ -116,8 +120,8 @@ class FileState:
 
     # --- attributes ------------------------------------------------------------------------------------------------------------------
 
-    def adopt(self, inode: pb.Inode, *, own: bool = False) -> None:
-        """Attributes heard just now. `own`: the answer to a change of our own, which by itself makes nothing stale."""
+    def adopt(self, inode: pb.Inode, *, own: bool = False, cut: bool = False) -> None:
+        """Attributes heard just now. `own`: the answer to a change of our own, which by itself makes nothing stale. `cut`: that was a truncate."""
         now = self.shared.clock.monotonic()
         known = self.attributes
         if inode.type == pb.TYPE_INVALID:
@@ -128,13 +132,14 @@ class FileState:
             return  # an answer that another has overtaken
         self._heard = now
         self.lease_end = now + LEASE_USE * inode.attr_lease_ms / 1000 if self.shared.config.watch else float("-inf")
-        cut = inode.truncate_version != known.truncate_version
-        if cut and not own:
+        was_cut = inode.truncate_version != known.truncate_version
+        if was_cut and not cut:
             self.dirty.stop_stretches()
+            self._cut_among = self._cut_among or self.unreported or self._writers > 0
             self._acknowledged_end = self._hinted_end = 0
-            self.unreported_end = self.dirty.end  # what was acknowledged before is cut; what is not yet sent is written after
+            self.unreported_end = self.dirty.end
             self._cut_open = True
-        if cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
+        if was_cut or (inode.data_version != known.data_version and not (own and inode.data_version == known.data_version + 1)):
             self.forget_read()
         self.attributes = inode
         self._length = max(inode.length, self.unreported_end)
@@ -154,12 +159,15 @@ class FileState:
     @property
     def leased(self) -> bool:
         """Whether a lease says that the attributes are true now."""
-        return self.shared.clock.monotonic() < self.lease_end
+        return self.shared.clock.monotonic() < self.lease_end and not self._cut_among
 
     async def fresh(self, user: User) -> None:
         """Return with attributes that are true now (a lease says so, or the metadata service)."""
         if not self.leased:
             await self._ask(user)
+        if self._cut_among and self._writer is not None:
+            await self.flush()
+            await self.report(*self._writer, still_open=True)
 
     async def fresh_for_writing(self, user: User) -> None:
         """A writer must hear of another client's truncate, but need not ask before each write."""
@@ -208,6 +216,7 @@ class FileState:
         if end > MAX_FILE_BYTES:
             raise FileTooBig(f"a file ends at {MAX_FILE_BYTES} bytes")
         async with self._no_resizing(session, user):
+            self._writer = session, user
             self.windows.drop_range(offset, end)
             self.touch()
             self._serial += 1
@@ -225,6 +234,7 @@ class FileState:
         async with self._no_resizing(session, user):
             stretch = await self.dirty.stretch(offset, self.touch)
         if stretch is not None:
+            self._writer = session, user
             stretch.until = max(self.lease_end, self._heard + WRITER_REFRESH_S)
         return stretch
 
@@ -283,11 +293,11 @@ class FileState:
     @property
     def must_report(self) -> bool:
         """Whether the metadata service does not know yet all that was written."""
-        return self.unreported or self._uncertain
+        return self.unreported or self._uncertain or self._cut_among
 
     async def report(self, session: bytes, user: User, *, still_open: bool) -> None:
         """Tell the metadata service what was written; end the session unless `still_open`. Flush first."""
-        serial = self._serial
+        serial, cut_among = self._serial, self._cut_among
         if self._uncertain:  # lost bytes do not count
             self.unreported_end = max(self._acknowledged_end, self.dirty.end)
         reply = await self.shared.meta.close(
@@ -295,14 +305,14 @@ class FileState:
             session,
             user=user,
             wrote=self.unreported,
-            length=self.unreported_end,
+            length=0 if cut_among else self.unreported_end,
             truncate_version=self.attributes.truncate_version,
             mtime_ns=self.mtime_ns,
             still_open=still_open,
-            uncertain=self._uncertain,
+            uncertain=self._uncertain or cut_among,
         )
-        if serial == self._serial and not self._writers:
-            self._uncertain = False
+        if serial == self._serial and not self._writers and not (cut_among and self.dirty):
+            self._uncertain = self._cut_among = False
             self.unreported = False
             self.unreported_end = self._acknowledged_end = self._hinted_end = 0
         self.adopt(reply, own=True)
@@ -310,7 +320,8 @@ class FileState:
     async def hint(self, session: bytes, user: User) -> None:
         """Tell others how far the file is written and acknowledged; what is buffered still waits for its flush."""
         end = self._acknowledged_end
-        if not self.unreported or self._uncertain or self._resizing is not None or end <= max(self._hinted_end, self.attributes.length):
+        unsure = self._uncertain or self._cut_among or self._resizing is not None
+        if unsure or not self.unreported or end <= max(self._hinted_end, self.attributes.length):
             return
         version = self.attributes.truncate_version
         reply = await self.shared.meta.close(
@@ -338,7 +349,7 @@ class FileState:
                 raise
             self._cut_open = False
             self.forget_read()
-            self.adopt(reply, own=True)
+            self.adopt(reply, own=True, cut=True)
             return reply
         finally:
             self._resizing.set()

@@ -51,6 +51,8 @@ class FakeStorage:
         self.forget_reply = 0
         """Carry that many writes out, and then lose the connection instead of answering."""
         self.hold: trio.Event | None = None
+        self.hold_answers: trio.Event | None = None
+        """What was written is there, and its answer is on its way until then."""
         self.drop: Callable[[], None] = lambda: None
 
     async def read(self, request: storage_pb2.ReadRequest, call: Call) -> storage_pb2.ReadReply:
@@ -99,6 +101,8 @@ class FakeStorage:
             if tag not in self.tags:
                 self.tags[tag] = self._apply(io, view)
             reply.results.append(self.tags[tag])
+        if self.hold_answers is not None:
+            await self.hold_answers.wait()
         if self.forget_reply:
             self.forget_reply -= 1
             self.drop()
@@ -196,6 +200,9 @@ class FakeMeta:
             inode.data_version += 1
             if request.truncate_version == inode.truncate_version:
                 inode.length = max(inode.length, request.length)
+            if request.uncertain or request.truncate_version != inode.truncate_version:
+                self.finish_cut(request.inode)
+                inode.length = max(inode.length, self.measure(request.inode))
         reply = meta_pb2.InodeReply(inode=self.copy(request.inode))
         if self.hold_answers is not None:
             await self.hold_answers.wait()
@@ -222,6 +229,11 @@ class FakeMeta:
         inode.length = length
         inode.data_version += 1
         self.finish_cut(number)
+
+    def measure(self, number: int) -> int:
+        size = self.inodes[number].layout.chunk_size
+        chunks = {key[8:]: len(chunk) for key, chunk in self.chunks.items() if chunk and key[:8] == number.to_bytes(8, "big")}
+        return max((int.from_bytes(index, "big") * size + length for index, length in chunks.items()), default=0)
 
     def finish_cut(self, number: int) -> None:
         length = self.cuts_left.get(number)
