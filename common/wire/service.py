@@ -12,9 +12,9 @@ from typing import Any, Final
 from google.protobuf import message_factory
 
 from kvfs.common.errors import UnknownMethod
-from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2
+from kvfs.common.wire import cluster_pb2, inference_pb2, meta_pb2, storage_pb2
 
-SERVICE_NUMBERS: Final = {"Manager": 1, "Meta": 2, "Storage": 3}
+SERVICE_NUMBERS: Final = {"Manager": 1, "Meta": 2, "Storage": 3, "Worker": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def table_of(descriptor: Any, number: int) -> dict[str, Method]:
 
 SERVICES: Final[dict[str, dict[str, Method]]] = {
     name: table_of(module.DESCRIPTOR.services_by_name[name], SERVICE_NUMBERS[name])
-    for name, module in (("Manager", cluster_pb2), ("Meta", meta_pb2), ("Storage", storage_pb2))
+    for name, module in (("Manager", cluster_pb2), ("Meta", meta_pb2), ("Storage", storage_pb2), ("Worker", inference_pb2))
 }
 METHODS: Final[dict[int, Method]] = {entry.key: entry for table in SERVICES.values() for entry in table.values()}
 

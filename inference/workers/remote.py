@@ -1,0 +1,214 @@
+"""A worker as a router sees it: its address, how it is, and the requests that are with it.
+
+Owns `RemoteWorker`. Invariants: tokens of a request come out once and in order, whatever answers got lost on the way; when the worker is lost (it
+does not answer for LOST_S, or is another incarnation), every request that was with it hears WorkerLost, exactly once, and nothing of them is
+expected any more; a request that is given up is cancelled there in the background. Belongs to the router's trio thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from math import inf
+
+import trio
+
+from kvfs.common.boundary.clock import Clock
+from kvfs.common.boundary.random import Random
+from kvfs.common.errors import ConnectionLost, DeadlineExceeded, KvfsError, StaleIncarnation, Unreachable
+from kvfs.common.wire import base_pb2 as base
+from kvfs.common.wire import inference_pb2 as pb
+from kvfs.common.wire.channel import ChannelPool
+from kvfs.common.wire.service import method
+from kvfs.inference.request import Request, TokenEvent
+from kvfs.inference.workers.messages import event_from_wire, request_to_wire
+from kvfs.inference.workers.placement import Prefixes
+
+log = logging.getLogger("kvfs.inference.router")
+
+SUBMIT = method("Worker", "Submit")
+NEXT = method("Worker", "Next")
+CANCEL = method("Worker", "Cancel")
+STATUS = method("Worker", "Status")
+DRAIN = method("Worker", "Drain")
+CALL_S = 2.0
+WAIT_MS = 1000
+LOST_S = 4.0
+"""Without an answer. A step of a large model may take a second, but the service answers beside it."""
+STATUS_EVERY_S = 0.3
+RETRY_S = 0.2
+CANCELS_MAX = 10_000
+
+
+class WorkerLost(Exception):
+    """What was with the worker is lost, and goes on elsewhere. Never leaves the router."""
+
+
+class RemoteWorker:
+    def __init__(self, name: str, addresses: Sequence[str], pool: ChannelPool, clock: Clock, random: Random) -> None:
+        self.name = name
+        self.addresses = tuple(addresses)
+        self.prefixes = Prefixes()
+        self.status = pb.WorkerStatusReply()
+        self.changed = trio.Event()
+        """Set, and replaced, when its status is new."""
+        self._pool = pool
+        self._clock = clock
+        self._random = random
+        self._session = b""
+        self._after = 0
+        self._up = False
+        self._answers: dict[str, trio.MemorySendChannel[tuple[TokenEvent, bool]]] = {}
+        self._asked = trio.Event()
+        self._cancels: list[str] = []
+        self._heard_s = 0.0
+
+    @property
+    def serving(self) -> bool:
+        """It answers, and takes new requests."""
+        return self._up and not self.status.draining
+
+    @property
+    def requests(self) -> int:
+        """Of this router."""
+        return len(self._answers)
+
+    # --- requests --------------------------------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request) -> trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]:
+        """Its events, each with whether the worker has done its part; the channel ends early when the worker is lost. Raises what the worker
+        says (Overloaded, InvalidArgument, ServiceStopping), or WorkerLost."""
+        if not self._up:
+            raise WorkerLost(f"worker {self.name} does not answer")
+        session, incarnation = self._session, self.status.incarnation
+        # As large as the answer: the loop that fills it never waits for who reads it.
+        send, receive = trio.open_memory_channel[tuple[TokenEvent, bool]](inf)
+        self._answers[request.id] = send
+        message = pb.SubmitRequest(session=session, incarnation=incarnation, request=request_to_wire(request))
+        try:
+            while True:
+                try:
+                    await self._pool.call(self.addresses, SUBMIT, message, timeout_s=CALL_S)
+                    break
+                except StaleIncarnation:
+                    raise WorkerLost(f"worker {self.name} was started anew") from None
+                except KvfsError as error:
+                    if not _nobody_said_no(error):
+                        raise
+                    if not self._up or self._session != session:
+                        raise WorkerLost(f"worker {self.name} does not answer") from None
+                    await self._clock.sleep(RETRY_S)  # the same id again is the same request
+        except BaseException:
+            if self._answers.pop(request.id, None) is not None:
+                self._cancel(request.id)
+            raise
+        self._asked.set()
+        return receive
+
+    def give_up(self, request: str) -> None:
+        """Nobody wants the rest of its answer. Nothing if it has ended."""
+        if self._answers.pop(request, None) is not None:
+            self._cancel(request)
+
+    def _cancel(self, request: str) -> None:
+        if len(self._cancels) < CANCELS_MAX:
+            self._cancels.append(request)
+            self._asked.set()
+
+    # --- background ----------------------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            nursery.start_soon(self._send_cancels)
+            while True:
+                while not (self._up and self._answers):
+                    self._asked = trio.Event()
+                    if not (self._up and self._answers):
+                        await self._asked.wait()
+                try:
+                    await self._fetch()
+                except StaleIncarnation:
+                    self._lost("was started anew")
+                except (ConnectionLost, Unreachable) as error:
+                    self._lost(error.message)
+                except KvfsError as error:
+                    log.info("worker %s: tokens were not fetched: %s", self.name, error.message)
+                    await self._clock.sleep(RETRY_S)
+
+    async def _fetch(self) -> None:
+        session = self._session
+        ask = pb.NextRequest(session=session, incarnation=self.status.incarnation, after=self._after, wait_ms=WAIT_MS)
+        reply = await self._pool.call(self.addresses, NEXT, ask, timeout_s=CALL_S + WAIT_MS / 1000)
+        if self._session != session:
+            return
+        self._heard_s = self._clock.monotonic()
+        for number, message in enumerate(reply.events, reply.first):
+            if number <= self._after:
+                continue  # of an answer that was lost on the way
+            self._after = number
+            answer = self._answers.get(message.request)
+            if answer is not None:
+                answer.send_nowait((event_from_wire(message), message.over))
+                if message.over:
+                    del self._answers[message.request]
+                    answer.close()
+
+    async def _send_cancels(self) -> None:
+        while True:
+            if not self._cancels:
+                await self._clock.sleep(0.02)
+                continue
+            batch, self._cancels = self._cancels, []
+            if self._up:
+                message = pb.CancelRequest(session=self._session, incarnation=self.status.incarnation, requests=batch)
+                try:
+                    await self._pool.call(self.addresses, CANCEL, message, timeout_s=CALL_S)
+                except KvfsError as error:
+                    log.info("worker %s: %d requests were not cancelled: %s", self.name, len(batch), error.message)
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                status = await self._pool.call(self.addresses, STATUS, base.Empty(), timeout_s=CALL_S)
+            except KvfsError as error:
+                # Better once too often: what goes on elsewhere finds its prefix in the store.
+                if self._up and (not isinstance(error, DeadlineExceeded) or self._clock.monotonic() - self._heard_s > LOST_S):
+                    self._lost(error.message)
+                await self._clock.sleep(RETRY_S)
+                continue
+            self._heard_s = self._clock.monotonic()
+            if self._up and status.incarnation != self.status.incarnation:
+                self._lost("was started anew")
+            self.status = status
+            if not self._up:
+                self._session, self._after, self._up = self._random.bytes(16), 0, True
+                log.info("worker %s (%s) serves at %s", self.name, status.role, self.addresses[-1])
+            self._tell()
+            await self._clock.sleep(STATUS_EVERY_S)
+
+    def _tell(self) -> None:
+        event, self.changed = self.changed, trio.Event()
+        event.set()
+
+    def _lost(self, why: str) -> None:
+        if not self._up:
+            return
+        log.warning("worker %s is lost (%s); %d requests go on elsewhere", self.name, why, len(self._answers))
+        self._up = False
+        self.prefixes.clear()
+        self._cancels.clear()
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            answer.close()
+        self._tell()
+
+    async def drain(self, drain: bool = True) -> None:
+        """No new requests, or new ones again."""
+        await self._pool.call(self.addresses, DRAIN, pb.WorkerDrainRequest(incarnation=self.status.incarnation, drain=drain), timeout_s=CALL_S)
+
+
+def _nobody_said_no(error: KvfsError) -> bool:
+    """The worker did not answer; it may have heard."""
+    return isinstance(error, ConnectionLost | DeadlineExceeded | Unreachable)
