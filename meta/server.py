@@ -7,6 +7,7 @@ manager has this node registered; what is closed is closed in the reverse order 
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -105,7 +106,7 @@ async def _serve(config: MetaConfig, world: World, engine: Engine, node: NodeFil
         addresses = await nursery.start(server.serve, config.listen)
         registered = await link.register(role=cluster_pb2.ROLE_META, node_uuid=node.node_uuid, addresses=addresses)
         link.start_heartbeats()
-        pruner = make_pruner(service, link, grace_s=config.prune_grace_s)
+        pruner = make_pruner(service, partial(list_clients, link), grace_s=config.prune_grace_s)
         nursery.start_soon(housekeeping.run, service, pruner)
         grpc_address = ""
         if config.grpc_listen:
@@ -135,14 +136,14 @@ async def list_clients(link: ManagerLink) -> set[bytes]:
     return {client.client_id for client in reply.clients}
 
 
-def make_pruner(service: MetaService, link: ManagerLink, *, grace_s: float) -> Pruner:
+def make_pruner(service: MetaService, clients: Callable[[], Awaitable[set[bytes]]], *, grace_s: float) -> Pruner:
     return Pruner(
         service.engine,
-        service.chunks,
+        service.cuts,
         service.clock,
         service.open_files,
         service.changes.root_step,
-        partial(list_clients, link),
+        clients,
         service.changes.committed,
         grace_s=grace_s,
     )

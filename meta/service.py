@@ -23,7 +23,7 @@ from kvfs.common.wire.server import Call
 from kvfs.meta.changes import Changes, Kind, Outcome, remembered
 from kvfs.meta.gc.chunks import Chunks
 from kvfs.meta.gc.collector import Collector
-from kvfs.meta.gc.cuts import Cuts, measure
+from kvfs.meta.gc.cuts import Cuts
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.transaction import Transaction
 from kvfs.meta.namespace import attributes, entries, files, fsck, keys, lookup, records, remove, rename, xattrs
@@ -216,12 +216,9 @@ class MetaService:
         self._hear(request.context)
         reply, step = await _outcome(self.changes.run(CLOSE, request, call))
         if step.measure:
-            async with self.cuts.exclusive(step.measure):
-                await self.cuts.carry_out(step.measure)  # or what is to be cut off would be measured
-            inode = await self.engine.transact(lambda txn: self.changes.root_step(txn).peek(step.measure))
-            measured = await measure(self.chunks, inode) if inode is not None else 0
-            kind = replace(CLOSE, operation=partial(files.close, measured=measured))
-            reply, step = await _outcome(self.changes.run(kind, request, call))
+            async with self.cuts.measured(step.measure) as measured:
+                kind = replace(CLOSE, operation=partial(files.close, measured=measured))
+                reply, step = await _outcome(self.changes.run(kind, request, call))
         if request.session and not request.still_open:
             self.open_files.forget(request.inode, request.session)
         answered: pb.InodeReply = reply

@@ -8,9 +8,9 @@ It must never wait for the store: what it reads and writes runs beside the steps
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Never
+from typing import Never, TypeVar
 
 import trio
 
@@ -27,6 +27,9 @@ from kvfs.inference.model.deepseek import DeepseekV3
 from kvfs.inference.request import Request, TokenEvent
 
 log = logging.getLogger("kvfs.inference.engine")
+
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -147,8 +150,9 @@ class Engine:
 
     async def _look_up(self, sequence: Sequence) -> None:
         assert self._store is not None
-        parent = sequence.key(sequence.reusable - 1) if sequence.reusable and sequence.tail else b""
-        pages, tail = await self._store.match(sequence.keys[: sequence.reusable], parent, sequence.tail)
+        keys = sequence.keys[: sequence.reusable]
+        parent = sequence.parent(sequence.reusable)
+        pages, tail = await _or("look up a prefix", partial(self._store.match, keys, parent, sequence.tail), (0, False))
         self._scheduler.looked_up(sequence, pages, tail)
         self._changed()
 
@@ -157,7 +161,7 @@ class Engine:
             self._scheduler.arriving(fetch)
             self._changed()
 
-        ok = await reading.run(arriving)
+        ok = await _or("read a prefix", partial(reading.run, arriving), False)
         if self._readings.get(fetch.sequence) is reading:
             del self._readings[fetch.sequence]
         self._scheduler.fetched(fetch, ok)
@@ -165,6 +169,15 @@ class Engine:
 
     async def _save(self, save: Save) -> None:
         assert self._store is not None
-        await self._store.save(save.keys, save.pages, save.parent, save.tail)
+        await _or("store a prefix", partial(self._store.save, save.keys, save.pages, save.parent, save.tail), None)
         self._scheduler.saved(save)
         self._changed()
+
+
+async def _or(what: str, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
+    """A store doesn't raise. If it does all the same, its mistake costs some computing, and no answer."""
+    try:
+        return await call()
+    except Exception:
+        log.exception("the store could not %s", what)
+        return otherwise

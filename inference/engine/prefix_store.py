@@ -2,7 +2,7 @@
 
 Owns the protocols `PrefixStore` and `Reading`. Invariants: nothing here raises because of storage: trouble is a miss, a failed reading, a page that
 is not kept. Keys are those of full pages (kvcache/keys.py, 64 tokens); the unfinished page of a prompt is named by the key of the page before it
-(empty: none is before it) and its tokens. Pages that were given stay the engine's: they are held until the call has ended.
+(or what stands for the salt, `keys.seed`) and its tokens. Pages that were given stay the engine's: they are held until the call has ended.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ class Scheduler:
             return False
         before = here + len(keys)
         own = sequence.pages[here : before + bool(tail)]
-        sequence.fetch = Fetch(sequence, keys, own, tail, sequence.key(before - 1) if before else b"")
+        sequence.fetch = Fetch(sequence, keys, own, tail, sequence.parent(before))
         sequence.state = State.FETCHING
         self._pages.hold(own)
         self._apart.add(sequence)
@@ -400,7 +400,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._apart.add(sequence)
         sequence.state = State.SAVING
-        self._effects.saves.append(Save(sequence, sequence.keys[:full], pages, tail, sequence.keys[full - 1] if full else b"", event))
+        self._effects.saves.append(Save(sequence, sequence.keys[:full], pages, tail, sequence.parent(full), event))
 
     def _count(self, sequence: Sequence, memory: int, disk: int) -> None:
         if not sequence.counted:

@@ -12,7 +12,7 @@ from enum import Enum, auto
 
 from kvfs.inference.cache.format import PAGE_TOKENS
 from kvfs.inference.request import Finish, Request, TokenEvent
-from kvfs.kvcache.keys import chain
+from kvfs.kvcache.keys import chain, seed
 
 
 class State(Enum):
@@ -84,9 +84,12 @@ class Sequence:
         """Of the page at that place; all its tokens are there."""
         while len(self.keys) <= place:
             start = len(self.keys) * PAGE_TOKENS
-            page = self.tokens[start : start + PAGE_TOKENS]
-            self.keys += chain(page, PAGE_TOKENS, parent=self.keys[-1]) if self.keys else chain(page, PAGE_TOKENS, salt=self.request.salt)
+            self.keys += chain(self.tokens[start : start + PAGE_TOKENS], PAGE_TOKENS, parent=self.parent(len(self.keys)))
         return self.keys[place]
+
+    def parent(self, place: int) -> bytes:
+        """The key of the page before that place; of the first, what stands for the salt."""
+        return self.key(place - 1) if place else seed(self.request.salt)
 
     def event(self, token: int | None, finish: Finish | None, message: str = "") -> TokenEvent:
         """About the last of `tokens`, or, without a token, about the place after it."""
@@ -113,7 +116,7 @@ class Fetch:
     """Of the keys, and then that of the tail, if there is one."""
     tail: list[int]
     parent: bytes
-    """The key of the page before the tail; empty: there is none."""
+    """Of the tail."""
 
     @property
     def tokens(self) -> int:

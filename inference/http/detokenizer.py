@@ -1,9 +1,9 @@
 """From tokens to text while the tokens arrive: what has been fed so far, as characters that nothing later can change.
 
 Owns the two detokenizers. Invariants: the pieces of an answer, with `finish()` at its end, are together exactly what the tokenizer makes of all its
-tokens at once; no piece ends within a character, so none is ever taken back. Byte-level tokenizers (GPT-2's, DeepSeek's) are decoded byte by byte, at
-once and without looking back; any other kind by decoding a window of its last tokens again. It must never raise for a token: one that means nothing
-is nothing.
+tokens at once; no piece ends within a character, so none is ever taken back. Byte-level tokenizers (GPT-2's, DeepSeek's) are decoded byte by byte,
+at once and without looking back; any other kind by decoding a window of its last tokens again. It must never raise for a token: one that means
+nothing is nothing.
 """
 
 from __future__ import annotations

@@ -47,6 +47,14 @@ class Cuts:
             if not users[0]:
                 del self._locks[inode]
 
+    @asynccontextmanager
+    async def measured(self, inode: int) -> AsyncIterator[int]:
+        """The length of a file as its chunks tell it, 0 if it is gone. True as long as this lasts: no truncation comes between."""
+        async with self.exclusive(inode):
+            await self.carry_out(inode)  # or what is to be cut off would be measured
+            _, found = await self._engine.transact(lambda txn: _load(txn, inode))
+            yield await measure(self._chunks, found) if found is not None else 0
+
     async def carry_out(self, inode: int) -> None:
         """Do what the intent record of this file asks for, if there is one. The caller is in `exclusive`."""
         try:
@@ -84,10 +92,8 @@ class Cuts:
 
 def _load(txn: Transaction, inode: int) -> tuple[records.Cut | None, pb.Inode | None]:
     data = txn.snapshot_get(keys.cut(inode))
-    if data is None:
-        return None, None
     stored = txn.snapshot_get(keys.inode(inode))
-    return records.decode_cut(data), None if stored is None else records.decode_inode(stored)
+    return None if data is None else records.decode_cut(data), None if stored is None else records.decode_inode(stored)
 
 
 def _clear(txn: Transaction, inode: int, done: records.Cut) -> bool:

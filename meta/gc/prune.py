@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.wire import meta_pb2 as pb
-from kvfs.meta.gc.chunks import Chunks
-from kvfs.meta.gc.cuts import measure
+from kvfs.meta.gc.cuts import Cuts
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.transaction import Transaction
 from kvfs.meta.namespace import keys, records
@@ -28,7 +27,7 @@ class Pruner:
     def __init__(
         self,
         engine: Engine,
-        chunks: Chunks,
+        cuts: Cuts,
         clock: Clock,
         open_files: OpenFiles,
         new_step: Callable[[Transaction], Step],
@@ -39,7 +38,7 @@ class Pruner:
     ) -> None:
         """`on_change`: told of every step that was committed (leases to revoke, garbage to collect)."""
         self._engine = engine
-        self._chunks = chunks
+        self._cuts = cuts
         self._clock = clock
         self._open_files = open_files
         self._new_step = new_step
@@ -79,16 +78,19 @@ class Pruner:
 
     async def _prune(self, number: int, name: bytes, write: bool) -> None:
         measured: int | None = None
-        inode = await self._engine.transact(lambda txn: self._new_step(txn).peek(number))
-        if write and inode is not None and inode.nlink:
-            measured = await measure(self._chunks, inode)
 
         def attempt(txn: Transaction) -> Step:
             step = self._new_step(txn)
             close_for_dead(step, number, name, write=write, measured=measured)
             return step
 
-        self._on_change(await self._engine.transact(attempt))
+        inode = await self._engine.transact(lambda txn: self._new_step(txn).peek(number))
+        if write and inode is not None and inode.nlink:
+            async with self._cuts.measured(number) as measured:
+                step = await self._engine.transact(attempt)
+        else:
+            step = await self._engine.transact(attempt)
+        self._on_change(step)
 
 
 def close_for_dead(step: Step, number: int, name: bytes, *, write: bool, measured: int | None) -> None:

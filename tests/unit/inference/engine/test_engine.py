@@ -107,6 +107,7 @@ class Shelf:
         self.readings: list[HeldReading] = []
         self.offered: list[bytes] = []
         self.steps = 0
+        self.raising = False
         self.hold = False
         """Readings wait for the test."""
 
@@ -118,6 +119,7 @@ class HeldReading:
         self._ok = True
         self._arrived = [trio.Event() for _ in range(LAYERS)]
         self.waited = 0
+        self.raising = False
         if not hold:
             for layer in range(LAYERS):
                 self.give(layer)
@@ -138,6 +140,8 @@ class HeldReading:
                 await event.wait()
                 if layer == 0 and self._ok:
                     arriving()
+            if self.raising:
+                raise RuntimeError("planted")
             return self._ok
         finally:
             for layer in self._layers:
@@ -158,6 +162,8 @@ class ShelfStore:
 
     async def match(self, keys: Sequence[bytes], parent: bytes, tail: Sequence[int]) -> tuple[int, bool]:
         await trio.lowlevel.checkpoint()
+        if self._shelf.raising:
+            raise RuntimeError("planted")
         found = 0
         while found < len(keys) and keys[found] in self._shelf.pages:
             found += 1
@@ -179,6 +185,8 @@ class ShelfStore:
 
     async def save(self, keys: Sequence[bytes], pages: Sequence[int], parent: bytes, tail: Sequence[int]) -> None:
         await trio.lowlevel.checkpoint()
+        if self._shelf.raising:
+            raise RuntimeError("planted")
         self._shelf.pages.update((key, bytes(self._pool.buffer(page))) for key, page in zip(keys, pages, strict=False))
         if tail:
             self._shelf.tails[parent, tuple(tail)] = bytes(self._pool.buffer(pages[-1]))
@@ -243,6 +251,30 @@ def test_a_prompt_is_computed_while_its_layers_come_and_anew_when_one_does_not(f
             assert held.waited or failing_layer == 0
             assert served.engine.stats.failed_fetches == (failing_layer is not None)
             assert served.engine.load().pages_used == 0
+
+    trio.run(main)
+
+
+def test_a_store_that_raises_costs_no_answer() -> None:
+    request = ask("a", prompt(200), 12)
+
+    async def main() -> None:
+        shelf = Shelf()
+        shelf.raising = True
+        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+            assert await served.answers([request]) == [await alone(request)]
+            served.engine.submit(Request(id="b", prompt=request.prompt, sampling=request.sampling, hand_over=True))
+            await served.until(lambda: bool(served.events["b"]))
+            assert served.tokens("b") == served.tokens("a")[:1]
+        shelf.raising, shelf.hold = False, True
+        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+            served.engine.submit(request)
+            held = await reading(served, shelf)
+            held.raising = True
+            for layer in range(LAYERS):
+                held.give(layer)
+            await served.until(lambda: served.ended("a"))
+            assert served.tokens("a") == await alone(request) and served.events["a"][0].disk_tokens == 0
 
     trio.run(main)
 

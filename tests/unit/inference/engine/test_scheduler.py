@@ -79,8 +79,7 @@ class World:
         pages = 0
         while pages < len(sequence.keys) and sequence.keys[pages] in self.stored:
             pages += 1
-        parent = sequence.key(sequence.reusable - 1) if sequence.reusable else b""
-        self.scheduler.looked_up(sequence, pages, (parent, tuple(sequence.tail)) in self.tails)
+        self.scheduler.looked_up(sequence, pages, (sequence.parent(sequence.reusable), tuple(sequence.tail)) in self.tails)
 
     def read(self, fetch: Fetch) -> bool:
         """Into the pages; False: something isn't there any more."""
@@ -624,6 +623,19 @@ def test_random_lives(first: int) -> None:
         except BaseException as error:
             error.add_note(f"seed {seed}")
             raise
+
+
+def test_an_unfinished_first_page_belongs_to_its_salt() -> None:
+    world = World(store=True)
+    world.submit(ask("a", prompt(40), 10, ignore_eos=True, hand_over=True, salt=b"one"))
+    world.run()
+    world.end_save()
+    for salt, found in ((b"two", False), (b"one", True)):
+        world.submit(ask("b", prompt(40), 10, ignore_eos=True, answered=tuple(world.tokens("a")), salt=salt))
+        sequence = world.lookups[0]
+        world.answer_lookup()
+        assert sequence.tail_stored is found
+        world.scheduler.cancel("b")
 
 
 def test_states_are_told_apart() -> None:

@@ -12,6 +12,7 @@ from kvfs.meta.gc import housekeeping
 from kvfs.meta.gc.collector import chains_with_chunks
 from kvfs.meta.gc.prune import Pruner
 from kvfs.meta.namespace import keys
+from kvfs.meta.server import make_pruner
 
 S1, S2 = b"1" * 16, b"2" * 16
 
@@ -148,10 +149,7 @@ def pruner(service: Service, listed: set[bytes], *, grace_s: float = 10.0) -> Pr
     async def list_clients() -> set[bytes]:
         return listed
 
-    meta = service.meta
-    return Pruner(
-        service.engine, service.chunks, service.clock, meta.open_files, meta.changes.root_step, list_clients, meta.changes.committed, grace_s=grace_s
-    )
+    return make_pruner(service.meta, list_clients, grace_s=grace_s)
 
 
 def test_a_dead_writer_is_closed_with_the_length_of_its_chunks() -> None:

@@ -11,6 +11,8 @@ from tests.unit.meta.namespace.service_world import CHAINS, SIZE, B, Service, ru
 from kvfs.common.errors import NoServingTarget
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.gc import housekeeping
+from kvfs.meta.gc.chunks import LastChunk
+from kvfs.meta.server import make_pruner
 
 S1, S2 = b"1" * 16, b"2" * 16
 
@@ -209,5 +211,54 @@ def test_a_report_from_before_a_truncate() -> None:
         service.chunks.write(made, SIZE + 9)  # written after the cut by a client that has not heard of it
         reply = await service.call("close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=4 * SIZE, truncate_version=0))
         assert reply.inode.length == SIZE + 9
+
+    run(main)
+
+
+@pytest.mark.parametrize("what", ["a report", "the end of a dead client"])
+def test_a_length_is_not_measured_while_the_file_is_cut(what: str) -> None:
+    """What was measured before the cut made the file as long again, with zeros."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        service.chunks.write(made, SIZE + 100)
+        last = service.chunks.last
+
+        async def slow(chain_id: int, inode: int) -> LastChunk | None:
+            found = await last(chain_id, inode)
+            await trio.sleep(1)
+            return found
+
+        service.chunks.last = slow  # type: ignore[method-assign]
+
+        async def nobody() -> set[bytes]:
+            return set()
+
+        async with trio.open_nursery() as nursery:
+            if what == "a report":
+                request = pb.CloseRequest(inode=made.inode, session=S1, wrote=True, uncertain=True, length=0)
+                nursery.start_soon(service.call, "close", request)
+            else:
+                pruner = make_pruner(service.meta, nobody, grace_s=0)
+                nursery.start_soon(pruner.round)
+            await trio.sleep(0.5)
+            await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=0), B)
+        assert (await service.stat(made.inode)).length == 0
+        assert service.chunks.of(made.inode) == {}
+
+    run(main)
+
+
+def test_a_dead_clients_file_is_measured_when_its_truncation_was_carried_out() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await _left_undone(service)
+
+        async def nobody() -> set[bytes]:
+            return set()
+
+        await make_pruner(service.meta, nobody, grace_s=0).round()
+        assert (await service.stat(made.inode)).length == 10
 
     run(main)
