@@ -10,7 +10,7 @@ import pytest
 
 from kvfs.common.errors import InvalidArgument
 from kvfs.kvcache.replay import oracle
-from kvfs.kvcache.workload import PRESETS, Prompt, WorkloadParams, as_requests, generate, preset
+from kvfs.kvcache.workload import PRESETS, Prompt, WorkloadParams, as_requests, generate, preset, scaled
 
 
 def shared(one: Prompt, two: Prompt) -> int:
@@ -28,6 +28,23 @@ def test_every_preset_gives_the_requests_it_promises(name: str) -> None:
     assert {prompt.system for prompt in prompts} <= set(range(params.systems))
     tally = oracle(as_requests(prompts, 64), block_tokens=64)
     assert 0.5 < tally.hit_rate < 0.95
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_preset_of_deepseeks_day_has_its_share_of_hits_and_of_output(seed: int) -> None:
+    """342 of 608 billion input tokens came from the cache, and 168 billion tokens went out."""
+    prompts = list(generate(preset("deepseek", seed=seed)))
+    tally = oracle(as_requests(prompts, 64), block_tokens=64)
+    assert abs(tally.hit_rate - 342 / 608) < (0.002 if seed == PRESETS["deepseek"].seed else 0.015)
+    assert abs(sum(len(prompt.answer) for prompt in prompts) / tally.input_tokens - 168 / 608) < 0.01
+
+
+def test_lengths_are_scaled() -> None:
+    params = preset("laptop", requests=60)
+    whole, half = list(generate(params)), list(generate(scaled(params, 0.5)))
+    ratio = sum(len(prompt.tokens) for prompt in half) / sum(len(prompt.tokens) for prompt in whole)
+    assert 0.3 < ratio < 0.7 and max(len(prompt.tokens) for prompt in half) <= params.context_tokens // 2
+    assert scaled(params, 1.0) == params and scaled(params, 1e-6).turn_tokens == (1, 1)
 
 
 def test_it_is_the_same_everywhere_and_another_with_another_seed() -> None:
