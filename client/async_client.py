@@ -151,6 +151,7 @@ class AsyncClient(PathOperations):
         """The tasks of a living client."""
         self._nursery.start_soon(self._back.flush_old)
         self._nursery.start_soon(self.meta.keep_telling_ends, self.config.session_end_s)
+        self._nursery.start_soon(self.files.finish_closes)
         if self.config.length_hint_s:
             self._nursery.start_soon(self.files.hint_lengths)
         if self.config.watch:

@@ -33,8 +33,17 @@ class OpenFile:
     """One open file of this client. Made by AsyncClient.open_file and path operations, not directly."""
 
     def __init__(
-        self, state: FileState, *, session: bytes, read: bool, write: bool, append: bool, user: User, on_close: Callable[[OpenFile, FileState], None]
+        self,
+        state: FileState,
+        *,
+        session: bytes,
+        read: bool,
+        write: bool,
+        append: bool,
+        user: User,
+        on_close: Callable[[OpenFile, FileState, bool], None],
     ) -> None:
+        """`on_close`: told at the end of `close`, and whether the metadata service knows of it, or will."""
         self._state = state
         self._read = read
         self._write = write
@@ -327,33 +336,43 @@ class OpenFile:
         return await self._state.truncate(length, self.session, self.user)
 
     async def close(self) -> None:
-        """flush, report, end the session, all within one deadline. The handle is closed even when this raises; a second close does nothing.
+        """flush, report, end the session, all within one deadline. The handle is closed even when this raises or is cancelled, and the rest is done in
+        the background; a second close does nothing.
 
         Returns when the metadata service knows what was written; where there is nothing to report, nobody waits for the end of the session.
         """
         if self._closed:
             return
         self._closed = True
-        state = self._state
+        began = trio.current_time()
+        ended = False
         try:
-            began = trio.current_time()
-            while self._through:
-                self._through_gone = trio.Event()
-                await self._through_gone.wait()
-            if self._write and state.dirty:
-                await state.flush()
-            if self._write and state.must_report:
-                try:
-                    await self._report_since(began, still_open=False)
-                except KvfsError:
-                    self._raise_pending()  # that bytes are lost says more
-                    raise
-            elif self.session:
-                state.shared.meta.end_session(self.inode, self.session)
+            try:
+                await self._end(lambda: self._report_since(began, still_open=False))
+            except KvfsError:
+                self._raise_pending()  # that bytes are lost says more
+                raise
+            ended = True
             if self._write:
                 self._raise_pending()
         finally:
-            self._on_close(self, state)
+            self._on_close(self, self._state, ended)
+
+    async def finish_close(self) -> None:
+        """What a close that was cancelled, or failed, has not done."""
+        await self._end(lambda: self._state.report(self.session, self.user, still_open=False))
+
+    async def _end(self, report: Callable[[], Awaitable[None]]) -> None:
+        state = self._state
+        while self._through:
+            self._through_gone = trio.Event()
+            await self._through_gone.wait()
+        if self._write and state.dirty:
+            await state.flush()
+        if self._write and state.must_report:
+            await report()
+        elif self.session:
+            state.shared.meta.end_session(self.inode, self.session)
 
     def _check_writable(self, offset: int) -> None:
         if self._closed or not self._write:

@@ -18,12 +18,17 @@ from kvfs.common.wire import meta_pb2 as pb
 
 log = logging.getLogger("kvfs.client")
 
+FINISH_AGAIN_S = 1.0
+
 
 class FileTable:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._states: dict[int, FileState] = {}
         self._handles: set[OpenFile] = set()
+        self._unfinished: list[OpenFile] = []
+        self._wake = trio.Event()
+        self._finishing = trio.Lock()
 
     def open(self, inode: pb.Inode, *, session: bytes, read: bool, write: bool, append: bool, user: User) -> OpenFile:
         if inode.type != pb.FILE:
@@ -41,7 +46,37 @@ class FileTable:
         self._handles.add(handle)
         return handle
 
-    def _closed(self, handle: OpenFile, state: FileState) -> None:
+    def _closed(self, handle: OpenFile, state: FileState, ended: bool) -> None:
+        if not ended:
+            self._unfinished.append(handle)
+            self._wake.set()
+        else:
+            self._gone(handle, state)
+
+    async def finish_closes(self) -> None:
+        """For ever: end the sessions of handles whose close was cancelled or failed, or their files would stay open for as long as this client lives.
+        Until then the file counts as open here too: it has bytes that nobody else knows of."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            await self._finish_all()
+            if self._unfinished:
+                self._wake.set()
+                await self._shared.clock.sleep(FINISH_AGAIN_S)
+
+    async def _finish_all(self) -> None:
+        async with self._finishing:
+            for handle in list(self._unfinished):
+                try:
+                    with trio.fail_after(self._shared.config.deadline_s):
+                        await handle.finish_close()
+                except (KvfsError, trio.TooSlowError) as error:
+                    log.warning("the close of inode %d is tried again: %s", handle.inode, error)
+                else:
+                    self._unfinished.remove(handle)
+                    self._gone(handle, self._states[handle.inode])
+
+    def _gone(self, handle: OpenFile, state: FileState) -> None:
         self._handles.discard(handle)
         state.handles -= 1
         if state.handles == 0:
@@ -94,5 +129,6 @@ class FileTable:
                 await handle.close()
             except KvfsError as error:
                 first = first or error
+        await self._finish_all()
         if first is not None:
             raise first

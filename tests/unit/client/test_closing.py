@@ -98,3 +98,37 @@ def test_a_client_tells_what_has_ended_before_it_goes() -> None:
             assert sorted(place.meta.ended) == sorted((7, file.session) for file in files)
 
     run(test)
+
+
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "too late"])
+def test_a_close_that_did_not_come_to_its_end_is_finished_in_the_background(cancelled: bool) -> None:
+    """Else its session stayed open for as long as the client lives: a removed file would never be freed, and what was written not counted."""
+
+    async def test() -> None:
+        async with world(config=ClientConfig(deadline_s=0.5 if not cancelled else 30)) as place:
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * 100])
+            hold = trio.Event()
+            if cancelled:
+                place.storage[0].hold = place.storage[1].hold = hold
+                with trio.move_on_after(0.05):
+                    await file.close()
+                again = opened(place, 7, write=False)
+                assert bytes(await again.pread(0, 200)) == b"a" * 100, "a file that is still to be closed is one with its other handles"
+                await again.close()
+                assert not place.meta.closes
+            else:
+                place.meta.hold_answers = hold
+                with pytest.raises(DeadlineExceeded):
+                    await file.close()
+                place.meta.closes.clear()
+            assert file.closed
+            hold.set()
+            with trio.fail_after(10):
+                while place.client.files.state(7) is not None:
+                    await trio.sleep(0.01)
+            assert [(close.session, close.still_open) for close in place.meta.closes][-1:] == [(file.session, False)]
+            assert place.content(7) == b"a" * 100
+
+    run(test)
