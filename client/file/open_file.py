@@ -336,8 +336,8 @@ class OpenFile:
         return await self._state.truncate(length, self.session, self.user)
 
     async def close(self) -> None:
-        """flush, report, end the session, all within one deadline. The handle is closed even when this raises or is cancelled, and the rest is done in
-        the background; a second close does nothing.
+        """flush, report, end the session, all within one deadline. The handle is closed even when this raises or is cancelled: the rest is then done
+        in the background. A second close does nothing.
 
         Returns when the metadata service knows what was written; where there is nothing to report, nobody waits for the end of the session.
         """

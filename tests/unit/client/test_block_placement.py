@@ -38,7 +38,7 @@ def test_known_places() -> None:
 
 def test_the_worked_example_of_the_format_document() -> None:
     section = FORMAT.read_text().split("## KV-cache blocks")[1].split("```")[1]
-    text, namespace, parent, key, bucket, chain = [line.split("#")[0].strip() for line in section.strip().splitlines()]
+    text, namespace, parent, key, bucket, chain, *_ = [line.split("#")[0].strip() for line in section.strip().splitlines()]
     params = SpaceParams(block_tokens=4, block_bytes=4096, model="m", dtype="bf16")
     assert hashlib.blake2b(text.encode(), digest_size=16, person=b"kvfs-space").digest() == params.digest == bytes.fromhex(namespace)
     assert keys.chain([1, 2, 3, 4, 5], 4) == [bytes.fromhex(key)] == keys.chain([1, 2, 3, 4], 4, parent=bytes.fromhex(parent))
