@@ -25,7 +25,7 @@ class EngineConfig:
     step_tokens: int = 512
     """Computed in one step at most: longer prompts are prefilled in chunks."""
     running_requests: int = 64
-    """Decoded at once at most."""
+    """Decoded at once at most, and never more than step_tokens: each gets a token in every step."""
     waiting_requests: int = 256
     """More are refused (HTTP 429)."""
     threads: int = 1

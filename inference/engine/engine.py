@@ -150,9 +150,8 @@ class Engine:
 
     async def _look_up(self, sequence: Sequence) -> None:
         assert self._store is not None
-        keys = sequence.keys[: sequence.reusable]
-        parent = sequence.parent(sequence.reusable)
-        pages, tail = await _or("look up a prefix", partial(self._store.match, keys, parent, sequence.tail), (0, False))
+        asked = partial(self._store.match, sequence.reusable_keys(), sequence.parent(sequence.reusable), sequence.tail)
+        pages, tail = await _or("look up a prefix", asked, (0, False))
         self._scheduler.looked_up(sequence, pages, tail)
         self._changed()
 

@@ -94,7 +94,7 @@ class Scheduler:
         self._arrived += 1
         self._by_id[request.id] = sequence
         self._waiting.append(sequence)
-        here = len(self._pages.prefix(sequence.keys[: sequence.reusable]))
+        here = len(self._pages.prefix(sequence.reusable_keys()))
         if self._limits.store and (here < sequence.reusable or sequence.tail):
             sequence.stored = None
             self._effects.lookups.append(sequence)
@@ -227,7 +227,7 @@ class Scheduler:
         place = 0
         while place < len(self._waiting) and len(self._running) + len(self._apart) < self._running_max:
             sequence = self._waiting[place]
-            found = self._pages.prefix([sequence.key(page) for page in range(sequence.reusable)])
+            found = self._pages.prefix(sequence.reusable_keys())
             if sequence.stored is None or (len(found) < sequence.reusable and sequence.key(len(found)) in self._on_the_way):
                 place += 1
             elif self._reserve(sequence, found):

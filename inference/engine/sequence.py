@@ -87,6 +87,11 @@ class Sequence:
             self.keys += chain(self.tokens[start : start + PAGE_TOKENS], PAGE_TOKENS, parent=self.parent(len(self.keys)))
         return self.keys[place]
 
+    def reusable_keys(self) -> list[bytes]:
+        if self.reusable:
+            self.key(self.reusable - 1)
+        return self.keys[: self.reusable]
+
     def parent(self, place: int) -> bytes:
         """The key of the page before that place; of the first, what stands for the salt."""
         return self.key(place - 1) if place else seed(self.request.salt)

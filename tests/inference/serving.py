@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -65,13 +65,13 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    path: Path, *, make_store: Callable[[PagePool], PrefixStore] | None = None, the_model: DeepseekV3 | None = None, **config: object
+    path: Path, *, make_store: Callable[[PagePool], Awaitable[PrefixStore]] | None = None, the_model: DeepseekV3 | None = None, **config: object
 ) -> AsyncIterator[Served]:
     settings = EngineConfig(**{"cache_pages": 64, **config})  # type: ignore[arg-type]
     computes = the_model or model(path, settings.dtype)
     pool = PagePool(computes.page_format(settings.cache_dtype), settings.cache_pages, compute=computes.dtype)
     served: Served
-    engine = Engine(settings, computes, pool, SystemClock(), lambda events: served.heard(events), make_store(pool) if make_store else None)
+    engine = Engine(settings, computes, pool, SystemClock(), lambda events: served.heard(events), await make_store(pool) if make_store else None)
     served = Served(engine)
     try:
         async with trio.open_nursery() as nursery:

@@ -111,6 +111,9 @@ class Shelf:
         self.hold = False
         """Readings wait for the test."""
 
+    async def store(self, pool: PagePool) -> ShelfStore:
+        return ShelfStore(self, pool)
+
 
 class HeldReading:
     def __init__(self, pool: PagePool, pages: Sequence[int], content: list[bytes], hold: bool) -> None:
@@ -200,12 +203,12 @@ def test_pages_are_offered_when_they_fill_and_read_by_another_engine() -> None:
     shelf, first = Shelf(), ask("a", prompt(150), 60)
 
     async def main() -> None:
-        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+        async with serving(micro(), make_store=shelf.store) as served:
             answer = (await served.answers([first]))[0]
             assert answer == await alone(first)
             assert len(shelf.offered) == len(set(shelf.offered)) == 3, "two of the prompt, and one that was generated"
         second = ask("b", [*first.prompt, *answer, 7, 8, 9], 10)
-        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+        async with serving(micro(), make_store=shelf.store) as served:
             assert await served.answers([second]) == [await alone(second)]
             assert (served.events["b"][0].cached_tokens, served.events["b"][0].disk_tokens) == (192, 192)
             stats = served.engine.stats
@@ -224,7 +227,7 @@ async def reading(served: Served, shelf: Shelf) -> HeldReading:
 
 async def filled(request: Request) -> Shelf:
     shelf = Shelf()
-    async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+    async with serving(micro(), make_store=shelf.store) as served:
         await served.answers([request])
     shelf.hold = True
     return shelf
@@ -236,7 +239,7 @@ def test_a_prompt_is_computed_while_its_layers_come_and_anew_when_one_does_not(f
 
     async def main() -> None:
         shelf = await filled(request)
-        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+        async with serving(micro(), make_store=shelf.store) as served:
             served.engine.submit(request)
             held = await reading(served, shelf)
             other = ask("o", prompt(10, 5), 8)
@@ -261,13 +264,13 @@ def test_a_store_that_raises_costs_no_answer() -> None:
     async def main() -> None:
         shelf = Shelf()
         shelf.raising = True
-        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+        async with serving(micro(), make_store=shelf.store) as served:
             assert await served.answers([request]) == [await alone(request)]
             served.engine.submit(Request(id="b", prompt=request.prompt, sampling=request.sampling, hand_over=True))
             await served.until(lambda: bool(served.events["b"]))
             assert served.tokens("b") == served.tokens("a")[:1]
         shelf.raising, shelf.hold = False, True
-        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+        async with serving(micro(), make_store=shelf.store) as served:
             served.engine.submit(request)
             held = await reading(served, shelf)
             held.raising = True
@@ -285,7 +288,7 @@ def test_an_engine_that_is_cancelled_ends_although_a_step_waits_for_layers() -> 
     async def main() -> None:
         shelf = await filled(request)
         with trio.fail_after(20):
-            async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+            async with serving(micro(), make_store=shelf.store) as served:
                 served.engine.submit(request)
                 held = await reading(served, shelf)
                 held.give(0)
@@ -303,13 +306,13 @@ def test_an_answer_that_is_handed_over_goes_on_elsewhere_with_one_token_to_compu
     async def main() -> None:
         shelf = Shelf()
         expected = await alone(whole)
-        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+        async with serving(micro(), make_store=shelf.store) as served:
             served.engine.submit(first)
             await served.until(lambda: bool(served.events["a"]))
             (event,) = served.events["a"]
             assert (event.token, event.finish, event.index) == (expected[0], None, 0)
             assert served.engine.load().running == 0 and served.engine.stats.handed_over == 1
-        async with serving(micro(), make_store=lambda pool: ShelfStore(shelf, pool)) as served:
+        async with serving(micro(), make_store=shelf.store) as served:
             assert await served.answers([ask("a", whole.prompt, 12, answered=expected[:1])]) == [expected[1:]]
             assert served.events["a"][0].disk_tokens == length
             assert served.engine.stats.computed_tokens == 11, "none of the prompt"
