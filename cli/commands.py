@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "stat": ("files", "stat", "Attributes and layout of files."),
     "bench": ("bench", "bench", "Measure KV-cache spaces; replay request traces."),
     "kv": ("kv", "kv", "Spaces of KV-cache blocks: make, put, get, look at."),
+    "serve": ("serve", "serve", "Serve a model over HTTP as OpenAI does, its KV cache on kvfs."),
     "fsck": ("fsck", "fsck", "Check metadata against chunks, or one target."),
     "config": ("config", "config", "Show configuration."),
     "admin": ("admin", "admin", "Nodes, chains, targets, clients."),
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "manager": ("services", "manager", "Run a cluster manager in the foreground."),
     "meta": ("services", "meta", "Run a metadata service in the foreground."),
     "storage": ("services", "storage", "Run a storage service in the foreground."),
+    "worker": ("worker", "worker", "Run an inference worker in the foreground."),
     "supervise": ("up", "supervise", "Run the supervisor of a cluster directory in the foreground."),
 }
 UNLISTED = {"supervise"}

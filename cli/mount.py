@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from kvfs.cli import process
+from kvfs.cli.children import kvfs_argv
 from kvfs.cli.context import Options, common_options, print_json
-from kvfs.cli.supervisor import kvfs_argv
 from kvfs.common import config as configuration
 from kvfs.common.errors import DeadlineExceeded, MountError
 from kvfs.fuse import kernel

@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import sys
 
+from kvfs.cli.children import kvfs_argv
 from kvfs.cli.context import report
 from kvfs.cli.mount import check_mount_point, start_detached
-from kvfs.cli.supervisor import kvfs_argv
 
 USAGE = 1
 FAILED = 32

@@ -11,15 +11,14 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from kvfs.cli import process
+from kvfs.cli.children import Child, Lifeline, kvfs_argv, stop
 from kvfs.cli.cluster_dir import ClusterDir
 from kvfs.cli.control import LINE_BYTES_MAX, is_running
 from kvfs.common.errors import DirectoryInUse, KvfsError, SetupError
@@ -27,52 +26,11 @@ from kvfs.common.errors import DirectoryInUse, KvfsError, SetupError
 log = logging.getLogger("kvfs.supervisor")
 
 READY_TIMEOUT_S = 60.0
-STOP_GRACE_S = 20.0
 RESTART_DELAY_S = {"manager": 0.5, "meta": 0.5, "mount": 1.0, "storage": 5.0}
 """Metadata has one process each here, and everyone waits for it. A storage service is given time to be missed: chains go on without it, and an
 immediate start would only meet its own recovery."""
 RESTART_DELAY_MAX_S = 60.0
 STOP_ORDER = ("mount", "meta", "storage", "manager")
-
-
-@dataclass(slots=True)
-class Child:
-    """One supervised process. `state`: starting, running, restarting, stopped or failed."""
-
-    name: str
-    role: str
-    argv: list[str]
-    node_id: int = 0
-    state: str = "stopped"
-    pid: int | None = None
-    addresses: list[str] = field(default_factory=list)
-    wanted: bool = True
-    restarts: int = 0
-    error: str = ""
-    changed: trio.Event = field(default_factory=trio.Event)
-    process: trio.Process | None = None
-
-    def set_state(self, state: str, error: str = "") -> None:
-        self.state, self.error = state, error
-        self.changed.set()
-        self.changed = trio.Event()
-
-    def describe(self) -> dict[str, object]:
-        return {
-            "role": self.role,
-            "id": self.name,
-            "node_id": self.node_id,
-            "pid": self.pid,
-            "address": self.addresses[0] if self.addresses else "",
-            "addresses": self.addresses,
-            "state": self.state,
-            "restarts": self.restarts,
-            "error": self.error,
-        }
-
-
-def kvfs_argv(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "kvfs.cli.main", *arguments]
 
 
 def mount_child(cluster: ClusterDir, mount: str) -> Child:
@@ -103,8 +61,7 @@ class Supervisor:
         self.phase = "starting"
         self.error = ""
         self._bring_up = bring_up
-        self._lifeline_read, self._lifeline_write = os.pipe()
-        os.set_inheritable(self._lifeline_write, False)
+        self._lifeline = Lifeline()
         self._stopping = trio.Event()
 
     async def run(self) -> None:
@@ -175,7 +132,7 @@ class Supervisor:
         delay_s = RESTART_DELAY_S[child.role]
         while child.wanted:
             started_s = trio.current_time()
-            status = await self._run_once(child)
+            status = await self._lifeline.run_once(child, self.cluster.log_file(child.name))
             if not child.wanted or status == 0:  # an operator's SIGTERM or umount is not a failure: leave it so
                 break
             words = child.error or process.last_words(self.cluster.log_file(child.name)) or f"exit status {status}"
@@ -194,67 +151,13 @@ class Supervisor:
             delay_s = min(2 * delay_s, RESTART_DELAY_MAX_S)
         child.set_state("stopped")
 
-    async def _run_once(self, child: Child) -> int:
-        read, write = os.pipe()
-        environment = {**os.environ, "KVFS_READY_FD": str(write), "KVFS_LIFELINE_FD": str(self._lifeline_read)}
-        with open(self.cluster.log_file(child.name), "ab") as out:
-            try:
-                running = await trio.lowlevel.open_process(
-                    child.argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    env=environment,
-                    pass_fds=(write, self._lifeline_read),
-                    start_new_session=True,
-                )
-            finally:
-                os.close(write)
-        child.process, child.pid = running, running.pid
-        child.set_state("starting")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_ready, child, trio.lowlevel.FdStream(read))
-            status = await running.wait()
-            nursery.cancel_scope.cancel()
-        child.process, child.pid = None, None
-        return status
-
-    async def _read_ready(self, child: Child, pipe: trio.lowlevel.FdStream) -> None:
-        async with pipe:
-            line = b""
-            while not line.endswith(b"\n"):
-                part = await pipe.receive_some(4096)
-                if not part:
-                    return
-                line += part
-        info = json.loads(line)
-        child.addresses = [str(address) for address in info.get("addresses", child.addresses)]
-        child.node_id = int(info.get("node_id", child.node_id))
-        child.set_state("running")
-
-    async def _stop(self, child: Child) -> None:
-        child.wanted = False
-        running = child.process
-        if running is None:
-            child.set_state("stopped")
-            return
-        running.terminate()
-        with trio.move_on_after(STOP_GRACE_S):
-            await running.wait()
-        if running.returncode is None:
-            log.warning("%s did not stop within %.0f s: killing it", child.name, STOP_GRACE_S)
-            running.kill()
-            await running.wait()
-        child.process, child.pid = None, None
-        child.set_state("stopped")
-
     async def _stop_all(self) -> None:
         self.phase = "stopping"
         for role in STOP_ORDER:
             async with trio.open_nursery() as nursery:
                 for child in self.children.values():
                     if child.role == role:
-                        nursery.start_soon(self._stop, child)
+                        nursery.start_soon(stop, child)
 
     # --- the control socket ---
 
@@ -304,7 +207,7 @@ class Supervisor:
                 return {"process": child.describe()}
             case "stop":
                 child = self._child(request)
-                await self._stop(child)
+                await stop(child)
                 return {"process": child.describe()}
             case "mount":
                 path = _mount_path(request)
