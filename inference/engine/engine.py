@@ -121,6 +121,9 @@ class Engine:
             log.exception("a step with %d requests failed", len(works))
             self._scheduler.failed(works, f"the model failed: {type(error).__name__}: {error}")
             return
+        if outcome.postponed:
+            self._scheduler.postponed(works)
+            return
         self._scheduler.done(works, outcome.tokens, outcome.broken)
         seconds = self._clock.monotonic() - began
         self.stats.steps += 1

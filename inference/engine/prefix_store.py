@@ -18,8 +18,8 @@ class Reading(Protocol):
         """Reads. `arriving` is called when the prompt may be computed on while the other layers come. False: the pages are worth nothing. However it
         ends, cancelled too, whoever waits goes on, and nothing writes into the pages any more."""
 
-    def wait(self, layer: int) -> bool:
-        """In the step's thread: until that layer is there. False: it won't be."""
+    def wait(self, layer: int, timeout_s: float) -> bool | None:
+        """In the step's thread: until that layer is there. False: it won't be; None: not in this time."""
 
 
 class PrefixStore(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -19,6 +20,9 @@ from kvfs.inference.engine.sequence import Sequence, Work
 from kvfs.inference.model.batch import Piece
 from kvfs.inference.model.deepseek import DeepseekV3, batch_of
 
+PATIENCE_S = 0.1
+"""What a step waits for layers altogether. Longer, and requests that come meanwhile would notice."""
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -28,6 +32,12 @@ class Outcome:
     """Their pages did not all arrive."""
     waited_s: float = 0.0
     """For layers."""
+    postponed: bool = False
+    """Layers were too long in coming: nothing was computed."""
+
+
+class _Late(Exception):
+    """Out of the model's forward pass."""
 
 
 class Runner:
@@ -39,20 +49,29 @@ class Runner:
 
     def run(self, works: list[Work], readings: Mapping[Sequence, Reading]) -> Outcome:
         outcome = Outcome([])
-
-        def before_layer(layer: int) -> None:
-            began = self._clock.monotonic()
-            for sequence, reading in readings.items():
-                if sequence not in outcome.broken and not reading.wait(layer):
-                    outcome.broken.add(sequence)
-            outcome.waited_s += self._clock.monotonic() - began
-
+        before_layer = partial(self._wait, outcome, readings) if readings else None
         with torch.inference_mode():
             pieces = [Piece(work.tokens, work.start, work.sequence.pages, work.sample) for work in works]
-            logits = self._model.forward(batch_of(pieces, self._model.device), self._pool, before_layer if readings else None)
+            try:
+                logits = self._model.forward(batch_of(pieces, self._model.device), self._pool, before_layer)
+            except _Late:
+                outcome.postponed = True
+                return outcome
             chosen = iter(sample(logits, [draw(work.sequence) for work in works if work.sample]))
         outcome.tokens = [next(chosen) if work.sample else None for work in works]
         return outcome
+
+    def _wait(self, outcome: Outcome, readings: Mapping[Sequence, Reading], layer: int) -> None:
+        for sequence, reading in readings.items():
+            if sequence in outcome.broken:
+                continue
+            began = self._clock.monotonic()
+            there = reading.wait(layer, max(0.0, PATIENCE_S - outcome.waited_s))
+            outcome.waited_s += self._clock.monotonic() - began
+            if there is None:
+                raise _Late
+            if not there:
+                outcome.broken.add(sequence)
 
 
 def draw(sequence: Sequence) -> Draw:

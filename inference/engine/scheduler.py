@@ -137,8 +137,8 @@ class Scheduler:
         """Nothing writes into its pages any more. Once for each fetch."""
         sequence = fetch.sequence
         if sequence.fetch is fetch:
-            if sequence.in_step:  # it waited for every layer, so that all is there when it is done
-                sequence.broken |= not ok
+            if sequence.in_step:
+                sequence.fetch_ended = ok
             elif ok:
                 self._arrived_whole(sequence)
                 self._start(sequence)
@@ -165,18 +165,22 @@ class Scheduler:
     # --- steps ------------------------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Work]:
-        """The next one; empty: nothing can be computed before something else happens."""
+        """The next one; empty: nothing can be computed before something else happens. Requests whose last layers are still being read are computed
+        together, and only when there is nothing else: they may have to wait, and nobody waits with them."""
         self._admit()
+        return self._step(arriving=False) or self._step(arriving=True)
+
+    def _step(self, *, arriving: bool) -> list[Work]:
         works: list[Work] = []
         for sequence in list(self._running):
-            if sequence.left == 1 and sequence.state is State.RUNNING and self._room(sequence):
+            if sequence.left == 1 and sequence.state is State.RUNNING and (sequence.fetch is not None) == arriving and self._room(sequence):
                 works.append(self._work(sequence, 1))
         budget = self._limits.step_tokens - len(works)
         coming: set[bytes] = set()
         for sequence in self._running:
             if budget <= 0:
                 break
-            if sequence.in_step or not self._ready(sequence, coming):
+            if sequence.in_step or (sequence.fetch is not None) != arriving or not self._ready(sequence, coming):
                 continue
             count = min(budget, sequence.left)
             works.append(self._work(sequence, count))
@@ -193,12 +197,29 @@ class Scheduler:
             sequence.in_step = False
             if sequence.ending is not None:
                 self._end(sequence, sequence.ending)
-            elif sequence.broken or sequence in lost:
+            elif sequence.fetch_ended is False or sequence in lost:
                 self._compute_instead(sequence)
             else:
-                if sequence.fetch is not None:
+                if sequence.fetch is not None:  # every layer of it was waited for
                     self._arrived_whole(sequence)
                 self._computed(sequence, work, token)
+
+    def postponed(self, works: Iterable[Work]) -> None:
+        """The step was given up, as layers that it waited for were long in coming: its requests go on when all is there."""
+        for work in works:
+            sequence = work.sequence
+            sequence.in_step = False
+            if sequence.ending is not None:
+                self._end(sequence, sequence.ending)
+            elif sequence.fetch_ended is False:
+                self._compute_instead(sequence)
+            elif sequence.fetch_ended:
+                self._arrived_whole(sequence)
+            elif sequence.fetch is not None:
+                sequence.computed -= sequence.fetch.tokens
+                sequence.state = State.FETCHING
+                self._running.remove(sequence)
+                self._apart.add(sequence)
 
     def failed(self, works: Iterable[Work], message: str) -> None:
         """The step ended with an error of the model's: so do its requests."""
@@ -282,7 +303,7 @@ class Scheduler:
 
     def _arrived_whole(self, sequence: Sequence) -> None:
         """All that it fetched is there, and may be found by others."""
-        fetch, sequence.fetch = sequence.fetch, None
+        fetch, sequence.fetch, sequence.fetch_ended = sequence.fetch, None, None
         assert fetch is not None
         if sequence.state is State.FETCHING:
             sequence.computed += fetch.tokens
@@ -447,5 +468,5 @@ class Scheduler:
             self._running.remove(sequence)
         self._apart.discard(sequence)
         pages, sequence.pages = sequence.pages, []
-        sequence.fetch, sequence.broken, sequence.computed, sequence.known = None, False, 0, 0
+        sequence.fetch, sequence.fetch_ended, sequence.computed, sequence.known = None, None, 0, 0
         self._pages.release(pages)

@@ -46,8 +46,8 @@ class Sequence:
     """Pages that are still being read."""
     in_step: bool = False
     """A step is under way with it: its pages and tokens stay as they are until that is done."""
-    broken: bool = False
-    """The fetch failed during the step."""
+    fetch_ended: bool | None = None
+    """During the step: whether all was read."""
     ending: Finish | None = None
     """How it ends when the step is done."""
     memory_tokens: int = 0

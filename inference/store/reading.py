@@ -110,9 +110,10 @@ class Reading:
             self._pool.from_host(self._pages, host, group.offset)
         return True
 
-    def wait(self, layer: int) -> bool:
-        """In any thread but trio's. Bounded: `run` ends by its timeout, and with it every wait."""
+    def wait(self, layer: int, timeout_s: float | None = None) -> bool | None:
+        """In any thread but trio's. None: not in this time. Bounded without it, too: `run` ends by its timeout, and with it every wait."""
         if not self._failed:
             number = max(place for place, group in enumerate(self._groups) if group.first_layer <= layer)
-            self._there[number].wait()
+            if not self._there[number].wait(timeout_s):
+                return None
         return not self._failed

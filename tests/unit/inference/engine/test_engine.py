@@ -150,10 +150,9 @@ class HeldReading:
             for layer in self._layers:
                 layer.set()
 
-    def wait(self, layer: int) -> bool:
+    def wait(self, layer: int, timeout_s: float) -> bool | None:
         self.waited += 1
-        self._layers[layer].wait()
-        return self._ok
+        return self._ok if self._layers[layer].wait(timeout_s) else None
 
 
 class ShelfStore:
@@ -254,6 +253,27 @@ def test_a_prompt_is_computed_while_its_layers_come_and_anew_when_one_does_not(f
             assert held.waited or failing_layer == 0
             assert served.engine.stats.failed_fetches == (failing_layer is not None)
             assert served.engine.load().pages_used == 0
+
+    trio.run(main)
+
+
+def test_layers_that_are_long_in_coming_hold_up_nobody_else() -> None:
+    request, other = ask("a", prompt(200), 12), ask("o", prompt(10, 5), 8)
+
+    async def main() -> None:
+        shelf = await filled(request)
+        async with serving(micro(), make_store=shelf.store) as served:
+            served.engine.submit(request)
+            held = await reading(served, shelf)
+            held.give(0)
+            while held.waited < 2:
+                await trio.sleep(0.001)
+            assert await served.answers([other]) == [await alone(other)]
+            assert not served.events["a"]
+            for layer in range(1, LAYERS):
+                held.give(layer)
+            await served.until(lambda: served.ended("a"))
+            assert served.tokens("a") == await alone(request) and served.events["a"][0].disk_tokens == 192
 
     trio.run(main)
 

@@ -117,7 +117,8 @@ class World:
         self.drain()
         assert sum(len(work.tokens) for work in works) <= self.limits.step_tokens
         assert len(self.scheduler._running) + len(self.scheduler._apart) <= self.limits.running
-        oldest = self.scheduler._running[:1]
+        oldest = [sequence for sequence in self.scheduler._running if sequence.fetch is None][:1]
+        assert len({work.sequence.fetch is None for work in works}) < 2, "nobody waits for another one's layers"
         assert not oldest or oldest[0] in [work.sequence for work in works], "the oldest goes on in every step"
         self.steps += bool(works)
         return works
@@ -465,6 +466,26 @@ def test_a_fetch_that_fails_during_the_step_that_used_it_spoils_the_step() -> No
     world.check(request)
 
 
+def test_a_step_that_waits_too_long_for_layers_is_done_again_when_all_is_there() -> None:
+    request, other = ask("a", prompt(200)), ask("o", prompt(30, 1))
+    world = filled(request)
+    world.submit(request)
+    world.answer_lookup()
+    world.step()
+    world.scheduler.arriving(world.fetches[0])
+    works = world.begin()
+    world.submit(other)
+    world.scheduler.postponed(works)
+    assert [work.sequence.request.id for work in world.step()] == ["o"]
+    world.run()
+    world.check(other)
+    assert not world.tokens("a")
+    world.end_fetch()
+    world.run()
+    world.check(request)
+    assert world.events["a"][0].disk_tokens == 192
+
+
 def test_only_as_many_pages_are_read_as_it_is_worth() -> None:
     request = ask("a", prompt(300))
     world = filled(request)
@@ -582,6 +603,10 @@ def life(seed: int) -> None:
         elif works is None:
             works = world.begin()
             computed = world.compute(works, frozenset(fetch for fetch in world.fetches if random.random() < 0.3))
+        elif random.random() < 0.3 and all(work.sequence.fetch is not None for work in works):
+            world.scheduler.postponed(works)
+            works = None
+            world.drain()
         elif random.random() < 0.002:
             failed |= {work.sequence.request.id for work in works if work.sequence.ending is None}
             world.scheduler.failed(works, "planted")
