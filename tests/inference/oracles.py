@@ -45,8 +45,9 @@ def logits(path: Path, prompt: list[int]) -> torch.Tensor:
 @cache
 def _greedy(path: Path, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
     model = oracle(path)
-    with torch.no_grad():
-        answer = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    asked = torch.tensor([prompt])
+    with torch.no_grad():  # without a mask of its own it takes every token 0, which is also <bos>, for padding
+        answer = model.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=-1)
     return tuple(answer[0, len(prompt) :].tolist())
 
 
