@@ -57,6 +57,7 @@ HONEST = ClientConfig(buffer_pool_bytes=16 << 20, shared_memory=False)
 SIZE = 150_000
 
 
+PATIENCE_S = max(300, TAMPERED // 2)
 CALLS = TAMPERED * 25
 LINES = TAMPERED * 5
 READ = method("Storage", "Read")
@@ -130,6 +131,7 @@ async def suffer(made: Whole, *, lies: bool) -> None:
         assert await honest.read_bytes("/files/last") == content(0)
 
 
+@pytest.mark.timeout(PATIENCE_S)
 def test_a_damaged_wire_never_gives_wrong_bytes() -> None:
     async def main() -> None:
         async with whole(storage=2, replicas=2) as made:
@@ -138,6 +140,7 @@ def test_a_damaged_wire_never_gives_wrong_bytes() -> None:
     trio.run(main)
 
 
+@pytest.mark.timeout(PATIENCE_S)
 def test_a_lying_server_gives_typed_errors() -> None:
     async def main() -> None:
         async with whole(storage=2, replicas=2) as made:
@@ -165,6 +168,7 @@ class Made:
         return self._facts.made(call.method.reply, self._chance)
 
 
+@pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("lies", [False, True], ids=["damaged", "lying"])
 def test_wrong_answers_to_every_method_end_calls_with_typed_errors(lies: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The channel alone: many more answers, of all methods."""
@@ -207,6 +211,7 @@ def test_wrong_answers_to_every_method_end_calls_with_typed_errors(lies: bool, c
     assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 
 
+@pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("lies", [False, True], ids=["damaged", "lying"])
 def test_wrong_answers_on_a_line_of_a_thread_are_typed_errors(lies: bool, tmp_path: Path) -> None:
     """A line handles its frames itself (common/wire/line.py)."""
