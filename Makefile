@@ -50,7 +50,8 @@ check: setup  ## style, types, the import table
 format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: setup  ## ratios to the local disk, measured in the same run
+bench:  ## ratios to the local disk, measured in the same run
+	@deploy/bootstrap.sh inference,oracle
 	@$(BIN)/python -m tests.bench
 
 clean:

@@ -88,8 +88,10 @@ def make(name: str, directory: str | Path, *, seed: int = 0, **changes: Any) -> 
     try:
         import torch
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        from transformers.utils import logging
     except ImportError as error:
         raise SetupError(f"a random checkpoint is made by transformers, which is not here ({error}): pip install 'kvfs[inference,oracle]'") from None
+    logging.disable_progress_bar()
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)

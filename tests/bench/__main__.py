@@ -2,7 +2,8 @@
 
     python -m tests.bench [--quick] [--replicas 1 --replicas 3] [--only WORDS] [--json FILE]
 
-The last section, KV-cache blocks, is kv.py's; its rows alone: `python -m tests.bench.kv`, or `--only kv`.
+KV-cache blocks are kv.py's; their rows alone: `python -m tests.bench.kv`, or `--only kv`. The last section, what the KV cache is worth to an inference
+worker, is inference_prefix.py's, or `--only inference`; its longest prompt takes minutes.
 
 Both sides use the page cache. "cold" reads follow a new mount of the cluster: nothing is cached by the mount, everything by storage. Machines are
 shared and noisy: read the ratios, and the CPU time, which holds better than wall time.
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from tests.bench import kv
+from tests.bench import inference_prefix, kv
 from tests.bench.measure import Result, run, touch_memory
 from tests.bench.workloads import FULL, QUICK, Scale
 
@@ -149,6 +150,8 @@ def main(quick: bool, replicas: tuple[int, ...], only: tuple[str, ...], json_fil
         everything += [{"replicas": count, "label": label, **asdict(result)} for label, result in bench.results]
     copies = sorted({min(count, REPLICATION_MAX) for count in replicas})
     everything += [line.describe() for line in kv.measure(quick, copies, kv.TRANSPORTS, kv.ROUNDS, only, directory)]
+    if not only or "inference" in only:
+        inference_prefix.measure(*((inference_prefix.QUICK_LENGTHS, 1) if quick else (inference_prefix.LENGTHS, inference_prefix.ROUNDS)), directory)
     if json_file:
         json_file.write_text(json.dumps(everything, indent=2) + "\n")
 
