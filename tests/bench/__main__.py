@@ -2,8 +2,8 @@
 
     python -m tests.bench [--quick] [--replicas 1 --replicas 3] [--only WORDS] [--json FILE]
 
-KV-cache blocks are kv.py's; their rows alone: `python -m tests.bench.kv`, or `--only kv`. The last section, what the KV cache is worth to an inference
-worker, is inference_prefix.py's, or `--only inference`; its longest prompt takes minutes.
+KV-cache blocks are kv.py's; their rows alone: `python -m tests.bench.kv`, or `--only kv`. The last section, what the KV cache is worth to an
+inference worker, is inference_prefix.py's, or `--only inference`; its longest prompt takes minutes.
 
 Both sides use the page cache. "cold" reads follow a new mount of the cluster: nothing is cached by the mount, everything by storage. Machines are
 shared and noisy: read the ratios, and the CPU time, which holds better than wall time.
