@@ -20,8 +20,8 @@ from kvfs.inference.request import Request, Sampling, TokenEvent
 
 
 @cache
-def model(path: Path, dtype: str = "fp32") -> DeepseekV3:
-    return DeepseekV3.load(path, dtype=dtype)
+def model(path: Path, dtype: str = "fp32", device: str = "cpu") -> DeepseekV3:
+    return DeepseekV3.load(path, dtype=dtype, device=device)
 
 
 def ask(name: str, prompt: Sequence[int], max_tokens: int = 16, *, answered: Sequence[int] = (), salt: bytes = b"", **sampling: object) -> Request:
@@ -68,8 +68,8 @@ async def serving(
     path: Path, *, make_store: Callable[[PagePool], Awaitable[PrefixStore]] | None = None, the_model: DeepseekV3 | None = None, **config: object
 ) -> AsyncIterator[Served]:
     settings = EngineConfig(**{"cache_pages": 64, **config})  # type: ignore[arg-type]
-    computes = the_model or model(path, settings.dtype)
-    pool = PagePool(computes.page_format(settings.cache_dtype), settings.cache_pages, compute=computes.dtype)
+    computes = the_model or model(path, settings.dtype, settings.device)
+    pool = PagePool(computes.page_format(settings.cache_dtype), settings.cache_pages, device=settings.device, compute=computes.dtype)
     served: Served
     engine = Engine(settings, computes, pool, SystemClock(), lambda events: served.heard(events), await make_store(pool) if make_store else None)
     served = Served(engine)
