@@ -31,6 +31,7 @@ NEXT = method("Worker", "Next")
 CANCEL = method("Worker", "Cancel")
 STATUS = method("Worker", "Status")
 DRAIN = method("Worker", "Drain")
+FLUSH = method("Worker", "Flush")
 CALL_S = 2.0
 WAIT_MS = 1000
 LOST_S = 4.0
@@ -207,6 +208,11 @@ class RemoteWorker:
     async def drain(self, drain: bool = True) -> None:
         """No new requests, or new ones again."""
         await self._pool.call(self.addresses, DRAIN, pb.WorkerDrainRequest(incarnation=self.status.incarnation, drain=drain), timeout_s=CALL_S)
+
+    async def flush(self) -> None:
+        """It forgets the prefixes that it has in memory."""
+        self.prefixes.clear()
+        await self._pool.call(self.addresses, FLUSH, base.Empty(), timeout_s=CALL_S)
 
 
 def _nobody_said_no(error: KvfsError) -> bool:

@@ -97,6 +97,12 @@ class Router:
             raise InvalidArgument(f"there is no worker {name}; there are {', '.join(self.workers)}")
         await self.workers[name].drain(drain)
 
+    async def flush(self) -> None:
+        """Every worker that serves forgets the prefixes in its memory; those in the store stay."""
+        for worker in self.workers.values():
+            if worker.serving:
+                await worker.flush()
+
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The answer, token by token; the last event has a finish. Overloaded, Unreachable, InvalidArgument before the first. Closing it gives the
         request up."""

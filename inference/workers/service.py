@@ -151,3 +151,7 @@ class WorkerService:
         self.draining = request.drain
         log.info("draining: no new requests are taken" if self.draining else "taking requests again")
         return base.Empty()
+
+    def flush(self, request: base.Empty, call: Call) -> base.Empty:
+        self.engine.flush()
+        return base.Empty()

@@ -36,6 +36,8 @@ def test_answers_of_two_workers_are_those_of_transformers() -> None:
             assert all(worker.requests == 0 for worker in router.workers.values())
             again = await answer(router, ask("again", prompts[5], 3))
             assert again[0].cached_tokens == 128, "the same prompt goes where it is in memory"
+            await router.flush()
+            assert (await answer(router, ask("flushed", prompts[5], 3)))[0].cached_tokens == 0
 
     trio.run(main)
 
