@@ -9,7 +9,6 @@ from typing import Any
 import trio
 
 from kvfs.cli.context import Options
-from kvfs.cli.process import run_command
 from kvfs.client.locate import locate
 from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.boundary.random import SystemRandom
@@ -69,7 +68,7 @@ def ask(options: Options, name: str, request: Any) -> Any:
         async with manager_calls(managers, cluster_id) as manager:
             return await manager.call(name, request)
 
-    return run_command(call)
+    return trio.run(call)
 
 
 def routing_of(options: Options) -> cluster_pb2.RoutingInfo:

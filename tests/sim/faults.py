@@ -57,7 +57,7 @@ def _all_serve(world: World) -> bool:
     )
 
 
-async def _until_missed(world: World, machine: Machine) -> None:
+async def until_missed(world: World, machine: Machine) -> None:
     """Until the cluster knows that this storage service is gone."""
     with trio.move_on_after(15):
         while True:
@@ -239,7 +239,7 @@ async def power(world: World, random: Random, hold_s: float) -> None:
         machine = random.choice(world.of_kind("s"))
         if well:
             machine.kill(power=True)
-            await _until_missed(world, machine)
+            await until_missed(world, machine)
     await trio.sleep(hold_s)
     await _restart(machine)
 
@@ -251,7 +251,7 @@ async def empty_disks(world: World, random: Random, hold_s: float) -> None:
         machine = random.choice(world.of_kind("s"))
         if well:
             machine.kill()
-            await _until_missed(world, machine)
+            await until_missed(world, machine)
             machine.wipe()
     await trio.sleep(hold_s)
     await _restart(machine)

@@ -39,6 +39,8 @@ from kvfs.kvcache.cache import AsyncKVCache
 from kvfs.meta.cluster import tables
 
 CPU_S = 40
+TEST_SEEDS = 200
+"""`make test` runs the seeds from 1 to this, each without a mistake."""
 SERVE_AGAIN_S = 90.0
 
 

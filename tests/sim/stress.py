@@ -8,7 +8,7 @@ targets return, and open files that are being unlinked (stress_works.py, stress_
 from __future__ import annotations
 
 from tests.sim.faults import Fault, kill, kill_at_a_disk_operation, resets, slow_store
-from tests.sim.stress_faults import bit_rot, left_behind, slow_return
+from tests.sim.stress_faults import bit_rot, late_forward, left_behind, slow_return
 from tests.sim.stress_works import Churn, Cuts, Opened, Recycled, Watch
 from tests.sim.work import Pace, Work
 from tests.sim.world import KIB, Shape
@@ -16,7 +16,16 @@ from tests.sim.world import KIB, Shape
 from kvfs.common.boundary.random import Random
 
 EVERY = 3
-_WEIGHTS: dict[Fault, int] = {slow_return: 5, left_behind: 5, bit_rot: 2, resets: 1, kill_at_a_disk_operation: 1, kill: 1, slow_store: 1}
+_WEIGHTS: dict[Fault, int] = {
+    slow_return: 5,
+    left_behind: 5,
+    late_forward: 3,
+    bit_rot: 2,
+    resets: 1,
+    kill_at_a_disk_operation: 1,
+    kill: 1,
+    slow_store: 1,
+}
 _FAULTS = [fault.__name__ for fault, weight in _WEIGHTS.items() for _ in range(weight)]
 
 

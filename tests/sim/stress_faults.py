@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import trio
-from tests.sim.faults import alone, fault, owner, say, scrub, up
+from tests.sim.faults import alone, fault, owner, say, scrub, until_missed, up
 from tests.sim.world import World
 
 from kvfs.common.boundary.random import Random
@@ -90,3 +90,33 @@ async def bit_rot(world: World, random: Random, hold_s: float) -> None:
         say(world, f"bits turn on {machine.name}")
         await trio.sleep(hold_s)
         await scrub(world, machine)
+
+
+@fault(0)
+async def late_forward(world: World, random: Random, hold_s: float) -> None:
+    """What a storage service sends to the others is held up in the network. It dies, its chain goes on without it, and then what it sent arrives."""
+    victims = [machine for machine in up(world, "s") if _forwards(world, machine.name)]
+    if not victims:
+        return
+    machine = random.choice(victims)
+    others = [other.name for other in world.of_kind("s") if other is not machine]
+    say(world, f"what {machine.name} sends to {' '.join(others)} is held up")
+    world.fabric.partition([machine.name], others)
+    await trio.sleep(random.uniform(0.3, 1.0))  # by then updates are under way
+    machine.kill()
+    await until_missed(world, machine)
+    await trio.sleep(random.uniform(0, hold_s / 2))
+    say(world, f"what {machine.name} sent arrives")
+    world.fabric.heal()
+    await trio.sleep(0.2)
+    if not machine.up:
+        await machine.start()
+
+
+def _forwards(world: World, name: str) -> bool:
+    """Whether a target of this machine has others after it."""
+    for chain in world.link.routing.chains:
+        path = [member.target_id for member in chain.targets if member.state in (cluster_pb2.SERVING, cluster_pb2.SYNCING)]
+        if any(owner(world, target_id) == name for target_id in path[:-1]):
+            return True
+    return False

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.sim.run import run_seed, run_seeds
+from tests.sim.run import TEST_SEEDS, run_seed, run_seeds
 
-SEEDS = int(os.environ.get("KVFS_SIM_SEEDS", "200"))
+SEEDS = int(os.environ.get("KVFS_SIM_SEEDS", TEST_SEEDS))
 FIRST = int(os.environ.get("KVFS_SIM_FIRST", "1"))
 REGRESSIONS = {40153: "a removed file's chunks came back with the power, and were orphans"}
 """Seeds that failed once, and why."""
