@@ -6,6 +6,7 @@ InternalError; after the attacker's end of the stream the service closes the con
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from .mutate import Shot
 from .recording import frames_in
 
 PATIENCE_S = 30.0
+LATE_S = 4.0
+"""A service gives a Hello 5 s."""
 LIMITS = Limits()
 SENDS = 64
 
@@ -33,6 +36,8 @@ class Findings:
     """By the error's name; "ok" for success."""
     methods: Counter[tuple[str, str]] = field(default_factory=Counter)
     """The same by method."""
+    late: int = 0
+    """Connections that this process, standing still, greeted too late on."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -61,14 +66,16 @@ def due(data: bytes) -> tuple[Counter[int], dict[int, int], bool]:
 
 
 async def attack(net: Net, address: str, hello: bytes, shots: Sequence[Shot], findings: Findings, name: str) -> None:
+    began_s = time.monotonic()
     stream = await net.connect(address, timeout_s=PATIENCE_S)
     got = bytearray()
     closed = ""
+    greeted_s: list[float] = []
     try:
         with trio.move_on_after(PATIENCE_S):
             async with trio.open_nursery() as nursery:
                 cut_off: list[bool] = []
-                nursery.start_soon(_send, stream, hello, shots, cut_off)
+                nursery.start_soon(_send, stream, hello, shots, cut_off, greeted_s)
                 closed = await _receive(stream, got)
                 closed = "reset" if cut_off else closed  # the kernel tells of it only once, whoever comes first
                 nursery.cancel_scope.cancel()
@@ -78,14 +85,18 @@ async def attack(net: Net, address: str, hello: bytes, shots: Sequence[Shot], fi
             shot.close()
     findings.connections += 1
     findings.frames += len(shots)
+    if not got and closed and (not greeted_s or greeted_s[0] - began_s > LATE_S):
+        findings.late += 1  # this process stood still, and the service took us for a silent client: it was right
+        return
     asked = b"".join(shot.data for shot in shots)
     for fault in _judge(bytes(got), closed, asked, findings):
         findings.faults.append(f"{name}, {address}: {fault}; sent after the handshake: {asked[:4000].hex()}")
 
 
-async def _send(stream: ByteStream, hello: bytes, shots: Sequence[Shot], cut_off: list[bool]) -> None:
+async def _send(stream: ByteStream, hello: bytes, shots: Sequence[Shot], cut_off: list[bool], greeted_s: list[float]) -> None:
     try:
         await stream.send([hello])
+        greeted_s.append(time.monotonic())
         for shot in shots:
             await stream.send([shot.data], shot.fds)
         stream.close_sending()

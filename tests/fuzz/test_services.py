@@ -114,7 +114,8 @@ def test_services_survive_mutated_frames(tmp_path: Path) -> None:
         began_s = time.monotonic()
         findings = trio.run(run, scene, FRAMES)
         took_s = time.monotonic() - began_s
-        print(f"{findings.frames} frames over {findings.connections} connections in {took_s:.1f} s; answers: {dict(findings.answers.most_common())}")
+        print(f"seed {SEED}: {findings.frames} frames over {findings.connections} connections ({findings.late} greeted too late), {took_s:.1f} s")
+        print(f"answers: {dict(findings.answers.most_common())}")
         attack_supervisor(load(cluster.path).control_socket)
         assert not findings.faults, "\n".join(findings.faults[:10]) + cluster.logs()
         assert {process["id"]: process["pid"] for process in cluster.status()["processes"] if process["state"] == "running"} == pids, cluster.logs()
