@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from kvfs.cli.cluster_dir import FIRST_STORAGE_NODE
 from kvfs.cli.context import Options, common_options, console, err_console, print_json, table
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses, target_statuses
+from kvfs.cli.process import run_command
 from kvfs.cli.status import describe_drain
 from kvfs.common.errors import InvalidArgument
 from kvfs.common.ids import TARGETS_OF_NODE
@@ -44,7 +45,7 @@ def drain(options: Options, what: tuple[str, ...], cancel: bool, no_wait: bool) 
             return [describe_drain(drain) for drain in drains]
 
     try:
-        rows = trio.run(main)
+        rows = run_command(main)
     except KeyboardInterrupt:
         err_console.print("kvfs: it goes on without you: the same command again watches it, with --cancel it is undone")
         raise

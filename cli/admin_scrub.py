@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvfs.cli.context import Options, common_options, console, err_console, human_bytes, print_json, table
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses, target_statuses
+from kvfs.cli.process import run_command
 from kvfs.cli.status import describe_scrub
 from kvfs.common.errors import TargetNotServing, UnknownTarget
 from kvfs.common.routing import Routing
@@ -45,7 +46,7 @@ def scrub(options: Options, targets: tuple[int, ...], everything: bool, now: boo
         async with channel_pool(cluster_id) as pool:
             return await _Scrubs(pool, ManagerCalls(pool, managers)).run(list(targets), everything, now)
 
-    rows = trio.run(main)
+    rows = run_command(main)
     if options.as_json:
         print_json(rows)
     else:

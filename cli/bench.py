@@ -86,6 +86,7 @@ def kv(
     rows = []
     with place_to_measure(options, storage=max(storage, *replicas), replicas=replicas, parent=directory) as place:
         said(options, place)
+        bench_kv.check_room(place.spec, plans)
         with steps_bar(total, "starting", quiet=options.as_json) as advance:
             for number, plan in enumerate(plans):
                 rows += bench_kv.run(place.spec, place.pids, bench_trace.space_name("bench-kv", number), plan, advance)

@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
+from kvfs.cli.context import human_bytes
 from kvfs.cli.measure import Advance, cpu_of, percentile
 from kvfs.cli.workers import Line, Workers
 from kvfs.client import Client
 from kvfs.client.config import ClientConfig
 from kvfs.common.config import load
-from kvfs.common.errors import DataError, NotFound
+from kvfs.common.errors import DataError, InvalidArgument, NotFound
 from kvfs.kvcache import KVCache, Put, Space, SpaceParams
 
 BLOCK_TOKENS = 64
@@ -85,6 +86,19 @@ def client_config(transport: str) -> ClientConfig:
 
 def block_key(number: int) -> bytes:
     return blake2b(number.to_bytes(8, "little"), digest_size=KEY_BYTES, person=b"kvfs-bench").digest()
+
+
+def check_room(cluster: str, plans: Sequence[Plan]) -> None:
+    """InvalidArgument, if a working set cannot fit: it would be evicted while it is put, after as long as the disks take."""
+    with Client(cluster, description="kvfs bench kv") as client:
+        _, free_bytes, _ = client.portal.client.routing.space()
+    largest = max(plans, key=lambda plan: plan.working_set_bytes * plan.replicas)
+    if largest.working_set_bytes * largest.replicas > free_bytes:
+        copies = f" in {largest.replicas} copies" if largest.replicas > 1 else ""
+        raise InvalidArgument(
+            f"a working set of {human_bytes(largest.working_set_bytes)}{copies} does not fit into the {human_bytes(free_bytes)} that the cluster has "
+            "free: say a smaller --working-set"
+        )
 
 
 def run(cluster: str, pids: Sequence[int], name: str, plan: Plan, advance: Advance) -> list[Row]:

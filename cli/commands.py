@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import click
 
 from kvfs import __version__
-from kvfs.cli.context import Options
+from kvfs.cli.context import Options, guarded
 
 # name -> (module, attribute, one line for --help). Services come last: people start them through `up` or systemd.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -44,6 +45,9 @@ UNLISTED = {"supervise"}
 
 class LazyGroup(click.Group):
     """A group whose commands are imported on first use."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return guarded(super().invoke)(ctx)  # a command that is still imported cannot say by itself that it was interrupted
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from kvfs.cli.context import Options, common_options, console, print_json
 from kvfs.cli.manager_calls import ManagerCalls, channel_pool, manager_addresses
+from kvfs.cli.process import run_command
 from kvfs.client.block_placement import BlockPlacement
 from kvfs.common.errors import InvalidArgument, UnknownTarget
 from kvfs.common.ids import chunk_id as chunk_id_of
@@ -267,13 +268,13 @@ def fsck(options: Options, target: str | None, read_data: bool) -> None:
         async def ask_all() -> Report:
             return await check_cluster(options.cluster_spec(), read_data=read_data)
 
-        report = trio.run(ask_all)
+        report = run_command(ask_all)
     elif target.isdigit():
 
         async def ask() -> Report:
             return await check_target(options.cluster_spec(), int(target), read_data=read_data)
 
-        report = trio.run(ask)
+        report = run_command(ask)
     elif Path(target).is_dir():
         chunks, count, problems = check_directory(Path(target).resolve(), read_data=read_data)
         report = Report(chunks=chunks, bytes=count, replicas=1, problems=problems)

@@ -9,6 +9,7 @@ from typing import Any
 import trio
 
 from kvfs.cli.context import Options
+from kvfs.cli.process import run_command
 from kvfs.client.locate import locate
 from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.boundary.random import SystemRandom
@@ -68,7 +69,7 @@ def ask(options: Options, name: str, request: Any) -> Any:
         async with manager_calls(managers, cluster_id) as manager:
             return await manager.call(name, request)
 
-    return trio.run(call)
+    return run_command(call)
 
 
 def routing_of(options: Options) -> cluster_pb2.RoutingInfo:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import trio
 
@@ -31,6 +32,7 @@ EXIT_CLUSTER = 3
 MARK = "kvfs: error: "
 """Begins the one line for people among what goes to a log."""
 
+T = TypeVar("T")
 Ready = Callable[[dict[str, object]], None]
 
 
@@ -105,6 +107,39 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run_command(main: Callable[[], Awaitable[T]]) -> T:
+    """trio.run for a command that ends by itself. Ctrl-C cancels it between two steps of its tasks, not in the middle of one: what an interrupted
+    step leaves behind (a request sent and not noted down) would be complained of. It comes out as KeyboardInterrupt, errors come out as they are."""
+    interrupted = False
+    failure: BaseException | None = None
+    results: list[T] = []
+
+    async def watch(scope: trio.CancelScope) -> None:
+        nonlocal interrupted
+        with trio.open_signal_receiver(signal.SIGINT) as signals:
+            async for _ in signals:
+                interrupted = True
+                scope.cancel()
+
+    async def supervised() -> None:
+        nonlocal failure
+        async with trio.open_nursery() as nursery:
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                nursery.start_soon(watch, nursery.cancel_scope)
+            try:
+                results.append(await main())
+            except Exception as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+
+    trio.run(supervised)
+    if failure is not None:
+        raise failure
+    if interrupted:
+        raise KeyboardInterrupt
+    return results[0]
 
 
 def run_process(main: Callable[[Ready], Awaitable[None]]) -> int:

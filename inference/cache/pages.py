@@ -5,6 +5,7 @@ Owns `Pages`. Invariants:
   - a page has a key only once all its tokens' latents are in it, and then nobody writes to it: it may have many holders. A page without a key has one
     holder who writes (others may hold it only to read what is finished, as the store does);
   - a key names one page at most, and a page has one key at most: the index is never larger than the pool;
+  - what is known to be in the store is noted for keys of the index only;
   - free pages without a key go first, then those with one, least recently released first; of one release the last page goes first, so the tail of
     a prefix is gone before its head.
 Belongs to the engine's trio thread. This module knows no torch: pages are numbers, their bytes lie in the pool.
@@ -31,6 +32,7 @@ class Pages:
         self._holders = [0] * count
         self._keys: list[bytes | None] = [None] * count
         self._named: dict[bytes, int] = {}
+        self._stored: set[bytes] = set()
         self._blank = list(range(count - 1, -1, -1))
         """Free, and nothing can be found in them."""
         self._kept: OrderedDict[int, None] = OrderedDict()
@@ -108,11 +110,23 @@ class Pages:
             found.append(page)
         return found
 
+    def stored(self, key: bytes) -> bool:
+        """Whether the store has that page, or is about to."""
+        return key in self._stored
+
+    def mark_stored(self, keys: Iterable[bytes], stored: bool) -> None:
+        for key in keys:
+            if stored and key in self._named:
+                self._stored.add(key)
+            else:
+                self._stored.discard(key)
+
     def forget(self) -> None:
         """No page is found any more. Those that are held stay as they are: who knows them goes on reading them."""
         for page in self._named.values():
             self._keys[page] = None
         self._named.clear()
+        self._stored.clear()
         self._blank += self._kept
         self._kept.clear()
 
@@ -121,5 +135,6 @@ class Pages:
         key = self._keys[page]
         assert key is not None
         del self._named[key]
+        self._stored.discard(key)
         self._keys[page] = None
         return page

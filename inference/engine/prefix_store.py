@@ -35,9 +35,9 @@ class PrefixStore(Protocol):
     def read(self, keys: Sequence[bytes], pages: Sequence[int], parent: bytes, tail: Sequence[int]) -> Reading:
         """Into `pages`: those of the keys and, if `tail` isn't empty, the unfinished one."""
 
-    def offer(self, keys: Sequence[bytes], pages: Sequence[int], before: Sequence[bytes], done: Callable[[], None]) -> None:
+    def offer(self, keys: Sequence[bytes], pages: Sequence[int], before: Sequence[bytes], done: Callable[[int], None]) -> None:
         """Full pages to be written in the background, or not, if there is too much to write. `before`: keys of the prefix that they go on from.
-        `done` is called once, when the pages are not read any more."""
+        `done` is called once, when the pages are not read any more, with how many of them, from the first on, are stored."""
 
     async def save(self, keys: Sequence[bytes], pages: Sequence[int], parent: bytes, tail: Sequence[int]) -> None:
         """Written when it returns, as far as that was possible."""

@@ -42,12 +42,14 @@ class _Late(Exception):
 
 class Runner:
     def __init__(self, model: DeepseekV3, pool: PagePool, clock: Clock, threads: int) -> None:
-        torch.set_num_threads(threads)
+        self._threads = threads
         self._model = model
         self._pool = pool
         self._clock = clock
 
     def run(self, works: list[Work], readings: Mapping[Sequence, Reading]) -> Outcome:
+        if torch.get_num_threads() != self._threads:  # a setting of each thread that computes, whatever was set elsewhere
+            torch.set_num_threads(self._threads)
         outcome = Outcome([])
         before_layer = partial(self._wait, outcome, readings) if readings else None
         with torch.inference_mode():

@@ -31,7 +31,7 @@ class Draw:
     place: int
     """Of the token in its answer."""
     tokens: list[int]
-    """Prompt and answer up to there, for the repetition penalty."""
+    """Prompt and answer up to there, for the repetition penalty; at least one."""
 
 
 def uniform(seed: int, place: int) -> float:
@@ -42,9 +42,9 @@ def uniform(seed: int, place: int) -> float:
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     """`logits`: [W, vocab] fp32, one row a draw. One token each, or NO_TOKEN."""
-    for row, draw in enumerate(draws):
-        if draw.sampling.repetition_penalty != 1.0:
-            _penalise(logits[row], draw)
+    penalised = [row for row, draw in enumerate(draws) if draw.sampling.repetition_penalty != 1.0]
+    if penalised:
+        logits[penalised] = _penalised(logits[penalised], [draws[row] for row in penalised])
     top, best = logits.max(dim=-1)
     tokens: list[int] = torch.where(top.isfinite(), best, NO_TOKEN).tolist()
     for filtered in (False, True):
@@ -55,23 +55,25 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         ]
         if rows:
             chosen = [draws[row] for row in rows]
-            drawn = _filtered(_scaled(logits, rows, chosen), chosen) if filtered else _any(_scaled(logits, rows, chosen), chosen)
+            drawn = _filtered(logits[rows], chosen) if filtered else _any(logits[rows], chosen)
             for row, token in zip(rows, drawn, strict=True):
                 tokens[row] = token
     return tokens
 
 
-def _penalise(row: torch.Tensor, draw: Draw) -> None:
-    """In place. A token that occurs more than once is written more than once, with the same value."""
-    seen = torch.tensor(draw.tokens, dtype=torch.int64, device=row.device)
-    values, penalty = row[seen], draw.sampling.repetition_penalty
-    row[seen] = torch.where(values < 0, values * penalty, values / penalty)
+def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """A token that occurs more than once is written more than once, with the same value: so padding is a token that is there anyway."""
+    longest = max(len(draw.tokens) for draw in draws)
+    seen = torch.tensor([draw.tokens + draw.tokens[-1:] * (longest - len(draw.tokens)) for draw in draws], device=logits.device)
+    penalty = torch.tensor([[draw.sampling.repetition_penalty] for draw in draws], device=logits.device)
+    values = logits.gather(-1, seen)
+    return logits.scatter(-1, seen, torch.where(values < 0, values * penalty, values / penalty))
 
 
-def _scaled(logits: torch.Tensor, rows: list[int], draws: Sequence[Draw]) -> torch.Tensor:
+def _scaled(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """[R, vocab] fp64"""
-    temperatures = torch.tensor([draw.sampling.temperature for draw in draws], dtype=torch.float64, device=logits.device)
-    return logits[rows].double() / temperatures[:, None]
+    temperatures = torch.tensor([[draw.sampling.temperature] for draw in draws], dtype=torch.float64, device=logits.device)
+    return logits.double() / temperatures
 
 
 def _uniforms(draws: Sequence[Draw], device: torch.device) -> torch.Tensor:
@@ -79,21 +81,21 @@ def _uniforms(draws: Sequence[Draw], device: torch.device) -> torch.Tensor:
     return torch.tensor([[uniform(draw.sampling.seed, draw.place)] for draw in draws], dtype=torch.float64, device=device)
 
 
-def _any(scaled: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def _any(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     """Of all tokens, in the order of their ids: without a sort, which costs most for a large vocabulary."""
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
-    target = _uniforms(draws, scaled.device) * cumulative[:, -1:]
-    found: list[int] = torch.searchsorted(cumulative, target, right=True).clamp_(max=scaled.shape[-1] - 1).flatten().tolist()
+    cumulative = _scaled(logits, draws).softmax(dim=-1).cumsum(dim=-1)
+    target = _uniforms(draws, logits.device) * cumulative[:, -1:]
+    found: list[int] = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1).flatten().tolist()
     return found
 
 
-def _filtered(scaled: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def _filtered(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     """Of the top-k, and of these the smallest set with probability top-p, the most likely first."""
-    vocabulary, device = scaled.shape[-1], scaled.device
+    vocabulary, device = logits.shape[-1], logits.device
     top_k = torch.tensor([[draw.sampling.top_k or vocabulary] for draw in draws], device=device)
     top_p = torch.tensor([[draw.sampling.top_p if draw.sampling.top_p < 1 else inf] for draw in draws], dtype=torch.float64, device=device)
-    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    ordered.masked_fill_(torch.arange(vocabulary, device=device) >= top_k, -inf)
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = _scaled(ordered, draws).masked_fill_(torch.arange(vocabulary, device=device) >= top_k, -inf)
     probabilities = ordered.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # What lies before a token decides: the first is always in, and so is the one that crosses top_p.

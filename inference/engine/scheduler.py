@@ -23,6 +23,7 @@ from operator import attrgetter
 from kvfs.common.errors import InvalidArgument, Overloaded
 from kvfs.inference.cache.format import PAGE_TOKENS
 from kvfs.inference.cache.pages import Pages
+from kvfs.inference.engine.offers import Offers
 from kvfs.inference.engine.sequence import Fetch, Save, Sequence, State, Work, Write
 from kvfs.inference.engine.stats import EngineLoad, EngineStats
 from kvfs.inference.request import Finish, Request, TokenEvent
@@ -68,6 +69,7 @@ class Scheduler:
         self._limits = limits
         self._running_max = min(limits.running, limits.step_tokens)  # so that each of them gets its token in every step
         self._pages = pages
+        self._offers = Offers(pages)
         self._worth = worth
         self._by_id: dict[str, Sequence] = {}
         self._arrived = 0
@@ -149,9 +151,9 @@ class Scheduler:
             self._expect_no_more(set(fetch.keys))
         self._pages.release(fetch.pages)
 
-    def written(self, write: Write) -> None:
-        """Or given up. Once for each write."""
-        self._pages.release(write.pages)
+    def written(self, write: Write, stored: int) -> None:
+        """So many of its pages, from the first on, are in the store; the others were given up. Once for each write."""
+        self._offers.written(write, stored)
 
     def saved(self, save: Save) -> None:
         """As far as it could be. Once for each save."""
@@ -309,6 +311,7 @@ class Scheduler:
             sequence.computed += fetch.tokens
         for page, key in zip(fetch.pages, fetch.keys, strict=False):
             self._pages.name(page, key)
+        self._offers.there(fetch.keys)
         sequence.known += len(fetch.keys)
         self._count(sequence, 0, fetch.tokens)
 
@@ -369,8 +372,9 @@ class Scheduler:
     def _computed(self, sequence: Sequence, work: Work, token: int | None) -> None:
         sequence.computed += len(work.tokens)
         self.stats.computed_tokens += len(work.tokens)
-        self._name_full(sequence)
+        full = self._name_full(sequence)
         if token is None:
+            self._write(sequence, full)
             return
         if token < 0:
             self._end(sequence, Finish.ERROR, "the model's logits are not numbers after this prompt: its weights or its cache may be damaged")
@@ -383,6 +387,7 @@ class Scheduler:
         if sequence.request.hand_over and finish is None:
             self._hand_over(sequence, event)
             return
+        self._write(sequence, full)
         self._effects.events.append(event)
         if finish is not None:
             self.stats.finished[finish] += 1
@@ -396,16 +401,20 @@ class Scheduler:
             return Finish.LENGTH
         return None
 
-    def _name_full(self, sequence: Sequence) -> None:
-        """Pages that have become full may be found, and are written to the store, unless another one has the same content already."""
+    def _name_full(self, sequence: Sequence) -> list[int]:
+        """Pages that have become full may be found, unless another one has the same content already: their places."""
         places = [
             place for place in range(sequence.known, sequence.computed // PAGE_TOKENS) if self._pages.name(sequence.pages[place], sequence.key(place))
         ]
-        if places and self._limits.store:
-            pages = [sequence.pages[place] for place in places]
-            self._pages.hold(pages)
-            self._effects.writes.append(Write([sequence.keys[place] for place in places], pages, sequence.keys[: sequence.known]))
+        found = sequence.stored or 0  # some may have been computed although the store has them
+        self._offers.there([sequence.key(place) for place in places if place < found])
         sequence.known = max(sequence.known, sequence.computed // PAGE_TOKENS)
+        return places
+
+    def _write(self, sequence: Sequence, places: list[int]) -> None:
+        write = self._offers.of(sequence, places) if self._limits.store else None
+        if write is not None:
+            self._effects.writes.append(write)
 
     def _hand_over(self, sequence: Sequence, event: TokenEvent) -> None:
         """The answer goes on elsewhere, once its pages are in the store."""

@@ -50,6 +50,8 @@ class Sequence:
     """During the step: whether all was read."""
     ending: Finish | None = None
     """How it ends when the step is done."""
+    offered: bool = False
+    """Pages of it were offered to the store."""
     memory_tokens: int = 0
     """Not computed because a page was found in memory; counted until the first event."""
     disk_tokens: int = 0

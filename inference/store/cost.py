@@ -2,7 +2,8 @@
 
 Owns `Cost`, a core without I/O. Reading n bytes takes latency + n / bandwidth: a line through the readings measured, older ones counting less.
 Computing takes seconds a token, from steps that computed prompts. Invariants: without measurements, reading is chosen (it is measured then); what is
-not chosen any more is still tried now and then, so that a store that was slow once is not left for ever.
+not chosen any more is still tried now and then, and a try that goes well is believed at once, so that a store that was slow once is not left for
+ever.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ class _Line:
         for name, value in (("weight", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
             setattr(self, name, getattr(self, name) * DECAY + value)
 
-    def at(self, x: float) -> float:
+    def fit(self) -> tuple[float, float]:
+        """base, slope; zeros without measurements."""
         if not self.weight:
-            return 0.0
+            return 0.0, 0.0
+        through = self.y / self.x if self.x else 0.0
         spread = self.weight * self.xx - self.x * self.x
-        slope = (self.weight * self.xy - self.x * self.y) / spread if spread > 1e-9 * self.weight * self.xx else self.y / self.x if self.x else 0.0
+        slope = (self.weight * self.xy - self.x * self.y) / spread if spread > 1e-9 * self.weight * self.xx else through
         base = (self.y - slope * self.x) / self.weight
-        if slope < 0 or base < 0:  # noise: the line through the origin and the mean
-            slope, base = (self.y / self.x if self.x else 0.0), 0.0
-        return base + slope * x
+        return (base, slope) if slope >= 0 and base >= 0 else (0.0, through)  # noise: the line through the origin and the mean
 
 
 @dataclass(slots=True)
@@ -50,9 +51,13 @@ class Cost:
     _tokens: float = 0.0
     _seconds: float = 0.0
     _declined: int = 0
+    _trying: bool = False
 
     def read(self, pages: int, seconds: float) -> None:
         """So many pages of one prompt came in this time, or had not come."""
+        if self._trying and seconds <= self.compute_seconds(pages):
+            self._reading = _Line()
+        self._trying = False
         self._reading.note(pages * self.page_bytes, seconds)
 
     def computed(self, tokens: int, seconds: float) -> None:
@@ -61,7 +66,13 @@ class Cost:
             self._seconds = self._seconds * DECAY + seconds
 
     def read_seconds(self, pages: int) -> float:
-        return self._reading.at(pages * self.page_bytes)
+        base, slope = self._reading.fit()
+        return base + slope * pages * self.page_bytes
+
+    @property
+    def page_seconds(self) -> float:
+        """What one page more takes to read; 0 as long as nothing was read."""
+        return self._reading.fit()[1] * self.page_bytes
 
     def compute_seconds(self, pages: int) -> float:
         """0 as long as nothing was computed."""
@@ -72,4 +83,5 @@ class Cost:
         if not pages or not self._tokens or not self._reading.weight or self.read_seconds(pages) <= self.compute_seconds(pages):
             return pages
         self._declined += 1
-        return pages if self._declined % TRY_EVERY == 0 else 0
+        self._trying = self._declined % TRY_EVERY == 0
+        return pages if self._trying else 0

@@ -10,40 +10,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import torch
 
 from kvfs.common.boundary.clock import Clock
-from kvfs.inference.cache.format import PageFormat
 from kvfs.inference.cache.pool import PagePool
+from kvfs.inference.store.groups import Group
 from kvfs.inference.store.stats import StoreStats
 from kvfs.kvcache import AsyncSpace
-
-GROUP_BYTES_MIN = 2 << 20
-"""Of all pages of a reading together: fewer are not worth a request of their own."""
-GROUPS_MAX = 8
-_ALIGN = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    first_layer: int
-    offset: int
-    length: int
-
-
-def groups(format: PageFormat, pages: int) -> list[Group]:
-    """How the layers of so many pages are read: in steps that begin on a boundary of 4 KiB, where services may write into the pool directly."""
-    whole = _ALIGN // gcd(_ALIGN, format.layer_bytes)
-    layers = max(-(-format.layers // GROUPS_MAX), -(-GROUP_BYTES_MIN // (format.layer_bytes * max(1, pages))))
-    layers = -(-layers // whole) * whole
-    return [
-        Group(first, first * format.layer_bytes, (min(first + layers, format.layers) - first) * format.layer_bytes)
-        for first in range(0, format.layers, layers)
-    ]
 
 
 class Reading:
@@ -53,6 +28,7 @@ class Reading:
         pool: PagePool,
         keys: Sequence[bytes],
         pages: Sequence[int],
+        groups: Sequence[Group],
         clock: Clock,
         timeout_s: float,
         stats: StoreStats,
@@ -66,7 +42,7 @@ class Reading:
         self._timeout_s = timeout_s
         self._stats = stats
         self._measured = measured
-        self._groups = groups(pool.format, len(pages))
+        self._groups = groups
         self._there = [threading.Event() for _ in self._groups]
         self._failed = False
 
@@ -91,7 +67,9 @@ class Reading:
             else:
                 self._failed = True
                 self._stats.failed_reads += 1
-            self._measured(len(self._pages), self._clock.monotonic() - began_s)
+            seconds = self._clock.monotonic() - began_s
+            self._stats.read_seconds += seconds
+            self._measured(len(self._pages), seconds)
             for event in self._there:
                 event.set()
 

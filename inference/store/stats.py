@@ -15,6 +15,8 @@ class StoreStats:
     """Pages that were there and not read, as computing them takes less time."""
     read_pages: int = 0
     read_bytes: int = 0
+    read_seconds: float = 0.0
+    """While pages were under way, prompt by prompt: those that came and those that did not."""
     failed_reads: int = 0
     """Prompts whose pages did not come whole and in time: they were computed."""
     written_pages: int = 0

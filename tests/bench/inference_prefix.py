@@ -115,11 +115,11 @@ async def first_tokens(bench: Bench, lengths: tuple[int, ...]) -> None:
             async with bench.side(pages) as side:
                 assert side.store is not None
                 for where in (name, "memory") if name == "kvfs" else (name,):
-                    before, cpu = side.store.stats.read_bytes, bench.cpu_s()
+                    before, reading_s, cpu = side.store.stats.read_bytes, side.store.stats.read_seconds, bench.cpu_s()
                     took_s = await side.answer([bench.request(prompt, 1)])
                     cpu, read = bench.cpu_s() - cpu, side.store.stats.read_bytes - before
                     cold_s = cold_s or took_s
-                    rate = f"{read / side.store.cost.read_seconds(read // side.store.cost.page_bytes) / 1e9:.2f}" if read else ""
+                    rate = f"{read / (side.store.stats.read_seconds - reading_s) / 1e9:.2f}" if read else ""
                     made.add_row(
                         f"{length:,}" if where == "nowhere" else "",
                         where,

@@ -109,6 +109,12 @@ def test_bench_kv_on_a_named_cluster(cluster: RealCluster) -> None:
     assert cluster.json("kv", "ls") == []
 
 
+def test_bench_kv_refuses_a_working_set_that_cannot_fit(cluster: RealCluster) -> None:
+    refused = cluster.kvfs("bench", "kv", "--replicas", "3", "--working-set", "999T", check=False)
+    assert refused.returncode == 1 and "999.0 TiB in 3 copies does not fit" in refused.stderr and "smaller --working-set" in refused.stderr
+    assert cluster.json("kv", "ls") == []
+
+
 def test_an_interrupted_bench_leaves_no_space_behind(cluster: RealCluster) -> None:
     command = [sys.executable, "-m", "kvfs.cli.main", "bench", "kv", "--cluster", str(cluster.path), "--replicas", "3", "--seconds", "60"]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -188,7 +188,7 @@ def test_damaged_blocks_are_computed_again() -> None:
 def test_a_space_that_is_full_evicts_and_answers_the_same() -> None:
     async def test(disk: Disk) -> None:
         format = model(MICRO).page_format("fp32")
-        params = page_space(digest(MICRO), format, ROPE_LAYOUT, quota_bytes=4 * format.page_bytes)
+        params = page_space(digest(MICRO), format, ROPE_LAYOUT, "fp32", quota_bytes=4 * format.page_bytes)
         await disk.kvcache.create("pages", params)
         for _ in range(2):
             async with disk.serving() as served:

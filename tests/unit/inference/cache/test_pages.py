@@ -128,7 +128,7 @@ class PagesMachine(RuleBasedStateMachine):
         """Free pages in the order in which they must go: a plain list."""
 
     def found(self) -> dict[bytes, int]:
-        return {name: page for name in map(key, range(12)) if (page := self.pages.find(name)) is not None}
+        return {name: page for name in map(key, range(13)) if (page := self.pages.find(name)) is not None}
 
     @rule(first=st.integers(0, 9), count=st.integers(0, 4))
     def take(self, first: int, count: int) -> None:
@@ -159,6 +159,14 @@ class PagesMachine(RuleBasedStateMachine):
             before = self.pages.find(name)
             self.pages.name(page, name)
             assert self.pages.find(name) == (page if before is None else before)
+
+    @rule(first=st.integers(0, 9), count=st.integers(0, 4), stored=st.booleans())
+    def store(self, first: int, count: int, stored: bool) -> None:
+        names = [key(first + place) for place in range(count)]
+        before = {name for name in map(key, range(13)) if self.pages.stored(name)}
+        self.pages.mark_stored(names, stored)
+        after = before | {name for name in names if self.pages.find(name) is not None} if stored else before - set(names)
+        assert {name for name in map(key, range(13)) if self.pages.stored(name)} == after
 
     @rule(first=st.integers(0, 9), count=st.integers(1, 4))
     def share(self, first: int, count: int) -> None:
@@ -192,6 +200,7 @@ class PagesMachine(RuleBasedStateMachine):
         assert len(self.found()) == self.pages.named <= self.pages.count
         for name, page in self.found().items():
             assert self.content[page] == name
+        assert all(self.pages.find(name) is not None for name in map(key, range(13)) if self.pages.stored(name)), "given away, and said to be stored"
 
 
 PagesMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

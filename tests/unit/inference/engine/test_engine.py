@@ -180,10 +180,10 @@ class ShelfStore:
         self._shelf.readings.append(reading)
         return reading
 
-    def offer(self, keys: Sequence[bytes], pages: Sequence[int], before: Sequence[bytes], done: Callable[[], None]) -> None:
+    def offer(self, keys: Sequence[bytes], pages: Sequence[int], before: Sequence[bytes], done: Callable[[int], None]) -> None:
         self._shelf.offered += keys
         self._shelf.pages.update((key, bytes(self._pool.buffer(page))) for key, page in zip(keys, pages, strict=True))
-        done()
+        done(len(keys))
 
     async def save(self, keys: Sequence[bytes], pages: Sequence[int], parent: bytes, tail: Sequence[int]) -> None:
         await trio.lowlevel.checkpoint()

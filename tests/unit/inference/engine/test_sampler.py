@@ -54,7 +54,7 @@ def reference(logits: list[float], draw: Draw) -> tuple[int, float]:
 draws = st.builds(
     draw,
     place=st.integers(0, 500),
-    tokens=st.lists(st.integers(0, VOCABULARY - 1), max_size=40),
+    tokens=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
     top_p=st.sampled_from([1.0, 0.05, 0.5, 0.9]),
     top_k=st.sampled_from([0, 1, 3, 10, 1000]),

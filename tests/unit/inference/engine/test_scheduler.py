@@ -102,11 +102,11 @@ class World:
         self.scheduler.fetched(fetch, ok)
         self.drain()
 
-    def end_write(self, place: int = 0, *, keep: bool = True) -> None:
+    def end_write(self, place: int = 0, *, keep: int = 1 << 30) -> None:
+        """`keep`: so many of its pages."""
         write = self.writes.pop(place)
-        if keep:
-            self.stored.update({key: list(self.memory[page]) for key, page in zip(write.keys, write.pages, strict=True)})
-        self.scheduler.written(write)
+        self.stored.update({key: list(self.memory[page]) for key, page in list(zip(write.keys, write.pages, strict=True))[:keep]})
+        self.scheduler.written(write, min(keep, len(write.keys)))
 
     def end_save(self, place: int = 0, *, keep: bool = True) -> None:
         save = self.saves.pop(place)
@@ -531,8 +531,9 @@ def test_an_answer_is_handed_over_through_the_store_with_its_unfinished_page(len
     world.end_save()
     token = world.tokens("a")
     assert len(token) == 1 and world.events["a"][0].finish is None
+    assert sum(len(write.keys) for write in world.writes) == (length - 1) // 64, "what becomes full with the last chunk is saved, not offered too"
     while world.writes:
-        world.end_write(keep=False)
+        world.end_write(keep=0)
     world.check_idle()
 
     other = World(store=True)
@@ -546,6 +547,56 @@ def test_an_answer_is_handed_over_through_the_store_with_its_unfinished_page(len
     other.run()
     other.check(second)
     assert other.events["a"][0].disk_tokens == length
+
+
+def test_what_of_a_prefix_was_dropped_is_offered_again_by_the_next_request_that_has_it() -> None:
+    first, second = ask("a", prompt(200), 80, ignore_eos=True), ask("b", prompt(200) + prompt(70, 1), 80, ignore_eos=True)
+    world = World(store=True, pages=32)
+    world.submit(first)
+    world.answer_lookup()
+    while not world.writes:
+        world.step()
+    keys = world.writes[0].keys
+    world.end_write(keep=0)
+    world.run()
+    assert not world.writes, "nobody could get to what is behind a gap"
+    world.submit(second)
+    world.answer_lookup()
+    world.run()
+    offered = [key for write in world.writes for key in write.keys]
+    assert offered[:1] == keys and len(offered) == len(set(offered)) == 5, "the prefix first, then what is new"
+    world.end_write(keep=2)
+    while world.writes:
+        world.end_write()
+    third = ask("c", [*second.prompt, *prompt(60, 2)], 2)
+    world.submit(third)
+    world.answer_lookup()
+    world.run()
+    (write,) = world.writes
+    assert len(write.keys) == 3 and write.keys[:2] == offered[2:4] and write.before == offered[:2]
+    world.end_write()
+    world.check_idle()
+
+
+def test_pages_that_the_store_has_are_not_offered_though_they_were_computed() -> None:
+    request = ask("a", prompt(200))
+    world = filled(request)
+    world.scheduler = Scheduler(world.limits, world.pages, lambda pages: 0)
+    world.submit(request)
+    world.answer_lookup()
+    world.run()
+    world.check(request)
+    assert not world.writes
+
+
+def test_what_gave_no_numbers_is_not_kept() -> None:
+    world = World(store=True, step_tokens=300)
+    world.submit(ask("a", prompt(200)))
+    world.answer_lookup()
+    works = world.begin()
+    world.scheduler.done(works, [-1])
+    world.drain()
+    assert not world.writes and world.events["a"][-1].finish is Finish.ERROR
 
 
 DEEDS = ("submit", "cancel", "lookup", "arriving", "fetch", "write", "save", "evict", "step")
@@ -603,7 +654,7 @@ def life(seed: int) -> None:
         elif deed == "fetch" and world.fetches:
             world.end_fetch(random.randrange(len(world.fetches)), ok=random.random() < 0.8)
         elif deed == "write" and world.writes:
-            world.end_write(random.randrange(len(world.writes)), keep=random.random() < 0.8)
+            world.end_write(random.randrange(len(world.writes)), keep=random.choice((0, 1, 100, 100)))
         elif deed == "save" and world.saves:
             world.end_save(random.randrange(len(world.saves)), keep=random.random() < 0.8)
         elif deed == "evict" and world.stored:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from kvfs.common.checksum import CHECKSUM_UNIT_BYTES
 from kvfs.inference.cache.format import PAGE_TOKENS, PageFormat
 from kvfs.inference.store.cost import TRY_EVERY, Cost
-from kvfs.inference.store.reading import GROUPS_MAX, groups
+from kvfs.inference.store.groups import GROUPS_MAX, groups
 
 MIB = 1 << 20
 
@@ -54,17 +55,38 @@ def test_steps_that_decode_tell_nothing_of_prompts() -> None:
     assert cost.compute_seconds(1) == 0.0
 
 
-@pytest.mark.parametrize("pages", [1, 7, 256])
+def test_a_try_that_goes_well_is_believed() -> None:
+    cost = Cost(MIB)
+    cost.computed(PAGE_TOKENS, 0.01)
+    for _ in range(30):
+        cost.read(10, 5.0)
+    while not cost.worth(10):
+        pass
+    cost.read(10, 4.0)
+    assert cost.worth(10) == 0, "a try that goes as before changes nothing"
+    while not cost.worth(10):
+        pass
+    cost.read(10, 0.002)
+    assert [cost.worth(10) for _ in range(5)] == [10] * 5
+
+
+@pytest.mark.parametrize("page_seconds", [0.0, 1e-6, 0.001, 10.0])
 @pytest.mark.parametrize(
     "format", [PageFormat("bf16", 61, 512, 64), PageFormat("fp8", 61, 512, 64), PageFormat("fp32", 3, 32, 16), PageFormat("fp32", 4, 512, 64)]
 )
-def test_groups_cover_all_layers_in_order_on_aligned_borders(format: PageFormat, pages: int) -> None:
-    made = groups(format, pages)
+def test_groups_cover_all_layers_in_order_in_whole_units(format: PageFormat, page_seconds: float) -> None:
+    made = groups(format, page_seconds)
     assert 1 <= len(made) <= GROUPS_MAX
     at = 0
-    for group in made:
-        assert group.offset == at == group.first_layer * format.layer_bytes
-        assert group.offset % 4096 == 0
+    for number, group in enumerate(made):
+        assert group.offset == at and group.offset % CHECKSUM_UNIT_BYTES == 0 and group.length
         at += group.length
+        behind = made[number + 1].first_layer if number + 1 < len(made) else format.layers
+        assert at >= behind * format.layer_bytes, "its last layer is not whole"
     assert at == format.page_bytes
-    assert len(groups(PageFormat("bf16", 61, 512, 64), 256)) == GROUPS_MAX
+
+
+def test_slower_pages_come_in_more_steps_and_small_ones_whole() -> None:
+    large, small = PageFormat("bf16", 61, 512, 64), PageFormat("fp32", 3, 32, 16)
+    assert len(groups(small)) == 1
+    assert 1 < len(groups(large)) < len(groups(large, 0.005)) == GROUPS_MAX

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from tests.unit.client.fakes import run
 from tests.unit.client.whole import Whole, whole
 
@@ -18,6 +20,7 @@ from kvfs.common.errors import SpaceDiffers
 from kvfs.inference.cache.format import PAGE_TOKENS, PageFormat
 from kvfs.inference.cache.pool import PagePool
 from kvfs.inference.config import EngineConfig
+from kvfs.inference.store.stats import StoreStats
 from kvfs.inference.store.store import KvStore
 from kvfs.inference.store.writer import Writer
 from kvfs.kvcache import AsyncKVCache, Put
@@ -53,7 +56,7 @@ def test_saved_pages_and_the_unfinished_one_are_found_and_read_by_another_worker
             await store.save(KEYS, [3, 1, 4, 0, 5, 9], KEYS[-1], TAIL)
             assert store.stats.written_pages == 6
             mine, theirs = await other(cache)
-            assert mine.space == store.space == "Small-Model-000102030405-fp32"
+            assert mine.space == store.space == f"Small-Model-fp32-{(await cache.list())[store.space].digest.hex()[:12]}"
             assert await mine.match(KEYS, KEYS[-1], TAIL) == (5, True)
             assert await mine.match(KEYS[:2], KEYS[1], TAIL) == (2, False)
             assert await mine.match(KEYS, KEYS[-1], [*TAIL, 7]) == (5, False)
@@ -83,7 +86,7 @@ def test_a_prompt_shorter_than_a_page_is_its_salts_own() -> None:
 
 def test_layers_come_in_order_and_are_waited_for_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt may be computed on when the first group is there, and the later ones are waited for."""
-    monkeypatch.setattr("kvfs.inference.store.reading.GROUP_BYTES_MIN", 1)
+    monkeypatch.setattr("kvfs.inference.store.groups.GROUP_S", 1e-9)
 
     async def test() -> None:
         async with scene() as (store, _, cache, _):
@@ -161,55 +164,106 @@ def test_a_cancelled_reading_lets_its_waiters_go() -> None:
 def test_offers_are_written_in_the_background_and_told_once() -> None:
     async def test() -> None:
         async with scene() as (store, _, _, _), trio.open_nursery() as nursery:
-            told: list[int] = []
+            told: list[tuple[str, int]] = []
             nursery.start_soon(store.run)
-            store.offer(KEYS[:2], [0, 1], [], lambda: told.append(1))
-            store.offer(KEYS[2:], [2, 3, 4], KEYS[:2], lambda: told.append(2))
+            store.offer(KEYS[:2], [0, 1], [], lambda stored: told.append(("a", stored)))
+            store.offer(KEYS[2:], [2, 3, 4], KEYS[:2], lambda stored: told.append(("b", stored)))
             assert not told and store.stats.waiting_bytes == 5 * FORMAT.page_bytes
             await store.idle()
-            assert sorted(told) == [1, 2] and store.stats.waiting_bytes == 0
+            assert told == [("a", 2), ("b", 3)] and store.stats.waiting_bytes == 0
             assert (await store.match(KEYS, b"", []))[0] == 5
-            store.offer(KEYS[:1], [7], [], lambda: told.append(3))
+            store.offer(KEYS[:1], [7], [], lambda stored: told.append(("c", stored)))
             await store.idle()
-            assert (store.stats.written_pages, store.stats.present_pages) == (5, 1)
+            assert (store.stats.written_pages, store.stats.present_pages) == (5, 1) and told[2:] == [("c", 1)]
             nursery.cancel_scope.cancel()
 
     run(test, 60)
 
 
-def test_what_is_too_much_to_write_is_dropped_and_counted() -> None:
+def test_what_is_too_much_to_write_is_dropped_from_the_end_and_counted() -> None:
     async def test() -> None:
-        async with scene(replace(CONFIG, write_queue_bytes=3 * FORMAT.page_bytes)) as (store, _, _, _):
-            told: list[int] = []
-            store.offer(KEYS[:3], [0, 1, 2], [], lambda: told.append(1))
-            store.offer(KEYS[3:4], [3], KEYS[:3], lambda: told.append(2))
-            assert told == [2] and store.stats.dropped_pages == 1
+        async with scene(replace(CONFIG, write_queue_bytes=4 * FORMAT.page_bytes - 1)) as (store, _, _, _):
+            told: list[tuple[str, int]] = []
+            store.offer(KEYS[:2], [0, 1], [], lambda stored: told.append(("a", stored)))
+            store.offer(KEYS[2:], [2, 3, 4], KEYS[:2], lambda stored: told.append(("b", stored)))
+            assert store.stats.dropped_pages == 2 and store.stats.waiting_bytes == 3 * FORMAT.page_bytes
+            store.offer([b"x" * 16], [5], KEYS, lambda stored: told.append(("c", stored)))
+            assert told == [("c", 0)] and store.stats.dropped_pages == 3
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(store.run)
+                await store.idle()
+                nursery.cancel_scope.cancel()
+            assert told[1:] == [("a", 2), ("b", 1)]
+            store.offer(KEYS[3:], [3, 4], KEYS[:3], lambda stored: told.append(("d", stored)))
             with trio.CancelScope() as scope:
                 scope.cancel()
                 await store.run()
-            assert told == [2, 1], "pages of an offer that was given up must come back to the engine"
-            assert store.stats.dropped_pages == 4 and store.stats.waiting_bytes == 0
+            assert told[3:] == [("d", 0)], "pages of an offer that was given up must come back to the engine"
+            assert store.stats.dropped_pages == 5 and store.stats.waiting_bytes == 0
 
     run(test, 60)
 
 
-def test_a_writer_that_is_stopped_while_it_writes_gives_the_pages_back() -> None:
-    class Hanging:
-        async def put(self, *_: Any) -> list[Put]:
-            await trio.sleep_forever()
-            raise AssertionError
+class Gated:
+    """A space whose puts wait for the test."""
+
+    def __init__(self) -> None:
+        self.begun: list[bytes] = []
+        self.gates: dict[bytes, trio.Event] = defaultdict(trio.Event)
+
+    async def put(self, keys: list[bytes], *_: Any) -> list[Put]:
+        self.begun.append(keys[0])
+        await self.gates[keys[0]].wait()
+        return [Put.STORED] * len(keys)
+
+
+def test_a_prefix_is_written_before_what_hangs_on_it_and_others_beside_it() -> None:
+    async def test() -> None:
+        space, pool, told = Gated(), PagePool(FORMAT, 8), list[int]()
+        writer = Writer(space, pool, 1 << 30, StoreStats())  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run)
+            for place in range(3):
+                writer.offer([KEYS[place]], [place], KEYS[:place], told.append)
+            writer.offer([b"x" * 16], [5], [b"y" * 16], told.append)
+            await trio.testing.wait_all_tasks_blocked()
+            assert space.begun == [KEYS[0], b"x" * 16]
+            for place in range(3):
+                space.gates[KEYS[place]].set()
+                await trio.testing.wait_all_tasks_blocked()
+            assert space.begun == [KEYS[0], b"x" * 16, KEYS[1], KEYS[2]] and told == [1, 1, 1]
+            nursery.cancel_scope.cancel()
+        assert told == [1, 1, 1, 0], "stopped while it was written: its page comes back"
+        pool.close()
+
+    run(test, 60)
+
+
+def test_only_what_is_not_there_is_saved() -> None:
+    async def test() -> None:
+        async with scene() as (store, _, _, _):
+            await store.save(KEYS[:3], [0, 1, 2], b"", [])
+            await store.save(KEYS, [0, 1, 2, 3, 4, 5], KEYS[-1], TAIL)
+            assert (store.stats.written_pages, store.stats.present_pages) == (6, 0)
+            assert await store.match(KEYS, KEYS[-1], TAIL) == (5, True)
+
+    run(test, 60)
+
+
+def test_a_space_that_is_dropped_under_a_worker_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfs.inference.store.store.LOOK_S", 0.05)
 
     async def test() -> None:
-        pool = PagePool(FORMAT, 8)
-        told: list[int] = []
-        async with scene() as (store, _, _, _), trio.open_nursery() as nursery:
-            writer = Writer(Hanging(), pool, 1 << 30, store.stats)  # type: ignore[arg-type]
-            nursery.start_soon(writer.run)
-            for number in range(8):
-                writer.offer([KEYS[0]], [number], [], lambda number=number: told.append(number))  # type: ignore[misc]
-            await trio.sleep(0.1)
+        async with scene() as (store, _, cache, _), trio.open_nursery() as nursery:
+            nursery.start_soon(store.run)
+            await store.save(KEYS[:1], [0], b"", [])
+            await cache.drop(store.space)
+            assert (await store.match(KEYS, b"", []))[0] == 0
+            with trio.fail_after(20):
+                while not (await store.match(KEYS, b"", []))[0]:
+                    await store.save(KEYS[:1], [0], b"", [])
+                    await trio.sleep(0.05)
             nursery.cancel_scope.cancel()
-        assert sorted(told) == list(range(8))
 
     run(test, 60)
 
@@ -223,6 +277,8 @@ def test_two_models_never_share_a_space() -> None:
             assert (await another.match(KEYS, b"", []))[0] == 0
             with pytest.raises(SpaceDiffers):
                 await KvStore.open(cache, bytes(16), "half", pool, replace(CONFIG, space=store.space), SystemClock())
+            with pytest.raises(SpaceDiffers):
+                await KvStore.open(cache, DIGEST, "half", pool, replace(CONFIG, space=store.space, dtype="bf16"), SystemClock())
             with pytest.raises(SpaceDiffers):
                 await KvStore.open(cache, DIGEST, "interleaved", pool, replace(CONFIG, space=store.space), SystemClock())
 
