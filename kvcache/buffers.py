@@ -158,6 +158,11 @@ class BlockBuffers:
 
         return torch.frombuffer(self._views[place], dtype=dtype or torch.uint8).reshape(shape)
 
+    def restore(self, place: int) -> None:
+        """A block that is to be filled, of which nothing is kept: what a get had to take out of a service's reach is within it again, once that
+        service has ended with it."""
+        self.memory.restore(place * self.stride, self.stride)
+
     def close(self) -> None:
         self._views.clear()
         self.memory.close()

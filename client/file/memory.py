@@ -17,8 +17,9 @@ import mmap
 import os
 import threading
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from operator import itemgetter
 from typing import Any
 
 from kvfs.client.peers import Buffer, Counters
@@ -139,7 +140,8 @@ class RegisteredBuffer:
         self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self.view))
         """Where the memory lies in this process: what numpy and torch say of their views of it."""
         self._exclusive = exclusive_pages
-        self._forsaken: list[tuple[int, int]] = []
+        self._forsaken: list[tuple[int, int, Span]] = []
+        """(start, stop, what a service may still write into), in order; none overlap."""
         _registered.note(self)
 
     def __len__(self) -> int:
@@ -157,17 +159,33 @@ class RegisteredBuffer:
 
     def forsaken(self, offset: int, length: int) -> bool:
         """Whether some of the range is private memory now."""
-        return any(start < offset + length and offset < stop for start, stop in self._forsaken)
+        place = bisect_left(self._forsaken, (offset + length,))
+        return place > 0 and self._forsaken[place - 1][1] > offset
 
     def forsake(self, span: Span) -> None:
         """Take the range (a `direct` one) out of every service's reach: one that hangs may still write into it. From now on it is private memory of
         this process, of unspecified content; views of it stay valid, and what the service writes is seen by nobody."""
         start, stop = span.offset, -(-(span.offset + span.length) // PAGE_BYTES) * PAGE_BYTES
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-        where = _mmap(self.address + start, stop - start, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        self._map(start, stop, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        insort(self._forsaken, (start, stop, span), key=itemgetter(0))
+
+    def restore(self, offset: int, length: int) -> None:
+        """What of the range was forsaken is registered memory again, of unspecified content, unless a service may still write into it. The range is
+        its caller's alone, who keeps nothing in it now. Without this, memory that lives long would be private in the end, page by page."""
+        if not self._forsaken or self.region.fd is None:
+            return
+        kept = []
+        for start, stop, span in self._forsaken:
+            if offset <= start < offset + length and not span.pinned:
+                self._map(start, stop, mmap.MAP_SHARED, self.region.fd, start)
+            else:
+                kept.append((start, stop, span))
+        self._forsaken = kept
+
+    def _map(self, start: int, stop: int, flags: int, fd: int, offset: int) -> None:
+        where = _mmap(self.address + start, stop - start, mmap.PROT_READ | mmap.PROT_WRITE, flags | _MAP_FIXED, fd, offset)
         if where != self.address + start:
             raise from_os(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())), "replace memory that a service may still write into")
-        self._forsaken.append((start, stop))
 
     def close(self) -> None:
         """Unregister. Views still held stay readable."""

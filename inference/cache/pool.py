@@ -80,6 +80,13 @@ class PagePool:
             raise InvalidArgument(f"the pages are on {self.device}: a page is copied to the host before it is stored")
         return self._buffers[page]
 
+    def restore(self, pages: Sequence[int]) -> None:
+        """These are about to be read into. Memory that an earlier reading had to take out of a service's reach is within it again, where that is
+        safe."""
+        if self._buffers is not None:
+            for page in pages:
+                self._buffers.restore(page)
+
     def to_host(self, pages: Sequence[int]) -> torch.Tensor:
         """A copy of pages in the host's memory: [pages, page_bytes] uint8."""
         return self._bytes[torch.tensor(pages, device=self.device), : self.format.page_bytes].to("cpu")

@@ -80,6 +80,7 @@ class KvStore:
 
     def read(self, keys: Sequence[bytes], pages: Sequence[int], parent: bytes, tail: Sequence[int]) -> Reading:
         asked = [*keys, unfinished(parent, tail)] if tail else keys
+        self._pool.restore(pages)
         steps = groups(self._pool.format, self.cost.page_seconds)
         return Reading(self._space, self._pool, asked, pages, steps, self._clock, self._config.read_timeout_s, self.stats, self.cost.read)
 

@@ -124,6 +124,31 @@ def test_forsaken_memory_is_out_of_reach() -> None:
         os.close(shared)
 
 
+def test_forsaken_memory_comes_back_when_the_service_has_ended_with_it() -> None:
+    with BlockBuffers(3, PAGE_BYTES + 100) as buffers:
+        shared = os.dup(buffers.memory.region.fd or -1)
+        spans = [filled(buffers[place], 0, 1).span for place in range(3)]
+        for place in (2, 0):
+            span = spans[place]
+            assert span is not None
+            span.pin()
+            buffers.memory.forsake(span)
+        assert [filled(buffers[place], 0, 1).span is None for place in range(3)] == [True, False, True]
+        buffers.restore(0)
+        os.pwrite(shared, b"x" * 5, 0)
+        assert filled(buffers[0], 0, 1).span is None and bytes(buffers[0][:5]) == bytes(5), "it may still be written into"
+        assert spans[0] is not None and spans[2] is not None
+        spans[0].unpin()
+        spans[2].unpin()
+        buffers.restore(0)
+        os.pwrite(shared, b"y" * 5, 0)
+        assert filled(buffers[0], 0, 1).span is not None and bytes(buffers[0][:5]) == b"y" * 5
+        assert filled(buffers[2], 0, 1).span is None, "its owner may have something in it"
+        buffers.restore(2)
+        assert filled(buffers[2], 0, 1).span is not None
+        os.close(shared)
+
+
 class _Held:
     """A fake cluster with one block stored, whose nodes can be made to hang."""
 
@@ -159,6 +184,7 @@ def test_a_service_that_hangs_never_writes_into_the_buffer_after_the_miss() -> N
                 assert before == made.client.counters.reads
                 assert bytes(buffers[0]) == b"u" * BLOCK == bytes(buffers[1])
                 node.hold = None
+                buffers.restore(1)
                 assert await held.space.get([key(3), key(4)], buffers) == [BLOCK, BLOCK]
                 assert bytes(buffers[0]) == block(3) and bytes(buffers[1]) == block(4)
 

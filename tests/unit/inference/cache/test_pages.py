@@ -40,6 +40,21 @@ def test_a_named_page_is_found_until_its_place_is_needed_tails_first() -> None:
     assert pages.prefix([key(place) for place in range(4)]) == taken[:2]
 
 
+def test_what_is_given_away_or_forgotten_is_not_known_to_be_stored() -> None:
+    for end in (lambda pages: pages.take(1), Pages.forget):
+        pages = Pages(1)
+        taken = pages.take(1)
+        assert taken == [0]
+        pages.mark_stored([key(1)], True)
+        assert not pages.stored(key(1)), "only what is here"
+        pages.name(0, key(1))
+        pages.mark_stored([key(1)], True)
+        pages.release(taken)
+        assert pages.stored(key(1))
+        end(pages)
+        assert not pages.stored(key(1))
+
+
 def test_use_makes_a_page_recent() -> None:
     pages = Pages(2)
     taken = pages.take(2)
