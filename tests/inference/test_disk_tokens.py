@@ -111,7 +111,12 @@ def test_other_tenants_and_other_models_read_nothing_of_it(tmp_path: Path) -> No
         async with disk.serving(tmp_path, space="") as served, disk.serving(space="") as beside:
             assert await served.answers(asked()) == [oracles.greedy(tmp_path, prompt, 20) for prompt in PROMPTS]
             assert await beside.answers(asked()) == expected()
-            assert served.engine.stats.disk_hits == 0
+            assert served.engine.stats.disk_hits == beside.engine.stats.disk_hits == 0
+        async with disk.serving(tmp_path, space="") as served, disk.serving(space="") as beside:
+            first = asked()[:1]
+            assert await served.answers(first) == [oracles.greedy(tmp_path, PROMPTS[0], 20)]
+            assert await beside.answers(first) == expected()[:1]
+            assert served.events["0"][0].disk_tokens == beside.events["0"][0].disk_tokens == 128, "each its own"
 
     on_disk(test)
 
@@ -150,15 +155,27 @@ def test_smaller_pages_give_what_the_same_engine_gives_without_disk(cache_dtype:
     on_disk(test)
 
 
-def test_storage_that_goes_away_costs_no_answer() -> None:
+def test_storage_that_goes_away_between_lookup_and_reading_costs_no_answer() -> None:
     async def test(disk: Disk) -> None:
         async with disk.serving() as served:
             await served.answers(asked())
         async with disk.serving() as served:
             assert await served.answers(asked()[:1]) == expected()[:1]
-            disk.cluster.stop_storage(0)
-            await disk.cluster.over[0].wait()
+            assert served.events["0"][0].disk_tokens == 128
+            store = disk.stores[-1]
+            match = store.match
+
+            async def then_gone(*args: Any) -> tuple[int, bool]:
+                found = await match(*args)
+                disk.cluster.stop_storage(0)
+                await disk.cluster.over[0].wait()
+                return found
+
+            store.match = then_gone  # type: ignore[method-assign]
             assert await served.answers(asked()[1:]) == expected()[1:]
+            assert disk.stats.found > 2 and disk.stats.read_pages == 2, "the storage had them, and nobody could read them"
+            assert disk.stats.failed_reads == served.engine.stats.failed_fetches > 0
+            assert [served.events[str(number)][0].disk_tokens for number in (1, 2, 3)] == [0, 0, 0]
             assert served.engine.load().running == 0
 
     on_disk(test)
