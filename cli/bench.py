@@ -1,6 +1,6 @@
-"""`kvfs bench`: measurements of KV-cache spaces, on the cluster that is named or on one of the command's own.
+"""`kvfs bench`: measurements of KV-cache spaces and of inference servers, on the cluster that is named or on one of the command's own.
 
-Owns the options and tables; the runs are bench_kv.py's and bench_trace.py's.
+Owns the options and tables; the runs are bench_kv.py's, bench_trace.py's and bench_serve.py's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import trio
 from kvfs.cli import bench_kv, bench_trace
 from kvfs.cli.arguments import Size
 from kvfs.cli.context import Options, common_options, console, human_bytes, print_json, table
+from kvfs.cli.engine_options import engine_options, needs_inference
 from kvfs.cli.measure import steps_bar
 from kvfs.cli.own_cluster import Place, place_to_measure
 from kvfs.common.errors import InvalidArgument
@@ -195,3 +196,37 @@ def show_replays(results: list[bench_trace.Replayed]) -> None:
     refused = sum(result.tally.blocks_refused for result in results)
     if refused:
         console.print(f"{refused} blocks were refused: storage is full, or too slow", style="yellow")
+
+
+# --- serve ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@click.argument("target", metavar="URL|MODEL")
+@click.option("--workload", type=click.Choice(list(PRESETS)), default=None, help="Generated conversations. Default: deepseek, without a --trace.")
+@click.option("--trace", "trace_file", type=click.Path(dir_okay=False, exists=True, path_type=Path), default=None, help="In Mooncake's format.")
+@click.option("--requests", "limit", type=click.IntRange(1), default=100, show_default=True, help="The first so many.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of a workload.")
+@click.option(
+    "--scale-lengths", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Times the lengths of prompts and answers."
+)
+@click.option("--scale-time", type=click.FloatRange(0), default=1.0, show_default=True, help="Times the time between arrivals; 0.5 is twice as fast.")
+@click.option("--closed-loop", is_flag=True, help="Arrivals do not count: a request is sent when another has ended.")
+@click.option("--at-once", type=click.IntRange(1, 10_000), default=16, show_default=True, help="Requests under way at most.")
+@click.option("--api-key", default="", envvar="OPENAI_API_KEY", help="Of the server at URL. Default: $OPENAI_API_KEY.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Also write the figures there, as JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Draw the times there (PNG; needs matplotlib).")
+@click.option("--prefill", type=click.IntRange(0), default=0, help="Of a server for MODEL: workers for prompts, as the next ones ...")
+@click.option("--decode", type=click.IntRange(0), default=0, help="... for answers ...")
+@click.option("--workers", type=click.IntRange(1), default=None, help="... and for both. Default: 1.")
+@engine_options
+@STORAGE_OPTION
+@DIRECTORY_OPTION
+@common_options
+def serve(options: Options, target: str, storage: int, directory: Path | None, **settings: Any) -> None:
+    """Send a workload or a trace to the OpenAI-compatible server at URL, and report hits, bytes, throughput and times. For the checkpoint MODEL
+    servers are started for it, one with its KV cache on kvfs and one without."""
+    needs_inference()
+    from kvfs.cli import bench_serve_command
+
+    bench_serve_command.run(options, target, storage, directory, settings)

@@ -15,7 +15,7 @@ WINDOW_REQUESTS = 40
 def check_can_plot() -> None:
     """Before minutes of work are spent. Raises SetupError."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise SetupError("matplotlib is not installed: pip install 'kvfs[plots]' (`make demo-kvcache` does), or leave the plot out with --no-plot")
+        raise SetupError("matplotlib is not installed: pip install 'kvfs[plots]' (`make demo-kvcache` does), or leave the plot out")
 
 
 def moving_rate(tally: Tally, window: int = WINDOW_REQUESTS) -> list[float]:
@@ -48,6 +48,29 @@ def hit_rate_over_time(path: Path, title: str, lines: Sequence[tuple[str, Tally]
     axes.margins(x=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def answer_times(path: Path, title: str, runs: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> None:
+    """For each run, which share of its requests had their first token, and the next ones, within so many milliseconds (both in order)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for place, (axes, what) in enumerate(zip(panels, ("time to first token, ms", "time per token after it, ms"), strict=True)):
+        for label, *times in runs:
+            ordered = times[place]
+            shares = [100 * (number + 1) / len(ordered) for number in range(len(ordered))]
+            axes.plot(ordered, shares, label=label, drawstyle="steps-post")
+        axes.set(xlabel=what, xscale="log")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set(ylabel="requests, %", ylim=(0, 100))
+    panels[0].legend(loc="upper left")
+    figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

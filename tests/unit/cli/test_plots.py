@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfs.cli.plots import hit_rate_over_time, moving_rate
+from kvfs.cli.plots import answer_times, hit_rate_over_time, moving_rate
 from kvfs.kvcache.replay import Tally
 
 
@@ -25,3 +25,9 @@ def test_a_plot_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "new" / "plot.png"
     hit_rate_over_time(path, "title", [("one", tally([0, 10, 5])), ("two", tally([1, 2, 3]))])
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_times_is_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    answer_times(tmp_path / "plot.png", "title", [("with", [1.0, 2.0], [0.5]), ("without", [3.0], [])])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
