@@ -1,5 +1,5 @@
 # The commands of the house; HACKING.md says more about each.
-.PHONY: demo demo-kvcache sim planted test test-slow test-ecosystem fuzz crash-states check format bench clean setup
+.PHONY: demo demo-kvcache demo-inference sim planted test test-slow test-ecosystem fuzz crash-states check format bench clean setup
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -16,6 +16,10 @@ demo: setup  ## the main job on real input: a cluster, a mount, copies, a kill, 
 demo-kvcache:  ## KV-cache blocks of a real model's size: put, get, restart, replay a workload, plot
 	@deploy/bootstrap.sh plots
 	@$(BIN)/kvfs demo-kvcache --plot build/demo-kvcache.png
+
+demo-inference:  ## a small DeepSeek-V3 model over HTTP, its KV cache on kvfs: cold, warm, after a restart, beside transformers
+	@deploy/bootstrap.sh inference,oracle
+	@$(BIN)/kvfs demo-inference
 
 test: setup check  ## everything but the tests marked slow
 	@deploy/bootstrap.sh plots,inference,oracle

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "admin": ("admin", "admin", "Nodes, chains, targets, clients."),
     "demo": ("demo", "demo", "The whole story on real files: start, copy, kill, recover, compare."),
     "demo-kvcache": ("demo_kvcache", "demo_kvcache", "The KV cache: put, get, restart, replay a workload in too little room."),
+    "demo-inference": ("demo_inference", "demo_inference", "A model served with its KV cache on kvfs: cold, warm, after a restart."),
     "manager": ("services", "manager", "Run a cluster manager in the foreground."),
     "meta": ("services", "meta", "Run a metadata service in the foreground."),
     "storage": ("services", "storage", "Run a storage service in the foreground."),

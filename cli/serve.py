@@ -17,6 +17,7 @@ import click
 import trio
 
 from kvfs.cli import process
+from kvfs.cli.cluster_dir import SOCKET_PATH_MAX
 from kvfs.cli.context import Options, common_options, console
 from kvfs.cli.engine_options import as_arguments, engine_options, needs_inference
 from kvfs.cli.worker_processes import WorkerProcesses
@@ -73,13 +74,14 @@ def serve(
         *(["--no-disk-cache"] if no_disk_cache else ["--cluster", options.cluster_spec()]),
     ]
     process.configure_logging()
-    directory = Path(log_dir).resolve() if log_dir else Path(tempfile.mkdtemp(prefix="kvfs-serve-"))
-    directory.mkdir(parents=True, exist_ok=True)
+    # A socket's path is short (unix(7)), and people may want their logs anywhere.
+    sockets = Path(tempfile.mkdtemp(prefix="kvfs-serve-", dir=None if len(tempfile.gettempdir()) < SOCKET_PATH_MAX - 30 else "/tmp"))
+    logs = Path(log_dir) if log_dir else sockets
     try:
-        status = process.run_process(partial(_main, Path(model), name, WorkerProcesses(directory, roles, arguments), remote, http))
+        logs.mkdir(parents=True, exist_ok=True)
+        status = process.run_process(partial(_main, Path(model), name, WorkerProcesses(sockets, logs, roles, arguments), remote, http))
     finally:
-        if not log_dir:
-            shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(sockets, ignore_errors=True)
     sys.exit(status)
 
 

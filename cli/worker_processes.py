@@ -24,21 +24,21 @@ DELAY_MAX_S = 30.0
 
 
 class WorkerProcesses:
-    def __init__(self, directory: Path, roles: Sequence[str], arguments: Sequence[str]) -> None:
-        """`directory`: for sockets and logs. `arguments`: of every `kvfs worker`, the model first."""
-        self._directory = directory
+    def __init__(self, sockets: Path, logs: Path, roles: Sequence[str], arguments: Sequence[str]) -> None:
+        """`sockets`, `logs`: directories. `arguments`: of every `kvfs worker`, the model first."""
+        self._logs = logs
         self._lifeline = Lifeline()
         self.children: list[Child] = []
         self.addresses: dict[str, tuple[str, ...]] = {}
         for number, role in enumerate(roles, 1):
             name = f"{role}-{number}"
-            address = f"unix://{directory / name}.sock"
+            address = f"unix://{sockets / name}.sock"
             argv = kvfs_argv("worker", *arguments, "--role", role, "--listen", address)
             self.children.append(Child(name, role, argv))
             self.addresses[name] = (address,)
 
     def log_file(self, name: str) -> Path:
-        return self._directory / f"{name}.log"
+        return self._logs / f"{name}.log"
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until it is cancelled. Started when all of them serve; SetupError: one cannot."""
