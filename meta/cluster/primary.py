@@ -21,7 +21,7 @@ import trio
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.random import Random
-from kvfs.common.errors import BadRequest, Busy, InvalidArgument, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation
+from kvfs.common.errors import BadRequest, Busy, InvalidArgument, KvfsError, LeaseExpired, NotRegistered, Overloaded, StaleIncarnation, TxnTooBig
 from kvfs.common.ids import CLIENT_ID_BYTES
 from kvfs.common.primary import not_primary
 from kvfs.common.wire import cluster_pb2 as pb
@@ -397,6 +397,9 @@ class Primary:
         try:
             with trio.CancelScope(shield=True):
                 await self._engine.transact(writer(self.holding.lease, self.records, change))
+        except TxnTooBig as error:
+            # Whoever asked wrote more into a field than a record holds. It was refused before anything was written: this reign knows what is there.
+            raise BadRequest(f"a record of the cluster would be too large: {error.message}") from None
         except KvfsError as error:
             log.error("a change of the cluster's records was not committed, this reign ends: %s", error.message)
             self.end()

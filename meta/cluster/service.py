@@ -56,8 +56,8 @@ class ManagerService:
         return self._manager.primary().list_clients()
 
     async def set_config(self, request: pb.ConfigBlob, call: Call) -> pb.ConfigBlob:
-        if len(request.toml) > MAX_CONFIG_BYTES:
-            raise BadRequest(f"a configuration of {len(request.toml)} characters: at most {MAX_CONFIG_BYTES}")
+        if (size := len(request.toml.encode())) > MAX_CONFIG_BYTES:
+            raise BadRequest(f"a configuration of {size} bytes: at most {MAX_CONFIG_BYTES}")
         return await self._manager.primary().set_config(request)
 
     def get_config(self, request: pb.GetConfigRequest, call: Call) -> pb.ConfigBlob:

@@ -220,6 +220,15 @@ def test_bad_requests() -> None:
             await reign.client_heartbeat(pb.ClientHeartbeatRequest(client=pb.ClientInfo(client_id=b"short")))
         with pytest.raises(BadRequest):
             await reign.set_config(pb.ConfigBlob(name=""))
+        # Found by a million mutated frames (seed 2026): a record larger than the store takes ended the reign.
+        for field in ("hostname", "software", "host_id"):
+            large = registration("large")
+            setattr(large, field, "x" * 140_000)
+            with pytest.raises(BadRequest, match="would be too large"):
+                await reign.register(large)
+        with pytest.raises(BadRequest, match="would be too large"):
+            await reign.set_config(pb.ConfigBlob(name="c", toml="x" * 140_000))
+        assert not reign.ended and reign.records.version == version
         # Reports of targets that are not the node's, or that say nothing, are passed over.
         node = await reign.register(registration("u"))
         reports = [pb.TargetReport(target_id=5, local_state=pb.UPTODATE), pb.TargetReport(target_id=6)]
