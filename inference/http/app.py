@@ -22,7 +22,7 @@ from kvfs.common.boundary.random import Random
 from kvfs.common.boundary.world import Boundaries
 from kvfs.common.errors import KvfsError
 from kvfs.inference.http.answers import Answers, ServedModel, answer_tokens, encode, engine_requests
-from kvfs.inference.http.backend import Backend, Flushable
+from kvfs.inference.http.backend import Backend, Drainable, Flushable
 from kvfs.inference.http.calls import Call, is_token, read_messages, read_prompts
 from kvfs.inference.http.completions import ChatShape, Completion, Head, Shape, TextShape
 from kvfs.inference.http.config import HttpConfig
@@ -83,6 +83,8 @@ class Api:
             route("GET", "/flush_cache", self.flush),
             route("POST", "/flush_cache", self.flush),
             route("POST", "/reset_prefix_cache", self.flush),
+            route("POST", "/workers/{name}/drain", self.drain),
+            route("DELETE", "/workers/{name}/drain", self.drain),
         ]
 
     # --- completions ---------------------------------------------------------------------------------------------------------------------
@@ -225,6 +227,16 @@ class Api:
             raise Refusal(501, "this server's workers cannot forget their caches")
         await self.backend.flush()
         return JSONResponse({"success": True})
+
+    async def drain(self, request: HttpRequest) -> Response:
+        """POST: a worker ends what it has and takes nothing new, until DELETE. `/server_info` tells when it has no request any more."""
+        if not isinstance(self.backend, Drainable):
+            raise Refusal(501, "this server's workers cannot be drained")
+        name, drain = request.path_params["name"], request.method == "POST"
+        if name not in {worker.name for worker in await self.backend.status()}:
+            raise Refusal(404, f"there is no worker {name}: GET /server_info names them")
+        await self.backend.drain(name, drain)
+        return JSONResponse({"worker": name, "draining": drain})
 
 
 def _incoming(request: HttpRequest) -> Incoming:

@@ -49,3 +49,12 @@ class Flushable(Protocol):
     """A backend that can forget the prefixes it has in memory (what is on disk stays)."""
 
     async def flush(self) -> None: ...
+
+
+@runtime_checkable
+class Drainable(Protocol):
+    """A backend whose workers can be taken out of service one by one."""
+
+    async def drain(self, name: str, drain: bool = True) -> None:
+        """No new requests for this worker, or new ones again; those it has it ends. InvalidArgument: there is none of that name."""
+        ...

@@ -156,6 +156,17 @@ def test_a_worker_killed_while_it_computes_a_prompt(served: Served) -> None:
     served.wait(served.all_serve)
 
 
+def test_a_drained_worker_takes_nothing_until_it_is_let(served: Served) -> None:
+    """The other one does both meanwhile."""
+    prompt = oracles.tokens(140, seed=17)
+    assert httpx.post(f"{served.url}/workers/nobody/drain").status_code == 404
+    assert httpx.post(f"{served.url}/workers/prefill-1/drain").json() == {"worker": "prefill-1", "draining": True}
+    served.wait(lambda: not served.all_serve())
+    assert served.stream(prompt, 6)[0] == expected(prompt, 6)
+    assert httpx.delete(f"{served.url}/workers/prefill-1/drain").status_code == 200
+    served.wait(served.all_serve)
+
+
 def test_after_all_workers_were_started_anew_prefixes_come_from_disk(served: Served) -> None:
     prompt = oracles.tokens(520, seed=14)
     assert served.stream(prompt, 10)[0] == expected(prompt, 10)
