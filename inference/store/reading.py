@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import trio
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.inference.cache.pool import PagePool
@@ -85,7 +86,7 @@ class Reading:
         if any(size != group.length for size in sizes):
             return False
         if host is not None:
-            self._pool.from_host(self._pages, host, group.offset)
+            await trio.to_thread.run_sync(self._pool.from_host, self._pages, host, group.offset)  # it waits for what the GPU is doing
         return True
 
     def wait(self, layer: int, timeout_s: float | None = None) -> bool | None:

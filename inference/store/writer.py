@@ -114,7 +114,7 @@ class Writer:
         if self._pool.device.type == "cpu":
             blocks: list[object] = [self._pool.buffer(page) for page in pages]
         else:
-            blocks = list(self._pool.to_host(pages))
+            blocks = list(await trio.to_thread.run_sync(self._pool.to_host, list(pages)))  # it waits for what the GPU is doing
         results = await self.space.put(list(keys), blocks, list(before[-PREFIX_MAX:]))
         stored = results.count(Put.STORED)
         self._stats.written_pages += stored
