@@ -7,9 +7,10 @@ import os
 import pytest
 import trio
 from tests.sim import scheduler
-from tests.sim.clients import CHUNK_BYTES, connected
+from tests.sim.clients import connected
 from tests.sim.machine import Process
 from tests.sim.trace import Trace
+from tests.sim.work import CHUNK_BYTES
 from tests.sim.world import Shape, World
 
 from kvfs.common.errors import KvfsError
