@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from kvfs.cli.arguments import Size
 from kvfs.common.errors import SetupError
 from kvfs.inference.config import CACHE_DTYPES, DTYPES
 
@@ -31,6 +32,11 @@ _OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--waiting-requests", {"type": click.IntRange(1), "default": 256, "show_default": True, "help": "More are refused: HTTP 429."}),
     ("--threads", {"type": click.IntRange(1), "default": 1, "show_default": True, "help": "Of torch, on the CPU."}),
     ("--space", {"default": "", "help": "KV-cache space. Default: one of the model's own."}),
+    ("--space-quota-bytes", {"type": Size(), "default": 0, "help": "Of the space, when it is made: beyond it the least recently used pages go."}),
+    (
+        "--space-ttl-s",
+        {"type": click.FloatRange(0), "default": 0.0, "help": "Of the space, when it is made: a page not used for so long goes."},
+    ),
 ]
 
 

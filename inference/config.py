@@ -32,6 +32,10 @@ class EngineConfig:
     """torch's, on the CPU."""
     space: str = ""
     """Name of the KV-cache space; empty: one is named after the model's digest."""
+    space_quota_bytes: int = 0
+    """Of the space, if it is made here: beyond it the least recently used pages go. 0: up to the watermarks of the disks."""
+    space_ttl_s: float = 0.0
+    """The same: a page that nobody used for so long goes. 0: it stays."""
     disk_cache: bool = True
     write_queue_bytes: int = 256 << 20
     """Pages that wait to be written back; more are dropped, and counted."""
@@ -46,5 +50,8 @@ class EngineConfig:
         for name in ("cache_pages", "step_tokens", "running_requests", "waiting_requests", "threads", "write_queue_bytes"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}: at least 1")
+        for name in ("space_quota_bytes", "space_ttl_s"):
+            if getattr(self, name) < 0:
+                raise InvalidArgument(f"{name} is {getattr(self, name)}: not negative; 0 for none")
         if self.read_timeout_s <= 0:
             raise InvalidArgument(f"read_timeout_s is {self.read_timeout_s}: above 0")

@@ -8,7 +8,7 @@ the engine's loop never waits for a write. Belongs to its client's trio thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Never
 
 import trio
@@ -28,8 +28,15 @@ from kvfs.kvcache.keys import unfinished
 
 log = logging.getLogger("kvfs.inference.store")
 
+SAVE_PAGES = 64
+"""At once: each write has a deadline of its own, however long the prompt."""
 LOOK_S = 5.0
 """Between two looks at whether the space is still there."""
+
+
+def _batched(places: Sequence[int], count: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(places), count):
+        yield places[start : start + count]
 
 
 class KvStore:
@@ -47,7 +54,8 @@ class KvStore:
     @classmethod
     async def open(cls, cache: AsyncKVCache, digest: bytes, rope: str, pool: PagePool, config: EngineConfig, clock: Clock) -> KvStore:
         """In the model's space, which is made if it is not there. SpaceDiffers: config.space names one of another model."""
-        params = page_space(digest, pool.format, rope, config.dtype)
+        quota_bytes, ttl_s = config.space_quota_bytes or None, config.space_ttl_s or None
+        params = page_space(digest, pool.format, rope, config.dtype, quota_bytes=quota_bytes, ttl_s=ttl_s)
         name = config.space or space_name(config.model, params)
         return cls(cache, params, await cache.create(name, params, exist_ok=True), pool, config, clock)
 
@@ -95,8 +103,10 @@ class KvStore:
             keys = [*keys, unfinished(parent, tail)]
         there = await self._space.exists(keys)
         missing = [place for place, found in enumerate(there) if not found]
-        if missing:
-            await self._writer.write([keys[place] for place in missing], [pages[place] for place in missing], keys[: missing[0]])
+        for part in _batched(missing, SAVE_PAGES):
+            own = [keys[place] for place in part]
+            if await self._writer.write(own, [pages[place] for place in part], keys[: part[0]]) < len(own):
+                return  # nobody could get to what is behind it
 
     def computed(self, tokens: int, seconds: float) -> None:
         self.cost.computed(tokens, seconds)

@@ -23,7 +23,6 @@ from kvfs.inference.model import sample
 from kvfs.inference.model.config import ROPE_LAYOUT
 from kvfs.inference.model.digest import model_digest
 from kvfs.inference.request import Request
-from kvfs.inference.store.space import page_space
 from kvfs.inference.store.store import KvStore
 from kvfs.kvcache import AsyncKVCache
 
@@ -204,11 +203,9 @@ def test_damaged_blocks_are_computed_again() -> None:
 
 def test_a_space_that_is_full_evicts_and_answers_the_same() -> None:
     async def test(disk: Disk) -> None:
-        format = model(MICRO).page_format("fp32")
-        params = page_space(digest(MICRO), format, ROPE_LAYOUT, "fp32", quota_bytes=4 * format.page_bytes)
-        await disk.kvcache.create("pages", params)
+        quota = 4 * model(MICRO).page_format("fp32").page_bytes
         for _ in range(2):
-            async with disk.serving() as served:
+            async with disk.serving(space_quota_bytes=quota) as served:
                 assert await served.answers(asked(30)) == expected(30)
         with trio.move_on_after(20):
             while not (await disk.kvcache.stats("pages")).evicted:

@@ -239,7 +239,10 @@ def test_a_prefix_is_written_before_what_hangs_on_it_and_others_beside_it() -> N
     run(test, 60)
 
 
-def test_only_what_is_not_there_is_saved() -> None:
+@pytest.mark.parametrize("at_once", [2, 64])
+def test_only_what_is_not_there_is_saved(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("kvfs.inference.store.store.SAVE_PAGES", at_once)
+
     async def test() -> None:
         async with scene() as (store, _, _, _):
             await store.save(KEYS[:3], [0, 1, 2], b"", [])
@@ -264,6 +267,17 @@ def test_a_space_that_is_dropped_under_a_worker_is_made_anew(monkeypatch: pytest
                     await store.save(KEYS[:1], [0], b"", [])
                     await trio.sleep(0.05)
             nursery.cancel_scope.cancel()
+
+    run(test, 60)
+
+
+def test_a_space_has_the_retention_that_its_first_worker_was_told() -> None:
+    async def test() -> None:
+        async with scene(replace(CONFIG, space_quota_bytes=1 << 30, space_ttl_s=3600.0)) as (store, _, cache, _):
+            params = (await cache.list())[store.space]
+            assert (params.quota_bytes, params.ttl_s) == (1 << 30, 3600.0)
+            same, _ = await other(cache)
+            assert same.space == store.space, "it is no part of the format"
 
     run(test, 60)
 
