@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from kvfs.common.boundary.disk import Disk
@@ -246,7 +246,10 @@ class Ledger:
                     self.failed = self.failed or error
                 raise
             with self.lock:
-                self._durable = self._synced_to = after
+                opening, self._durable = not self._durable, after
+                if not opening:  # then segments of an earlier run are still there, and not synced
+                    self._note_durable()
+                self._synced_to = self.journal.next_sequence
                 self.allocator.release(below)
         self._give_back()
 
@@ -265,7 +268,13 @@ class Ledger:
                 raise
             with self.lock:
                 self._durable = max(self._durable, below)
+                self._note_durable()
                 self.allocator.release_removed(below)
+
+    def _note_durable(self) -> None:
+        """Locked. A record that says what is synced: else a record that is damaged before the next one comes could be what a loss of power left."""
+        with suppress(NoSpace):
+            self._append({})
 
     # --- checkpoint ---
 

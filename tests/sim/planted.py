@@ -259,7 +259,7 @@ FOUND: dict[str, int] = {
     "chain-version": 27,
     "tag": 74,
     "resync-skip": 9,
-    "block-reuse": 28,
+    "block-reuse": 39,
     "truncate": 24,
     "lease": 12,
     "not-serving": 60,

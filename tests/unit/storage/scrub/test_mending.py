@@ -14,6 +14,7 @@ from kvfs.common.checksum import CHECKSUM_UNIT_BYTES, checksums
 from kvfs.common.errors import ChecksumMismatch
 from kvfs.common.ids import SPACE_BIT, block_id, chunk_id
 from kvfs.common.wire import storage_pb2 as pb
+from kvfs.storage.retention import records
 
 
 async def pair(world: MiniCluster) -> tuple[int, list[int]]:
@@ -141,7 +142,7 @@ def test_a_chunk_that_is_written_while_it_is_mended(tmp_path: Path) -> None:
 
 
 def test_own_files_are_written_anew(tmp_path: Path) -> None:
-    """Superblock, journal, retention log and node.json: each is known to the process, and a restart finds them whole."""
+    """Superblock, journal and node.json: each is known to the process, and a restart finds them whole."""
 
     async def main() -> None:
         async with mini_cluster(tmp_path, lease_ms=5000) as world:
@@ -165,6 +166,43 @@ def test_own_files_are_written_anew(tmp_path: Path) -> None:
             await world.settled(2)
             for each in targets:
                 assert await world.read(chain, chunk_id(9, 0), 0, 5000, target=each) == data
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("at", [5, -3], ids=["header", "touch"])
+def test_a_damaged_retention_log_is_written_anew(tmp_path: Path, at: int) -> None:
+    """By the next touch that is written down; the order of blocks is known to the process."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path, lease_ms=5000) as world:
+            chain, targets = await pair(world)
+
+            def is_whole(data: bytes) -> bool:
+                found = records.replay(data)
+                return found.problem is None and found.end == len(data)
+
+            async def put(number: int) -> None:
+                block, data = block_id(SPACE_BIT | 77, bytes([number]) * 16), os.urandom(5000)
+                io = pb.WriteIO(chunk_id=block, kind=pb.CREATE, length=5000, chunk_size=CHUNK_SIZE, checksums=checksums(data, 0), slab_bytes=8192)
+                (result,) = await world.write_once(chain, [io], [data])
+                assert result.status == 0
+
+            await put(1)
+            log = folder(world, targets[0]) / "retention.log"
+            with trio.fail_after(10):
+                while not log.exists():
+                    await trio.sleep(0.05)
+            flip(log, at % log.stat().st_size)
+            assert not is_whole(log.read_bytes())
+            assert (await scrub(world, targets[0])).found == 1
+            await put(2)
+            with trio.fail_after(10):
+                while not is_whole(log.read_bytes()):
+                    await trio.sleep(0.05)
+            assert (await scrub(world, targets[0])).found == 0
+            told = records.replay(log.read_bytes())
+            assert {digest for space in told.spaces.values() for digest in space.touched} == {b"\1" * 16, b"\2" * 16}
 
     trio.run(main)
 
