@@ -40,7 +40,7 @@ class EngineConfig:
     write_queue_bytes: int = 256 << 20
     """Pages that wait to be written back; more are dropped, and counted."""
     read_timeout_s: float = 10.0
-    """A prompt whose pages are not read by then is computed."""
+    """A prompt whose pages are not read by then is computed; sooner where computing takes less time."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -28,6 +28,10 @@ from kvfs.kvcache.keys import unfinished
 
 log = logging.getLogger("kvfs.inference.store")
 
+PATIENCE_S = 2.0
+"""A lookup and a reading have so long, or twice the time that computing takes, if that is more ..."""
+LOOKUP_S = 5.0
+"""... and a lookup never more than this."""
 SAVE_PAGES = 64
 """At once: each write has a deadline of its own, however long the prompt."""
 LOOK_S = 5.0
@@ -76,7 +80,7 @@ class KvStore:
     async def match(self, keys: Sequence[bytes], parent: bytes, tail: Sequence[int]) -> tuple[int, bool]:
         """One round trip to each storage service; what is found counts as used."""
         asked = [*keys, unfinished(parent, tail)] if tail else list(keys)
-        found = await self._space.match_keys(asked)
+        found = await self._space.match_keys(asked, deadline_s=min(LOOKUP_S, self._limit_s(len(asked))))
         self.stats.lookups += len(asked)
         self.stats.found += found
         return min(found, len(keys)), found > len(keys)
@@ -90,7 +94,12 @@ class KvStore:
         asked = [*keys, unfinished(parent, tail)] if tail else keys
         self._pool.restore(pages)
         steps = groups(self._pool.format, self.cost.page_seconds)
-        return Reading(self._space, self._pool, asked, pages, steps, self._clock, self._config.read_timeout_s, self.stats, self.cost.read)
+        return Reading(self._space, self._pool, asked, pages, steps, self._clock, self._limit_s(len(pages)), self.stats, self.cost.read)
+
+    def _limit_s(self, pages: int) -> float:
+        """Storage that hangs holds a prompt up about as long as it saves at best."""
+        computing_s = self.cost.compute_seconds(pages)
+        return min(self._config.read_timeout_s, max(PATIENCE_S, 2 * computing_s)) if computing_s else self._config.read_timeout_s
 
     def offer(self, keys: Sequence[bytes], pages: Sequence[int], before: Sequence[bytes], done: Callable[[int], None]) -> None:
         self._writer.offer(keys, pages, before, done)

@@ -132,15 +132,20 @@ def test_one_missing_block_makes_a_reading_worthless_and_nobody_waits() -> None:
     run(test, 60)
 
 
-def test_storage_that_is_gone_is_a_failed_reading_within_the_timeout() -> None:
+@pytest.mark.parametrize(("timeout_s", "computed"), [(1.5, False), (60, True)])
+def test_storage_that_is_gone_is_a_failed_reading_in_time(timeout_s: float, computed: bool) -> None:
+    """Within the timeout, and, where that is known, not much longer than computing would have taken."""
+
     async def test() -> None:
-        async with scene(replace(CONFIG, read_timeout_s=1.5)) as (store, _, cache, made):
+        async with scene(replace(CONFIG, read_timeout_s=timeout_s)) as (store, _, cache, made):
             await store.save(KEYS, [0, 1, 2, 3, 4], b"", [])
-            mine, _ = await other(cache, read_timeout_s=1.5)
+            mine, _ = await other(cache, read_timeout_s=timeout_s)
+            if computed:
+                mine.computed(1000, 0.1)
             made.stop_storage(0)
             await made.over[0].wait()
             reading = mine.read(KEYS, [10, 11, 12, 13, 14], b"", [])
-            with trio.fail_after(10):
+            with trio.fail_after(15):
                 assert not await reading.run(lambda: None)
                 assert (await mine.match(KEYS, b"", []))[0] == 0
                 await mine.save(KEYS, [0, 1, 2, 3, 4], b"", [])
