@@ -122,7 +122,7 @@ class ServeRun:
             "prompt_tokens": prompt,
             "hit_tokens": cached,
             "hit_share": cached / prompt if prompt else 0.0,
-            "disk_hit_tokens": self.counter("external_prefix_cache_hits"),
+            "disk_hit_tokens": self.counter("prompt_tokens_cached_by_source.disk"),
             "answer_tokens": answer,
             "requests_per_s": len(self.good) / self.seconds,
             "prompt_tokens_per_s": prompt / self.seconds,

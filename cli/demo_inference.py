@@ -176,19 +176,15 @@ class InferenceDemo:
         return sum(float(value) for value in re.findall(r"^kvfs:kv_bytes_read_total\{.*\} (\S+)$", text, re.MULTILINE))
 
     def compare(self, runs: Sequence[Run]) -> None:
-        """DataError unless all of them say what transformers says."""
+        """DataError unless all of them say what transformers says, with its own tokenizer and template: only the checkpoint is shared."""
         import torch
-        from transformers import DeepseekV3ForCausalLM
+        from transformers import AutoTokenizer, DeepseekV3ForCausalLM
         from transformers.utils import logging
-
-        from kvfs.inference.http.tokenizer import Tokenizer
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 
-        tokenizer = Tokenizer.load(self.model)
-        if tokenizer.chat_template is None:
-            raise SetupError("the tokenizer has no chat template")
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
         oracle = DeepseekV3ForCausalLM.from_pretrained(self.model, dtype=torch.float32, experts_implementation="eager").eval()
         for other in runs[1:]:
             for number, (one, two) in enumerate(zip(runs[0].answers, other.answers, strict=True)):
@@ -196,7 +192,8 @@ class InferenceDemo:
                     raise DataError(f"request {number} was answered with {one!r} in the run {runs[0].name!r} and with {two!r} in {other.name!r}")
         with steps_bar(len(runs[0].answers), "asking transformers", quiet=self.quiet) as advance:
             for messages, answer in zip(runs[0].prompts, runs[0].answers, strict=True):
-                prompt = tokenizer.encode(tokenizer.chat_template.render(messages), add_special_tokens=False)
+                said = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                prompt = tokenizer(said, add_special_tokens=False)["input_ids"]
                 with torch.no_grad():
                     found = oracle.generate(
                         torch.tensor([prompt]),
@@ -206,7 +203,7 @@ class InferenceDemo:
                         pad_token_id=0,
                         eos_token_id=-1,
                     )
-                expected = tokenizer.decode(found[0, len(prompt) :].tolist())
+                expected = tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
                 if expected != answer:
                     raise DataError(f"a prompt of {len(prompt)} tokens was answered with {answer!r}; transformers says {expected!r}")
                 advance(1, "")

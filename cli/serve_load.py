@@ -1,8 +1,8 @@
 """Requests sent to an OpenAI-compatible server, and when their tokens came: the client's side of `kvfs bench serve` and `kvfs demo-inference`.
 
-Owns `Ask`, `Answered`, the driver and the reading of /metrics. Invariants: at most so many requests are under way; a turn of a conversation is never
-sent before the one before it was answered; in an open loop times count from when a request was due, so that a slow server cannot hide what it made
-others wait; a request that fails is counted and never repeated.
+Owns `Ask`, `Answered`, the driver and the reading of /metrics. Invariants: at most so many requests are under way; a turn of a conversation is
+never sent before the one before it was answered; in an open loop times count from when a request was due, so that a slow server cannot hide what
+it made others wait; a request that fails is counted and never repeated.
 """
 
 from __future__ import annotations
@@ -99,14 +99,15 @@ class Server:
             return None
 
     async def counters(self) -> dict[str, float]:
-        """All counters of kvfs's, each summed over its labels; none of another server."""
+        """All counters of kvfs's, each summed over its labels but for `source`, which is behind a dot; none of another server."""
         answer = await self.get("/metrics")
         found: dict[str, float] = {}
         if answer.status_code == 200:
             for family in text_string_to_metric_families(answer.text):
                 for sample in family.samples:
                     if sample.name.startswith("kvfs:") and sample.name.endswith("_total"):
-                        name = sample.name.removeprefix("kvfs:").removesuffix("_total")
+                        source = sample.labels.get("source")
+                        name = sample.name.removeprefix("kvfs:").removesuffix("_total") + (f".{source}" if source else "")
                         found[name] = found.get(name, 0.0) + sample.value
         return found
 
