@@ -44,28 +44,30 @@ class PagePool:
         self._rows = memory.view(dtype).as_strided((pages, format.layers, PAGE_TOKENS, width), (stride // size, format.layer_bytes // size, width, 1))
         """[pages, layers, PAGE_TOKENS, row]"""
 
-    def write(self, layer: int, slots: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor) -> None:
-        """Rows of one layer: latent [T, latent], rope [T, rope], into slots [T] (page * PAGE_TOKENS + place)."""
-        pages, places = slots // PAGE_TOKENS, slots % PAGE_TOKENS
+    def write(self, layer: int, slots: tuple[torch.Tensor, torch.Tensor], latent: torch.Tensor, rope: torch.Tensor) -> None:
+        """Rows of one layer: latent [T, latent], rope [T, rope], into slots: pages [T], and places in them [T]."""
+        pages, places = slots
         if self.format.dtype == "fp8":
             rows = pack_fp8(latent, rope)
         else:
             rows = torch.cat([latent, rope], dim=-1).to(self._rows.dtype)
         self._rows[pages, layer, places] = rows
 
-    def gather(self, layer: int, pages: Sequence[int], length: int) -> torch.Tensor:
-        """The first `length` rows of a request: [length, latent + rope]."""
-        index = torch.tensor(pages[: -(-length // PAGE_TOKENS)], device=self.device)
-        return self._unpacked(self._rows[index, layer].flatten(0, 1)[:length])
+    def gather(self, layer: int, pages: torch.Tensor, length: int) -> torch.Tensor:
+        """The first `length` rows of a request that lies in pages [n]: [length, latent + rope]."""
+        return self._unpacked(self._copied(layer, pages).view(-1, self._rows.shape[-1])[:length])
 
-    def gather_padded(self, layer: int, pages: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
-        """The rows of several requests: [requests, longest, latent + rope], zeros behind each one's end."""
-        longest = -(-max(lengths) // PAGE_TOKENS)
-        table = [[*own[: -(-length // PAGE_TOKENS)], *[own[0]] * longest][:longest] for own, length in zip(pages, lengths, strict=True)]
-        index = torch.tensor(table, device=self.device)
-        rows = self._unpacked(self._rows[index, layer].flatten(1, 2)[:, : max(lengths)])
-        beyond = torch.arange(rows.shape[1], device=self.device)[None] >= torch.tensor(lengths, device=self.device)[:, None]
-        return rows.masked_fill(beyond[..., None], 0)
+    def gather_padded(self, layer: int, pages: torch.Tensor, longest: int, padding: torch.Tensor | None) -> torch.Tensor:
+        """The rows of several requests that lie in pages [requests, n]: [requests, longest, latent + rope]. `padding`: rows, counted through all the
+        pages, that are behind a request's end. They come out as zeros."""
+        rows = self._unpacked(self._copied(layer, pages.flatten()).view(len(pages), -1, self._rows.shape[-1]))
+        if padding is not None:
+            rows.flatten(0, 1).index_fill_(0, padding, 0)
+        return rows[:, :longest]
+
+    def _copied(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
+        """[pages, layer's bytes as values]: page by page (index_select), not value by value as an index does."""
+        return self._rows[:, layer].flatten(1).index_select(0, pages)
 
     def _unpacked(self, rows: torch.Tensor) -> torch.Tensor:
         if self.format.dtype == "fp8":

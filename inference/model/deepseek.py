@@ -22,6 +22,7 @@ from kvfs.inference.model.checkpoint import Checkpoint
 from kvfs.inference.model.config import ModelConfig
 from kvfs.inference.model.moe import Gate, Mlp, Moe
 from kvfs.inference.model.norm import rms_norm
+from kvfs.inference.model.plan import plan
 from kvfs.inference.model.rope import Rotation, softmax_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,10 +62,11 @@ class DeepseekV3:
         with torch.inference_mode():
             x = F.embedding(batch.tokens, self._embedding)
             angles = self._rotation.angles(batch.positions, x.dtype)
+            planned = plan(batch, self.config.heads)
             for number, layer in enumerate(self._layers):
                 if before_layer is not None:
                     before_layer(number)
-                x = x + layer.attention(rms_norm(x, layer.input_norm, eps), batch, angles, pool)
+                x = x + layer.attention(rms_norm(x, layer.input_norm, eps), planned, angles, pool)
                 x = x + layer.mlp(rms_norm(x, layer.mlp_norm, eps))
             return F.linear(rms_norm(x[batch.wanted], self._norm, eps), self._head).float()
 

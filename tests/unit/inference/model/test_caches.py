@@ -51,7 +51,7 @@ class Rounding(PagePool):
 
     dtype = "bf16"
 
-    def write(self, layer: int, slots: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor) -> None:
+    def write(self, layer: int, slots: tuple[torch.Tensor, torch.Tensor], latent: torch.Tensor, rope: torch.Tensor) -> None:
         super().write(layer, slots, *rounded(latent, rope, self.dtype))
 
 
@@ -67,7 +67,8 @@ def test_logits_over_a_smaller_cache_are_those_of_rounded_latents(name: str, dty
         batch = batch_of([Piece(prompt[start:end], start, [1, 0], True)])
         assert (model.forward(batch, real) - model.forward(batch, reference)).abs().max() < 1e-5
     for layer in range(model.config.layers):
-        assert torch.equal(real.gather(layer, [1, 0], 70), reference.gather(layer, [1, 0], 70))
+        pages = torch.tensor([1, 0])
+        assert torch.equal(real.gather(layer, pages, 70), reference.gather(layer, pages, 70))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
@@ -76,7 +77,8 @@ def test_a_page_moves_to_another_pool_as_bytes(dtype: str) -> None:
     format = PageFormat(dtype, 3, 200, 16)
     one, other = PagePool(format, 3), PagePool(format, 2)
     latent, rope = torch.randn(70, 200), torch.randn(70, 16)
-    slots = torch.arange(70) + 64
+    slots = (torch.arange(70) // 64 + 1, torch.arange(70) % 64)
+    both, second = torch.tensor([1, 2]), torch.tensor([2])
     for layer in range(3):
         one.write(layer, slots, latent + layer, rope)
     for mine, theirs in ((1, 1), (2, 0)):
@@ -84,9 +86,9 @@ def test_a_page_moves_to_another_pool_as_bytes(dtype: str) -> None:
         other.buffer(theirs)[:] = one.buffer(mine)
     assert torch.equal(one.to_host([1, 2]), other.to_host([1, 0]))
     for layer in range(3):
-        assert torch.equal(one.gather(layer, [1, 2], 70), other.gather(layer, [1, 0], 70))
-        padded = one.gather_padded(layer, [[1, 2], [2]], [70, 6])
-        assert torch.equal(padded[0], one.gather(layer, [1, 2], 70))
-        assert torch.equal(padded[1, :6], one.gather(layer, [2], 6)) and not padded[1, 6:].any()
+        assert torch.equal(one.gather(layer, both, 70), other.gather(layer, torch.tensor([1, 0]), 70))
+        padded = one.gather_padded(layer, torch.tensor([[1, 2], [2, 2]]), 70, torch.arange(128 + 6, 128 + 70))
+        assert torch.equal(padded[0], one.gather(layer, both, 70))
+        assert torch.equal(padded[1, :6], one.gather(layer, second, 6)) and not padded[1, 6:].any()
     one.clear_tail(2, 6)
-    assert not one.gather(2, [2], 64)[6:].any() and one.gather(2, [2], 6).any()
+    assert not one.gather(2, second, 64)[6:].any() and one.gather(2, second, 6).any()

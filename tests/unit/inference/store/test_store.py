@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import trio
 import trio.testing
 from tests.unit.client.fakes import run
@@ -68,7 +69,7 @@ def test_saved_pages_and_the_unfinished_one_are_found_and_read_by_another_worker
                 assert theirs.buffer(there) == pool.buffer(here)
             for layer in range(FORMAT.layers):
                 assert reading.wait(layer)
-                assert not theirs.gather(layer, [15], PAGE_TOKENS)[len(TAIL) :].any(), "an earlier owner's rows were stored"
+                assert not theirs.gather(layer, torch.tensor([15]), PAGE_TOKENS)[len(TAIL) :].any(), "an earlier owner's rows were stored"
             assert (mine.stats.read_pages, mine.stats.read_bytes, mine.stats.failed_reads) == (6, 6 * FORMAT.page_bytes, 0)
 
     run(test, 60)
