@@ -142,7 +142,9 @@ class Mutator:
             if entry is None:
                 return
             if entry.message_type is not None and entry.message_type.GetOptions().map_entry:
-                getattr(message, entry.name)["f" * chance.choice((1, 1000))] = chance.choice(TEXTS).replace("\0", "")
+                numbers = entry.message_type.fields_by_name["value"].cpp_type == entry.CPPTYPE_DOUBLE
+                value = chance.choice((0.0, -1.0, 1e308, float("inf"), float("nan"))) if numbers else chance.choice(TEXTS).replace("\0", "")
+                getattr(message, entry.name)["f" * chance.choice((1, 1000))] = value
                 return
             if entry.message_type is None:
                 break
