@@ -89,8 +89,8 @@ def test_what_lies_behind_a_request_never_reaches_it() -> None:
     pool = PagePool(model.page_format("fp32"), 4)
     for page in range(4):
         pool.buffer(page)[:] = b"\xff" * len(pool.buffer(page))
-    prompts = [oracles.tokens(70), oracles.tokens(10, seed=2)]
-    where = [[0, 1], [2]]
+    prompts = [oracles.tokens(70), oracles.tokens(10, seed=2), oracles.tokens(40, seed=3)]  # 70 and 40 are computed together, padded
+    where = [[0, 1], [2], [3]]
     model.forward(batch_of([Piece(prompt[:-1], 0, own, False) for prompt, own in zip(prompts, where, strict=True)]), pool)
     found = model.forward(batch_of([Piece(prompt[-1:], len(prompt) - 1, own, True) for prompt, own in zip(prompts, where, strict=True)]), pool)
     for row, prompt in zip(found, prompts, strict=True):
