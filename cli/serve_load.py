@@ -102,7 +102,7 @@ class Server:
         """All counters of kvfs's, each summed over its labels but for `source`, which is behind a dot; none of another server."""
         answer = await self.get("/metrics")
         found: dict[str, float] = {}
-        if answer.status_code == 200:
+        if answer.status_code == 200 and "kvfs:" in answer.text:
             for family in text_string_to_metric_families(answer.text):
                 for sample in family.samples:
                     if sample.name.startswith("kvfs:") and sample.name.endswith("_total"):
