@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 Value = str | int | bool | None
@@ -109,8 +110,20 @@ def load(path: Path) -> list[Operation]:
 
 def fill(name: str, length: int) -> bytes:
     """The value's bytes: its name over and over, with the number of the cell, so that bytes at a wrong place show too."""
-    cells = -(-length // CELL_BYTES)
-    return b"".join(f"{name}|{cell}|".encode().ljust(CELL_BYTES, b".") for cell in range(cells))[:length]
+    cells, head = -(-length // CELL_BYTES), f"{name}|".encode()
+    parts, first = [], 0
+    while first < cells:  # cells with numbers of one width at a time: between two numbers stands always the same
+        width = len(str(first))
+        end = min(cells, 10**width)
+        tail = b"|".ljust(CELL_BYTES - len(head) - width, b".")
+        parts.append(head + (tail + head).join(_numbers(first, end)) + tail)
+        first = end
+    return b"".join(parts)[:length]
+
+
+@lru_cache(maxsize=256)
+def _numbers(first: int, end: int) -> list[bytes]:
+    return [b"%d" % number for number in range(first, end)]
 
 
 def name_of(data: bytes | bytearray | memoryview) -> str | None:

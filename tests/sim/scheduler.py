@@ -14,26 +14,10 @@ from typing import Any, TypeVar
 
 import trio
 import trio._core._run as trio_run
+from tests.sim.loop import Loop
 from trio.testing import MockClock
 
 T = TypeVar("T")
-
-
-class _NoEvents:
-    """Stands for epoll: a simulation has no descriptors to wait for, and asking the kernel costs a tenth of the run."""
-
-    def __init__(self, real: Any) -> None:
-        self._real = real
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def get_events(self, timeout: float) -> list[Any]:
-        return self._real.get_events(timeout) if timeout > 0 else []
-
-    def process_events(self, events: list[Any]) -> None:
-        if events:
-            self._real.process_events(events)
 
 
 def run(seed: int, main: Callable[[], Awaitable[T]]) -> T:
@@ -45,17 +29,19 @@ def run(seed: int, main: Callable[[], Awaitable[T]]) -> T:
     collecting = gc.isenabled()
     gc.disable()
 
+    clock = MockClock(autojump_threshold=0)
+    loop = Loop(clock, module._r)
+
     async def inside() -> T:
-        runner = module.GLOBAL_RUN_CONTEXT.runner
-        real = runner.io_manager
-        runner.io_manager = _NoEvents(real)
+        loop.begin()
         try:
             return await main()
         finally:
-            runner.io_manager = real  # trio ends the run by way of a real socket
+            loop.end()
 
     try:
-        return trio.run(inside, clock=MockClock(autojump_threshold=0))
+        with loop.in_place():
+            return trio.run(inside, clock=clock)
     except BaseExceptionGroup as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
