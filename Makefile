@@ -37,7 +37,7 @@ test-ecosystem:  ## the connectors under the real SGLang, LMCache and vLLM, with
 	@.venv-ecosystem/bin/python -m pytest -m "not slow" tests/connectors tests/ecosystem
 
 sim: setup  ## a whole cluster by seed: SEED=n replays one with its trace, SEEDS=n runs so many (FIRST=n: from there)
-	@$(BIN)/python -m tests.sim.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FIRST),1))
+	@$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FIRST),1))
 
 planted: setup  ## mistakes planted in the product, and how many seeds the simulation needs to find each
 	@$(BIN)/python -m tests.sim.planted

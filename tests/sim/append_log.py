@@ -39,6 +39,7 @@ class Log(Work):
             call.unknown(type(error).__name__)
             return
         self.say(f"append {value}: at {offset}")
+        self.record.done["append"] += 1
         call.done(offset)
         self.record.files.setdefault(f"{LOG}@{offset}", set()).add(fill(value, self.BYTES))
 
@@ -55,4 +56,5 @@ class Log(Work):
             call.never()
             return
         self.say(f"length? {length}")
+        self.record.done["length of a file"] += 1
         call.done(length)

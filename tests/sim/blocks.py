@@ -42,6 +42,7 @@ class Blocks(Work):
             self.record.unknown += 1
             call.unknown("refused")
         else:
+            self.record.done["put of a block"] += 1
             call.done(put.name.lower())
 
     async def remove(self, number: int) -> None:
@@ -49,6 +50,7 @@ class Blocks(Work):
         [gone] = await self._space.remove([key(number)])
         self.say(f"remove block {number}: {gone}")
         if gone:
+            self.record.done["remove of a block"] += 1
             call.done()
         else:
             self.record.unknown += 1
@@ -62,6 +64,7 @@ class Blocks(Work):
         if value is not None and count != block_bytes(number):
             value = f"SHORT {value}: {count} bytes"
         self.say(f"get block {number}: {value}")
+        self.record.done["get of a block"] += value is not None
         call.done(value)
         return value
 

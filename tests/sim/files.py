@@ -35,13 +35,14 @@ class Files(Work):
         """Of this life of the client: what an earlier one had under way may still arrive."""
         return f"/{self.name}.{self.process.machine.lives}-{self.random.randrange(3)}"
 
-    async def _try(self, what: str, step: Callable[[], Awaitable[None]]) -> KvfsError | None:
+    async def _try(self, kind: str, what: str, step: Callable[[], Awaitable[None]]) -> KvfsError | None:
         try:
             await step()
         except KvfsError as error:
             self.say(f"{what}: {outcome(error)}")
             return error
         self.say(f"{what}: done")
+        self.record.done[f"{kind} of a file"] += 1
         return None
 
     def _settle(self, path: str, before: set[bytes | None], after: set[bytes | None], error: KvfsError | None) -> None:
@@ -59,7 +60,7 @@ class Files(Work):
             async with await self.client.open(path, "wb") as file:
                 await file.write(data)
 
-        error = await self._try(f"{path} = {value}, {size} bytes", step)
+        error = await self._try("write", f"{path} = {value}, {size} bytes", step)
         # A write of which only a part was acknowledged leaves any of the bytes.
         self._settle(path, known, {data} if error is None else {ANYTHING}, error)
 
@@ -82,7 +83,7 @@ class Files(Work):
             finally:
                 await file.close()
 
-        error = await self._try(f"{path} at {start} = {value}, {len(piece)} bytes", step)
+        error = await self._try("synced write", f"{path} at {start} = {value}, {len(piece)} bytes", step)
         self._settle(path, known, {after} if error is None else {ANYTHING}, error)
 
     async def cut(self, path: str, known: set[bytes | None]) -> None:
@@ -93,14 +94,14 @@ class Files(Work):
         length = self.random.randrange(len(content) + CHUNK_BYTES)
         after = content[:length].ljust(length, b"\0")
         self.record.files[path] = known | {after, ANYTHING}
-        error = await self._try(f"{path} truncated to {length}", lambda: self.client.truncate(path, length))
+        error = await self._try("truncate", f"{path} truncated to {length}", lambda: self.client.truncate(path, length))
         self._settle(path, known, {after} if error is None else {after, ANYTHING}, error)
 
     async def unlink(self, path: str, known: set[bytes | None]) -> None:
         if None in known or len(known) > 1:
             return
         self.record.files[path] = known | {None}
-        error = await self._try(f"{path} unlinked", lambda: self.client.unlink(path))
+        error = await self._try("unlink", f"{path} unlinked", lambda: self.client.unlink(path))
         if isinstance(error, NotFound):
             self.record.problems.append(f"{path} is not there, though it was written: {error.message}")
         self._settle(path, known, {None}, error)
@@ -110,7 +111,7 @@ class Files(Work):
         if path == to or None in known or len(known) > 1:
             return
         self.record.files[path], self.record.files[to] = known | {None}, other | known
-        error = await self._try(f"{path} renamed to {to}", lambda: self.client.rename(path, to))
+        error = await self._try("rename", f"{path} renamed to {to}", lambda: self.client.rename(path, to))
         if isinstance(error, NotFound):
             self.record.problems.append(f"{path} is not there, though it was written: {error.message}")
         self._settle(path, known, {None}, error)
@@ -125,5 +126,6 @@ class Files(Work):
             self.say(f"{path}? {outcome(error)}")
             return
         self.say(f"{path}? {shown(found)}")
+        self.record.done["read of a file"] += found is not None
         if found not in known and ANYTHING not in known:
             self.record.problems.append(f"{path} is {shown(found)}, and may be {', '.join(map(shown, known))}")

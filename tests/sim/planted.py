@@ -8,7 +8,6 @@ prints a table; `--only NAME` one of them. test_planted.py plants each under its
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from tests.sim.many import each
 from tests.sim.run import Verdict, run_seed
 from tests.sim.stress import is_stress
 
@@ -285,12 +285,11 @@ def finds(name: str, seed: int) -> tuple[int, list[str]]:
 
 def search(name: str, seeds: Iterable[int], processes: int, tell: Callable[[str], None]) -> tuple[int, str] | None:
     """The first seed that finds it, and what it says."""
-    with multiprocessing.get_context("forkserver").Pool(processes) as pool:
-        for seed, problems in pool.imap(partial(finds, name), seeds):
-            if problems:
-                return seed, problems[0]
-            if seed % 50 == 0:
-                tell(f"{name}: not by the seeds up to {seed}")
+    for seed, problems in each(partial(finds, name), seeds, processes):
+        if problems:
+            return seed, problems[0]
+        if seed % 50 == 0:
+            tell(f"{name}: not by the seeds up to {seed}")
     return None
 
 

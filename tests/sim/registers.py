@@ -56,6 +56,7 @@ class Registers(Work):
             self.record.unknown += 1
             call.unknown(type(done).__name__)
         else:
+            self.record.done["write of a chunk"] += 1
             call.done()
 
     async def remove(self, key: str, index: int) -> None:
@@ -69,6 +70,7 @@ class Registers(Work):
             self.record.unknown += 1
             call.unknown(type(done).__name__)
         else:
+            self.record.done["remove of a chunk"] += 1
             call.done()
 
     async def read(self, key: str, index: int, offset: int, size: int) -> bool:
@@ -86,6 +88,7 @@ class Registers(Work):
         if value is not None and done.length != size:
             value = f"SHORT {value}: {done.length} bytes of {size}"
         self.say(f"{key}? {value} (version {done.version})")
+        self.record.done["read of a chunk"] += value is not None
         call.done(value)
         return True
 

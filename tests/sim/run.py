@@ -1,4 +1,4 @@
-"""One seed from start to verdict, and the command: `python -m tests.sim.run --seed N`, or `--seeds N` over all processors.
+"""One seed from start to verdict.
 
 A run: draw a cluster and a plan of faults from the seed, start everything, let clients work while faults strike, mend everything, wait until every
 target serves, check. A run that does not end, or that a wait of a minute of virtual time does not bring to rest, is a failure too.
@@ -6,14 +6,11 @@ target serves, check. A run that does not end, or that a wait of a minute of vir
 
 from __future__ import annotations
 
-import argparse
 import logging
-import multiprocessing
-import os
 import signal
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -68,6 +65,8 @@ class Verdict:
     cpu_s: float = 0.0
     operations: int = 0
     unknown: int = 0
+    done: Counter[str] = field(default_factory=Counter)
+    """By kind, how many operations did what they were to do."""
     faults: tuple[str, ...] = ()
 
 
@@ -121,6 +120,7 @@ async def simulate(seed: int, trace: Trace, frames: Frames | None = None) -> Ver
                 await _judge(end, verdict)
         verdict.virtual_s = trio.current_time()
         verdict.operations, verdict.unknown = record.operations, record.unknown
+        verdict.done = record.done
         nursery.cancel_scope.cancel()
     return verdict
 
@@ -232,7 +232,7 @@ def run_seed(seed: int, show: Callable[[str], None] | None = None, *, frames: bo
 
     search, tables.MAX_STEPS = tables.MAX_STEPS, 2000  # a third of the run would go into the balance of its chain table
     signal.signal(signal.SIGVTALRM, too_long)
-    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S, 5)
     try:
         verdict = scheduler.run(seed, lambda: simulate(seed, trace, Frames(show) if frames and show else None))
     except Exception as error:
@@ -244,45 +244,3 @@ def run_seed(seed: int, show: Callable[[str], None] | None = None, *, frames: bo
         log.setLevel(before[2])
     verdict.digest, verdict.cpu_s = trace.digest, time.process_time() - began_s
     return verdict
-
-
-def run_seeds(first: int, count: int, processes: int) -> Iterator[Verdict]:
-    """In processes of their own, as they end."""
-    with multiprocessing.get_context("forkserver").Pool(processes, maxtasksperchild=100) as pool:
-        yield from pool.imap_unordered(run_seed, range(first, first + count), chunksize=4)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
-    parser.add_argument("--seed", type=int, help="replay one, with its trace")
-    parser.add_argument("--seeds", type=int, default=0, help="how many to run")
-    parser.add_argument("--first", type=int, default=1, help="the first of them")
-    parser.add_argument("--frames", action="store_true", help="with --seed: also show every message")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    arguments = parser.parse_args()
-    if arguments.seed is not None:
-        verdict = run_seed(arguments.seed, print, frames=arguments.frames)
-        print(f"{len(verdict.problems)} problems, {verdict.operations} operations ({verdict.unknown} of unknown outcome),", end=" ")
-        print(f"{verdict.virtual_s:.0f} s of virtual time, trace {verdict.digest}")
-        print("\n".join(verdict.problems))
-        return bool(verdict.problems)
-    bad = 0
-    began_s = time.monotonic()
-    total = Verdict(0)
-    for done, verdict in enumerate(run_seeds(arguments.first, arguments.seeds, arguments.processes), 1):
-        total.operations += verdict.operations
-        total.unknown += verdict.unknown
-        total.virtual_s += verdict.virtual_s
-        total.cpu_s += verdict.cpu_s
-        if verdict.problems:
-            bad += 1
-            print(f"seed {verdict.seed} ({', '.join(verdict.faults)}): {verdict.problems[0][:2000]}\n", flush=True)
-        if done % 50 == 0:
-            print(f"{done} of {arguments.seeds} seeds, {bad} bad", file=sys.stderr, flush=True)
-    print(f"{arguments.seeds} seeds from {arguments.first}: {bad} bad; {total.operations} operations, {total.unknown} of unknown outcome,", end=" ")
-    print(f"{total.virtual_s / 3600:.1f} h of virtual time; {total.cpu_s:.0f} s of processor time, {time.monotonic() - began_s:.0f} s")
-    return bool(bad)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

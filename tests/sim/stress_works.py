@@ -105,6 +105,7 @@ class Opened(Work):
                         f"{path}, held open, has lost what was written and synced: {len(found)} bytes are left of {len(data)}"
                     )
                 self.say(f"{path} used")
+                self.record.done["use of an unlinked file"] += 1
             finally:
                 await file.close()
         except (NotFound, StaleHandle) as error:  # unlinked before it was opened, or the client was thought dead

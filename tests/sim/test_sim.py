@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.sim.run import TEST_SEEDS, run_seed, run_seeds
+from tests.sim.many import Tally, run_seeds
+from tests.sim.run import TEST_SEEDS, run_seed
 
 SEEDS = int(os.environ.get("KVFS_SIM_SEEDS", TEST_SEEDS))
 FIRST = int(os.environ.get("KVFS_SIM_FIRST", "1"))
@@ -19,7 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.timeout(0)
 def test_nothing_is_lost_and_nothing_is_wrong() -> None:
-    bad = [f"seed {verdict.seed}: {verdict.problems[0]}" for verdict in run_seeds(FIRST, SEEDS, os.cpu_count() or 1) if verdict.problems]
+    bad, tally = [], Tally(FIRST, SEEDS)
+    for verdict in run_seeds(FIRST, SEEDS, os.cpu_count() or 1):
+        tally.add(verdict)
+        if verdict.problems:
+            bad.append(f"seed {verdict.seed}: {verdict.problems[0]}")
+    assert tally.idle() == []
     assert not bad, f"{len(bad)} of {SEEDS} seeds; `make sim SEED=n` replays one\n" + "\n".join(bad)
 
 
@@ -32,7 +38,7 @@ def test_a_seed_is_the_same_run_in_any_process() -> None:
     traces = set()
     for hash_seed in ("0", "1", "4711"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        command = [sys.executable, "-m", "tests.sim.run", "--seed", "3"]
+        command = [sys.executable, "-m", "tests.sim", "--seed", "3"]
         traces.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
     [trace] = {"\n".join(line for line in trace.splitlines() if "processor" not in line) for trace in traces}
     assert "every target serves" in trace

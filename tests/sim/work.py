@@ -7,6 +7,7 @@ as such. A work must never raise what a user would not meet.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -45,6 +46,8 @@ class Record:
     files: dict[str, set[bytes | None]] = field(default_factory=dict)
     operations: int = 0
     unknown: int = 0
+    done: Counter[str] = field(default_factory=Counter)
+    """By kind, how many did what they were to do: a run in which next to nothing did proves nothing."""
     problems: list[str] = field(default_factory=list)
     """What a client saw that can never be right."""
 
