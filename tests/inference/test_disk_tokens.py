@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from kvfs.inference.request import Request
 from kvfs.inference.store.store import KvStore
 from kvfs.kvcache import AsyncKVCache
 
-MICRO = oracles.checkpoint("micro")
+micro = partial(oracles.checkpoint, "micro")
 digest = cache(model_digest)
 
 
@@ -39,7 +39,8 @@ class Disk:
     stores: list[KvStore] = field(default_factory=list)
 
     @asynccontextmanager
-    async def serving(self, path: Path = MICRO, *, space: str = "pages", **config: Any) -> AsyncIterator[Served]:
+    async def serving(self, path: Path | None = None, *, space: str = "pages", **config: Any) -> AsyncIterator[Served]:
+        path = path or micro()
         settings = EngineConfig(model=str(path), space=space, read_timeout_s=3, **config)
 
         async def make(pool: PagePool) -> KvStore:
@@ -57,7 +58,7 @@ class Disk:
 
 def on_disk(test: Callable[[Disk], Any], **cluster: Any) -> None:
     async def main() -> None:
-        async with whole(**{"storage": 1, "replicas": 1, **cluster}) as made, made.client() as client:
+        async with whole(**{"storage": 1, "replicas": 1, "lease_ms": 10_000, **cluster}) as made, made.client() as client:
             await test(Disk(made, AsyncKVCache(client)))
 
     run(main, 100)
@@ -75,7 +76,7 @@ def asked(tokens: int = 20) -> list[Request]:
 
 
 def expected(tokens: int = 20) -> list[list[int]]:
-    return [oracles.greedy(MICRO, prompt, tokens) for prompt in PROMPTS]
+    return [oracles.greedy(micro(), prompt, tokens) for prompt in PROMPTS]
 
 
 def test_cold_warm_and_the_next_turn() -> None:
@@ -87,12 +88,12 @@ def test_cold_warm_and_the_next_turn() -> None:
         async with disk.serving() as served:
             assert await served.answers(asked(30)) == expected(30)
             assert [served.events[str(number)][0].cached_tokens for number in range(4)] == [128, 192, 192, 256]
-            assert served.engine.stats.disk_hits and disk.stats.read_pages == disk.stats.read_bytes // model(MICRO).page_format("fp32").page_bytes
+            assert served.engine.stats.disk_hits and disk.stats.read_pages == disk.stats.read_bytes // model(micro()).page_format("fp32").page_bytes
             stored = disk.stats.written_pages
         assert stored == 0, "all was there"
         turn = PROMPTS[0] + expected(30)[0] + oracles.tokens(11)
         async with disk.serving() as served:
-            assert await served.answers([ask("turn", turn, 20)]) == [oracles.greedy(MICRO, turn, 20)]
+            assert await served.answers([ask("turn", turn, 20)]) == [oracles.greedy(micro(), turn, 20)]
             assert served.events["turn"][0].disk_tokens == 192, "a page of the answer, too"
 
     on_disk(test)
@@ -123,7 +124,7 @@ def test_other_tenants_and_other_models_read_nothing_of_it(tmp_path: Path) -> No
 def test_an_answer_handed_over_from_one_engine_to_another() -> None:
     async def test(disk: Disk) -> None:
         for prompt in (oracles.tokens(30), oracles.tokens(128), PROMPTS[1]):
-            want = oracles.greedy(MICRO, prompt, 20)
+            want = oracles.greedy(micro(), prompt, 20)
             request = ask("a", prompt, 20)
             async with disk.serving(step_tokens=50) as prefill:
                 prefill.engine.submit(replace(request, hand_over=True))
@@ -144,7 +145,7 @@ def test_smaller_pages_give_what_the_same_engine_gives_without_disk(cache_dtype:
     async def test(disk: Disk) -> None:
         alone = []
         for request in asked():
-            async with serving(MICRO, cache_dtype=cache_dtype) as served:
+            async with serving(micro(), cache_dtype=cache_dtype) as served:
                 alone += await served.answers([request])
         for hits in (False, True):
             async with disk.serving(cache_dtype=cache_dtype) as served:
@@ -203,7 +204,7 @@ def test_damaged_blocks_are_computed_again() -> None:
 
 def test_a_space_that_is_full_evicts_and_answers_the_same() -> None:
     async def test(disk: Disk) -> None:
-        quota = 4 * model(MICRO).page_format("fp32").page_bytes
+        quota = 4 * model(micro()).page_format("fp32").page_bytes
         for _ in range(2):
             async with disk.serving(space_quota_bytes=quota) as served:
                 assert await served.answers(asked(30)) == expected(30)

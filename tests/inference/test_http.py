@@ -24,7 +24,7 @@ from kvfs.inference.http.server import serve
 from kvfs.inference.http.tokenizer import Tokenizer
 from kvfs.inference.workers.router import Router
 
-MICRO = oracles.checkpoint("micro")
+micro = partial(oracles.checkpoint, "micro")
 VOCABULARY = 512
 STORY = "The chain has a head, a middle and a tail. " * 12
 MESSAGES: list[Any] = [{"role": "system", "content": STORY}, {"role": "user", "content": "Who acknowledges?"}]
@@ -35,12 +35,12 @@ def theirs() -> Any:
     """transformers' own tokenizer of the checkpoint."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(MICRO)
+    return AutoTokenizer.from_pretrained(micro())
 
 
 def expected(prompt: Sequence[int], count: int) -> str:
     """What transformers says next."""
-    return str(theirs().decode(oracles.greedy(MICRO, list(prompt), count), skip_special_tokens=True))
+    return str(theirs().decode(oracles.greedy(micro(), list(prompt), count), skip_special_tokens=True))
 
 
 def expected_chat(messages: list[Any], count: int) -> str:
@@ -75,9 +75,9 @@ class Api:
 
 @asynccontextmanager
 async def serving(roles: Sequence[str], *, cluster: str = "", **settings: Any) -> AsyncIterator[Api]:
-    async with workers(MICRO, roles, cluster=cluster, **settings) as (router, _), trio.open_nursery() as nursery:
+    async with workers(micro(), roles, cluster=cluster, **settings) as (router, _), trio.open_nursery() as nursery:
         model = ServedModel(
-            name="micro", tokenizer=Tokenizer.load(MICRO), context_tokens=router.context, vocabulary=VOCABULARY, created_s=1_700_000_000
+            name="micro", tokenizer=Tokenizer.load(micro()), context_tokens=router.context, vocabulary=VOCABULARY, created_s=1_700_000_000
         )
         config = HttpConfig(port=0, shutdown_s=0.1)
         url = await nursery.start(partial(serve, make_app(model, router, config, Boundaries()), config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 
 import pytest
 import trio
@@ -14,7 +15,7 @@ from kvfs.common.errors import InvalidArgument, KvfsError, Overloaded, Unreachab
 from kvfs.inference.request import Finish, TokenEvent
 from kvfs.inference.workers.router import RouterConfig
 
-MICRO = oracles.checkpoint("micro")
+micro = partial(oracles.checkpoint, "micro")
 PROMPT = oracles.tokens(150)
 
 
@@ -22,7 +23,7 @@ def test_answers_of_two_workers_are_those_of_transformers() -> None:
     async def main() -> None:
         prompts = [oracles.tokens(60 + 20 * number, seed=number) for number in range(6)]
         found: dict[int, list[TokenEvent]] = {}
-        async with workers(MICRO, ["both", "both"]) as (router, _):
+        async with workers(micro(), ["both", "both"]) as (router, _):
             async with trio.open_nursery() as nursery:
 
                 async def one(number: int) -> None:
@@ -31,7 +32,7 @@ def test_answers_of_two_workers_are_those_of_transformers() -> None:
                 for number in range(6):
                     nursery.start_soon(one, number)
             for number, prompt in enumerate(prompts):
-                assert tokens(found[number]) == oracles.greedy(MICRO, prompt, 12)
+                assert tokens(found[number]) == oracles.greedy(micro(), prompt, 12)
                 assert found[number][-1].finish is Finish.LENGTH
             assert all(worker.requests == 0 for worker in router.workers.values())
             again = await answer(router, ask("again", prompts[5], 3))
@@ -44,18 +45,18 @@ def test_answers_of_two_workers_are_those_of_transformers() -> None:
 
 def test_a_prompt_handed_over_without_a_store_is_computed_again() -> None:
     async def main() -> None:
-        async with workers(MICRO, ["prefill", "decode"]) as (router, _):
-            assert tokens(await answer(router, ask("r", PROMPT, 12))) == oracles.greedy(MICRO, PROMPT, 12)
+        async with workers(micro(), ["prefill", "decode"]) as (router, _):
+            assert tokens(await answer(router, ask("r", PROMPT, 12))) == oracles.greedy(micro(), PROMPT, 12)
             status = {worker.name: worker for worker in await router.status()}
             assert (status["w1"].role, status["w2"].role) == ("prefill", "decode")
-            assert tokens(await answer(router, ask("one", PROMPT, 1))) == oracles.greedy(MICRO, PROMPT, 1)
+            assert tokens(await answer(router, ask("one", PROMPT, 1))) == oracles.greedy(micro(), PROMPT, 1)
 
     trio.run(main)
 
 
 def test_what_the_workers_refuse_is_told() -> None:
     async def main() -> None:
-        async with workers(MICRO, ["both"], cache_pages=8, waiting_requests=1, running_requests=1) as (router, _):
+        async with workers(micro(), ["both"], cache_pages=8, waiting_requests=1, running_requests=1) as (router, _):
             with pytest.raises(InvalidArgument):
                 await answer(router, ask("long", oracles.tokens(9 * 64), 5))
             assert router.context == 8 * 64
@@ -78,7 +79,7 @@ def test_what_the_workers_refuse_is_told() -> None:
 
 def test_an_answer_that_nobody_reads_on_is_cancelled_at_its_worker() -> None:
     async def main() -> None:
-        async with workers(MICRO, ["both"]) as (router, _):
+        async with workers(micro(), ["both"]) as (router, _):
             async with aclosing(router.generate(ask("r", PROMPT, 3000))) as events:
                 async for event in events:
                     if event.index == 3:
@@ -92,7 +93,7 @@ def test_an_answer_that_nobody_reads_on_is_cancelled_at_its_worker() -> None:
 
 def test_a_drained_worker_ends_what_it_has_and_takes_nothing_new() -> None:
     async def main() -> None:
-        async with workers(MICRO, ["both", "both"], router=RouterConfig(patience_s=1.0)) as (router, _), trio.open_nursery() as nursery:
+        async with workers(micro(), ["both", "both"], router=RouterConfig(patience_s=1.0)) as (router, _), trio.open_nursery() as nursery:
             found: list[TokenEvent] = []
             begun = trio.Event()
 
@@ -121,17 +122,17 @@ def test_a_drained_worker_ends_what_it_has_and_takes_nothing_new() -> None:
             with trio.fail_after(5):
                 while not router.workers[busy].serving:
                     await trio.sleep(0.05)
-            assert tokens(await answer(router, ask("back", PROMPT, 3))) == oracles.greedy(MICRO, PROMPT, 3)
+            assert tokens(await answer(router, ask("back", PROMPT, 3))) == oracles.greedy(micro(), PROMPT, 3)
             with pytest.raises(InvalidArgument):
                 await router.drain("nobody")
-        assert tokens(found) == oracles.greedy(MICRO, PROMPT, 200)
+        assert tokens(found) == oracles.greedy(micro(), PROMPT, 200)
 
     trio.run(main)
 
 
 def test_a_worker_that_stops_mid_answer_loses_nothing() -> None:
     async def main() -> None:
-        async with workers(MICRO, ["both", "both"]) as (router, scopes):
+        async with workers(micro(), ["both", "both"]) as (router, scopes):
             found: list[TokenEvent] = []
             async with aclosing(router.generate(ask("r", PROMPT, 150))) as events:
                 async for event in events:
@@ -139,6 +140,6 @@ def test_a_worker_that_stops_mid_answer_loses_nothing() -> None:
                     if event.index == 10:
                         (busy,) = [name for name, worker in router.workers.items() if worker.requests]
                         scopes[int(busy[1:]) - 1].cancel()
-            assert tokens(found) == oracles.greedy(MICRO, PROMPT, 150)
+            assert tokens(found) == oracles.greedy(micro(), PROMPT, 150)
 
     trio.run(main)

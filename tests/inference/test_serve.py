@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from tests.inference import oracles
 from tests.real_cluster import RealCluster
 from tokenizers import Tokenizer
 
-MICRO = oracles.checkpoint("micro")
+micro = partial(oracles.checkpoint, "micro")
 LIMIT_S = 60
-TOKENIZER = Tokenizer.from_file(str(MICRO / "tokenizer.json"))
 
 
 @dataclass
@@ -103,7 +103,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = folder / "serve.log"
     try:
         cluster.up("--storage", "2", "--replicas", "1")
-        command = [sys.executable, "-m", "kvfs.cli.main", "serve", str(MICRO), "--cluster", str(cluster.path), "--prefill", "1", "--decode", "1"]
+        command = [sys.executable, "-m", "kvfs.cli.main", "serve", str(micro()), "--cluster", str(cluster.path), "--prefill", "1", "--decode", "1"]
         with open(log, "wb") as out:
             process = subprocess.Popen(
                 [*command, "--port", "0", "--cache-pages", "300", "--log-dir", str(folder / "workers")], stdout=out, stderr=out
@@ -123,7 +123,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def expected(prompt: list[int], tokens: int) -> str:
-    return str(TOKENIZER.decode(oracles.greedy(MICRO, prompt, tokens), skip_special_tokens=True))
+    return str(Tokenizer.from_file(str(micro() / "tokenizer.json")).decode(oracles.greedy(micro(), prompt, tokens), skip_special_tokens=True))
 
 
 def test_a_prompt_is_handed_over_through_the_store(served: Served) -> None:
