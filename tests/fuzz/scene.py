@@ -23,7 +23,7 @@ from kvfs.common.boundary.clock import SystemClock
 from kvfs.common.boundary.random import SystemRandom
 from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.errors import KvfsError
-from kvfs.common.ids import chunk_inode
+from kvfs.common.ids import chunk_inode, is_space
 from kvfs.common.wire import cluster_pb2, meta_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.frame import Kind, encode
@@ -202,7 +202,10 @@ async def tidy(scene: Scene) -> None:
                 continue
             await (client.rmtree(f"/{name}") if inode.type == meta_pb2.DIRECTORY else client.unlink(f"/{name}"))
         for name, inode in await client.scandir("/kvcache"):
-            await (client.rmdir(f"/kvcache/{name}") if inode.type == meta_pb2.DIRECTORY else client.unlink(f"/kvcache/{name}"))
+            if inode.type == meta_pb2.DIRECTORY:
+                await (client.rmdir(f"/kvcache/{name}") if is_space(inode.inode) else client.rmtree(f"/kvcache/{name}"))
+            else:
+                await client.unlink(f"/kvcache/{name}")
         identity = Identity(cluster.cluster_id, SystemRandom().bytes(16), "admin")
         async with ChannelPool(SystemNet(), SystemClock(), identity) as pool:
             await settled(client, scene.chains)
