@@ -569,4 +569,4 @@ async def test_creating_file_after_file_needs_no_lookup_also_when_the_lease_is_r
         opened, _ = await fs.create(directory, name, stat.S_IFREG | 0o644, os.O_WRONLY, ROOT)
         await fs.release(opened.handle)
         number += 1
-    assert looked_up <= 0.1 * number
+    assert looked_up <= max(5, 0.1 * number) < number  # once a lease, also where few files are made in one
