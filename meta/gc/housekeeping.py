@@ -13,7 +13,7 @@ import trio
 
 from kvfs.common.errors import KvfsError
 from kvfs.common.wire import cluster_pb2
-from kvfs.meta.namespace import idempotency
+from kvfs.meta.namespace.idempotency import Periods
 
 if TYPE_CHECKING:
     from kvfs.meta.gc.prune import Pruner
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 CLEAR_CLOSED_S = 0.05
 STORE_READERS_S = 0.5
 SWEEP_LEASES_S = 2.0
-SWEEP_REQUESTS_S = 30.0
+TURN_PERIODS_S = 30.0
 PRUNE_S = 2.0
 REDO_CUTS_S = 1.0
 
@@ -46,7 +46,7 @@ async def run(service: MetaService, pruner: Pruner | None) -> None:
         nursery.start_soon(repeat, "clearing closed sessions", CLEAR_CLOSED_S, service.clear_closed)
         nursery.start_soon(repeat, "storing open files", STORE_READERS_S, service.store_readers)
         nursery.start_soon(repeat, "sweeping leases", SWEEP_LEASES_S, lambda: _sweep_leases(service))
-        nursery.start_soon(repeat, "sweeping request records", SWEEP_REQUESTS_S, lambda: _sweep_requests(service))
+        nursery.start_soon(repeat, "sweeping request records", TURN_PERIODS_S, Periods(service.engine, service.clock).round)
         if pruner is not None:
             nursery.start_soon(repeat, "pruning sessions", PRUNE_S, pruner.round)
         nursery.start_soon(_redo_cuts, service)
@@ -73,9 +73,3 @@ async def _sweep_leases(service: MetaService) -> None:
     # With a second meta service alive, changes could pass this one's leases by: then nobody gets any.
     service.leases.enabled = len(service.routing().nodes_with_role(cluster_pb2.ROLE_META, alive=True)) <= 1
     await trio.lowlevel.checkpoint()
-
-
-async def _sweep_requests(service: MetaService) -> None:
-    more = True
-    while more:
-        more = await service.engine.transact(lambda txn: idempotency.sweep(txn, service.clock.wall_ns()))

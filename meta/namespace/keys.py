@@ -32,10 +32,11 @@ GARBAGE = b"GCQU"
 CUT = b"TRNC"
 """TRNC inode -> length: chunks above it are to be cut before the file may be cut again."""
 GENERAL = b"META"
-"""META name -> value: format version, inode allocator."""
+"""META name -> value: format version, inode allocator, period of request records."""
 
 FORMAT = GENERAL + b"format"
 NEXT_INODE = GENERAL + b"next-inode"
+PERIOD = GENERAL + b"request-period"
 
 
 def inode(number: int) -> bytes:

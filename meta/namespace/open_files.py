@@ -82,7 +82,7 @@ class OpenFiles:
         due: list[tuple[int, Reader]] = []
         for session, inode in self._young.items():
             reader = self._readers[inode][session]
-            if now_ns - reader.opened_ns < STORE_AFTER_NS or len(due) >= limit:
+            if 0 <= now_ns - reader.opened_ns < STORE_AFTER_NS or len(due) >= limit:  # opened later than now: the clock was set back
                 break
             due.append((inode, reader))
         return due

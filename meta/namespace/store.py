@@ -15,7 +15,7 @@ from kvfs.common.routing import Routing
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.kv.engine import Engine
 from kvfs.meta.kv.transaction import Transaction
-from kvfs.meta.namespace import keys, records
+from kvfs.meta.namespace import idempotency, keys, records
 
 FIRST_INODE = 2
 RESERVED_INODES = 65_536
@@ -33,6 +33,7 @@ def prepare(txn: Transaction, now_ns: int, chunk_size_bytes: int = CHUNK_BYTES, 
             raise FormatTooNew(
                 f"the metadata store has format {version}, this kvfs knows formats up to {records.FORMAT_VERSION}: upgrade it; nothing was touched"
             )
+        idempotency.prepare(txn, now_ns)
         return False
     root = pb.Inode(inode=ROOT_INODE, type=pb.DIRECTORY, mode=0o755, nlink=2, parent=ROOT_INODE, uid=uid, gid=gid)
     root.atime_ns = root.mtime_ns = root.ctime_ns = root.birth_ns = now_ns
@@ -40,6 +41,7 @@ def prepare(txn: Transaction, now_ns: int, chunk_size_bytes: int = CHUNK_BYTES, 
     root.layout.chunk_size = chunk_size_bytes
     txn.set(keys.FORMAT, records.encode_number(records.FORMAT_VERSION))
     txn.set(keys.NEXT_INODE, records.encode_number(FIRST_INODE))
+    idempotency.prepare(txn, now_ns)
     txn.set(keys.inode(ROOT_INODE), records.encode_inode(root))
     txn.set(keys.directory_links(ROOT_INODE), records.encode_links(2))
     return True

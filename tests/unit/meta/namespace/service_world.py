@@ -29,12 +29,13 @@ A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
 
 class TestClock(Clock):
     __test__ = False
+    wrong_s = 0
 
     def monotonic(self) -> float:
         return trio.current_time()
 
     def wall_ns(self) -> int:
-        return 10**18 + int(trio.current_time() * 1e9)
+        return 10**18 + int((trio.current_time() + self.wrong_s) * 1e9)
 
     async def sleep(self, seconds: float) -> None:
         await trio.sleep(seconds)

@@ -99,29 +99,59 @@ def test_request_ids_are_checked() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("step_s", [-1575, 1575])
+def test_a_retry_is_known_to_another_service_whose_clock_is_wrong(step_s: int) -> None:
+    async def main() -> None:
+        first = await Service().start()
+        await first.create(b"f")
+        request = pb.RemoveRequest(parent=1, name=b"f")
+        await first.call("remove", request, request_id=b"r" * 16)
+        second = Service(first.engine, first.chunks)
+        second.clock.wrong_s = step_s
+        await second.start()
+        await second.call("remove", request, request_id=b"r" * 16)
+        first.clock.wrong_s = step_s
+        await first.call("remove", request, request_id=b"r" * 16)
+
+    run(main)
+
+
 def test_request_records_last_long_enough_and_are_swept() -> None:
     async def main() -> None:
         service = await Service().start()
+        periods = [idempotency.Periods(service.engine, service.clock) for _ in range(2)]  # two services share the store
 
         async def records() -> int:
             rows, _ = await service.engine.transact(lambda txn: txn.get_range(*keys.span(keys.REQUEST)))
             return len(rows)
 
-        async def sweep() -> None:
-            while await service.engine.transact(lambda txn: idempotency.sweep(txn, service.clock.wall_ns())):
-                pass
+        async def time_passes(seconds: int) -> None:
+            for _ in range(seconds // 15):
+                await trio.sleep(15)
+                for each in periods:
+                    await each.round()
 
-        period_s = idempotency.PERIOD_NS // 10**9
-        await trio.sleep(period_s - service.clock.wall_ns() // 10**9 % period_s - 5)  # 5 s before a period ends
+        await time_passes(idempotency.PERIOD_S)  # the next turn is near
         request = pb.CreateRequest(parent=1, name=b"f", exclusive=True)
         await service.call("create", request, request_id=b"r" * 16)
-        for pause_s in (1, 14, 100):
-            await trio.sleep(pause_s)
-            await sweep()
+        for wrong_s in (10_000, -10_000, 0):
+            service.clock.wrong_s = wrong_s
+            await time_passes(90)
             assert (await service.call("create", request, request_id=b"r" * 16)).created
         assert await records() == 1
-        await trio.sleep(2 * period_s)
-        await sweep()
+        await time_passes(2 * idempotency.PERIOD_S)
         assert await records() == 0
+
+    run(main)
+
+
+def test_a_store_without_periods_gets_one_under_which_its_records_are_found() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        request = pb.CreateRequest(parent=1, name=b"f", exclusive=True)
+        await service.call("create", request, request_id=b"r" * 16)
+        await service.engine.transact(lambda txn: txn.clear(keys.PERIOD))
+        again = await Service(service.engine, service.chunks).start()
+        assert (await again.call("create", request, request_id=b"r" * 16)).created
 
     run(main)

@@ -66,7 +66,8 @@ def test_a_reader_keeps_a_removed_file() -> None:
     run(main)
 
 
-def test_a_file_open_for_reading_long_enough_is_recorded() -> None:
+@pytest.mark.parametrize("set_back_s", [0, 3600])
+def test_a_file_open_for_reading_long_enough_is_recorded(set_back_s: int) -> None:
     async def main() -> None:
         service = await Service().start()
         made = await service.create(b"f")
@@ -76,6 +77,7 @@ def test_a_file_open_for_reading_long_enough_is_recorded() -> None:
         assert (await service.stat(made.inode)).writers == 0
         rows = await service.engine.transact(lambda txn: txn.get_range(*keys.sessions(made.inode)))
         assert rows[0] == []
+        service.clock.wrong_s = -set_back_s
         await trio.sleep(1.1)
         await service.meta.store_readers()
         rows = await service.engine.transact(lambda txn: txn.get_range(*keys.sessions(made.inode)))
