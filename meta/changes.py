@@ -94,9 +94,10 @@ class Changes:
         user = context.user
         request_id = context.request_id if kind.record >= 0 else b""
         tries = 0
+        made: Step | None = None
 
         def attempt(txn: Transaction) -> Outcome:
-            nonlocal tries
+            nonlocal tries, made
             tries += 1
             if tries > 1:
                 self.conflicts += 1
@@ -104,6 +105,8 @@ class Changes:
             if request_id:
                 earlier = idempotency.recall(step, request_id, kind.record, kind.reply)
                 if earlier is not None:
+                    # A try of ours whose outcome was not known: it was applied, and what it brings with it (cuts, leases, garbage) is yet to follow.
+                    step = made or step
                     step.recalled = True
                     return earlier, step
             reply = kind.operation(step, request)
@@ -111,6 +114,7 @@ class Changes:
                 return reply, step
             if request_id:
                 idempotency.remember(step, request_id, kind.record, reply)
+                made = step
             if kind.grants:
                 self._leases.grant(reply.inode, client_id, self._clock.monotonic())
             return reply, step

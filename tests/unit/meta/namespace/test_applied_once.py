@@ -8,8 +8,13 @@ import pytest
 import trio
 from tests.unit.meta.namespace.service_world import Service, run
 
-from kvfs.common.errors import AlreadyExists, InvalidArgument
+from kvfs.common.errors import AlreadyExists, InvalidArgument, TxnMaybeCommitted
 from kvfs.common.wire import meta_pb2 as pb
+from kvfs.meta.kv import Engine
+from kvfs.meta.kv.conflicts import ReadSet
+from kvfs.meta.kv.memory import MemoryEngine
+from kvfs.meta.kv.transaction import Snapshot
+from kvfs.meta.kv.writes import WriteSet
 from kvfs.meta.namespace import idempotency, keys
 
 S1 = b"1" * 16
@@ -71,6 +76,54 @@ def test_two_tries_at_once_are_applied_once() -> None:
                 nursery.start_soon(one)
         assert offsets == [0] * 5
         assert (await service.stat(number)).length == 10
+
+    run(main)
+
+
+class Forgetful(MemoryEngine):
+    """Commits, and does not say so as often as told."""
+
+    silent = 0
+    transact_at_once = Engine.transact_at_once
+
+    async def commit(self, snapshot: Snapshot | None, reads: ReadSet, writes: WriteSet) -> int:
+        version = await super().commit(snapshot, reads, writes)
+        if writes and self.silent:
+            self.silent -= 1
+            raise TxnMaybeCommitted("the store did not say what became of the commit")
+        return version
+
+
+@pytest.mark.parametrize("method", ["set_attr", "open", "create"])
+def test_a_truncation_whose_commit_was_not_answered_is_carried_out_before_its_answer(method: str) -> None:
+    async def main() -> None:
+        engine = Forgetful()
+        service = await Service(engine).start()
+        made = await service.create(b"f")
+        await service.write(made, 100)
+        requests = {
+            "set_attr": pb.SetAttrRequest(inode=made.inode, length=7),
+            "open": pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S1),
+            "create": pb.CreateRequest(parent=1, name=b"f", write=True, truncate=True, session=S1),
+        }
+        engine.silent = 1
+        await service.call(method, requests[method], request_id=b"r" * 16)
+        assert engine.silent == 0
+        assert service.chunks.of(made.inode) == ({0: 7} if method == "set_attr" else {})
+
+    run(main)
+
+
+def test_a_removal_whose_commit_was_not_answered_is_counted() -> None:
+    async def main() -> None:
+        engine = Forgetful()
+        service = await Service(engine).start()
+        await service.create(b"f")
+        files = service.meta.changes.files
+        engine.silent = 1
+        await service.remove(b"f")
+        assert engine.silent == 0
+        assert service.meta.changes.files == files - 1
 
     run(main)
 
