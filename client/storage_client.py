@@ -7,7 +7,7 @@ until the deadline. How reads and writes go is in storage_reads.py and storage_w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvfs.client.storage_writes import ChunkWrite, WriteDone, WritePath
 from kvfs.client.tags import Channels
 from kvfs.common.errors import KvfsError, NoServingTarget
 from kvfs.common.routing import Routing
+from kvfs.common.wire import base_pb2, cluster_pb2
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import Method, method
 
@@ -86,7 +87,7 @@ class StorageClient:
     async def evict(self, chain_id: int, inode: int, blocks: int) -> int:
         """Remove the least recently touched blocks of a space on one chain; gives how many went."""
         reply: pb.KvEvictReply = await self._at_head(
-            chain_id, KV_EVICT, lambda version, target: pb.KvEvictRequest(target_id=target, inode=inode, blocks=blocks)
+            chain_id, KV_EVICT, lambda chain, target: pb.KvEvictRequest(target_id=target, inode=inode, blocks=blocks)
         )
         return reply.evicted
 
@@ -115,9 +116,11 @@ class StorageClient:
         except KvfsError:
             return 0
 
-    async def sync(self, chain_ids: Sequence[int], *, deadline_s: float | None = None) -> None:
+    async def sync(self, chain_ids: Sequence[int], *, deadline_s: float | None = None) -> dict[int, int]:
         """What was acknowledged on these chains before the call survives power loss after it: synced on every target that serves them now, and on
-        those that are being brought up to date: one may serve, and be the last, before it syncs by itself what came while it was syncing."""
+        those that are being brought up to date: one may serve, and be the last, before it syncs by itself what came while it was syncing. Gives each
+        chain's `loss` then: where a write was acknowledged under a smaller one, it may have been gone already (`Unsynced`)."""
+        losses: dict[int, int] = {}
         pending = set(chain_ids)
         attempts = self._attempts(deadline_s, self._config.write_attempt_s)
         while pending:
@@ -129,6 +132,7 @@ class StorageClient:
                 try:
                     if not routing.serving(chain):
                         raise NoServingTarget(f"chain {chain} has no serving target")
+                    losses[chain] = routing.chain(chain).loss  # a target that knows a newer version of the chain refuses
                     for target in routing.holding(chain):
                         node = routing.node_of_target(target)
                         request = by_node.setdefault(node.node_id, (tuple(node.addresses), pb.SyncRequest()))[1]
@@ -156,30 +160,36 @@ class StorageClient:
             if pending:
                 await self._peers.refresh(min(attempts.left_s(), self._config.read_attempt_s))
                 await attempts.wait(failed[next(iter(pending))])
+        return losses
 
-    async def remove_range(self, chain_id: int, inode: int, first: int, end: int = NO_END) -> int:
-        """Remove the chunks of an inode with first <= index < end on one chain; gives how many there were."""
+    async def remove_range(self, chain_id: int, inode: int, first: int, end: int = NO_END) -> tuple[int, int]:
+        """Remove the chunks of an inode with first <= index < end on one chain; gives how many there were, and the chain's `loss` (see WriteDone)."""
         removed = 0
+        losses: list[int] = []
         while True:
             [tag] = await self._channels.acquire(1)
-            try:
-                reply: pb.RemoveRangeReply = await self._at_head(
-                    chain_id,
-                    REMOVE_RANGE,
-                    lambda version, target, tag=tag: pb.RemoveRangeRequest(
-                        chain_id=chain_id, chain_version=version, target_id=target, inode=inode, first_index=first, end_index=end, tag=tag
-                    ),
+            asked = 0
+
+            def request(chain: cluster_pb2.Chain, target: int, tag: base_pb2.Tag = tag) -> pb.RemoveRangeRequest:
+                nonlocal asked
+                asked = chain.loss
+                return pb.RemoveRangeRequest(
+                    chain_id=chain_id, chain_version=chain.version, target_id=target, inode=inode, first_index=first, end_index=end, tag=tag
                 )
+
+            try:
+                reply: pb.RemoveRangeReply = await self._at_head(chain_id, REMOVE_RANGE, request)
             finally:
                 self._channels.release([tag])
             removed += reply.removed
+            losses.append(asked)
             if not reply.more:
-                return removed
+                return removed, min(losses)
 
     async def last_chunk(self, chain_id: int, inode: int) -> pb.LastChunkReply:
         """The highest chunk of an inode that a chain holds, and how much it holds of it altogether."""
         reply: pb.LastChunkReply = await self._at_head(
-            chain_id, LAST_CHUNK, lambda version, target: pb.LastChunkRequest(chain_id=chain_id, target_id=target, inode=inode)
+            chain_id, LAST_CHUNK, lambda chain, target: pb.LastChunkRequest(chain_id=chain_id, target_id=target, inode=inode)
         )
         return reply
 
@@ -229,13 +239,13 @@ class StorageClient:
             max_s=config.backoff_max_s,
         )
 
-    async def _at_head(self, chain_id: int, what: Method, make: Any) -> Any:
+    async def _at_head(self, chain_id: int, what: Method, make: Callable[[cluster_pb2.Chain, int], Any]) -> Any:
         attempts = self._attempts(None, self._config.write_attempt_s)
         while True:
             try:
                 routing = self._peers.routing
                 target = routing.head(chain_id)
-                request = make(routing.chain(chain_id).version, target)
+                request = make(routing.chain(chain_id), target)
                 addresses = routing.addresses_of_target(target)
                 return await self._peers.ask(addresses, what, request, (target,), heads=True, timeout_s=attempts.timeout_s())
             except KvfsError as error:

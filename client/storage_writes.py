@@ -55,6 +55,8 @@ class ChunkWrite:
 class WriteDone:
     version: int
     chunk_length: int
+    loss: int = 0
+    """The chain's (cluster.proto) when it was acknowledged. Not told of blocks that a line wrote: nobody syncs them."""
 
 
 class WritePath:
@@ -121,6 +123,7 @@ class WritePath:
                 target = routing.head(write.chain_id)
                 where = self._peers.where(target)
                 run.chain_versions[index] = chain.version
+                run.losses[index] = chain.loss  # a head in another version of the chain refuses
             except KvfsError as error:
                 run.errors[index] = error
                 continue
@@ -180,7 +183,7 @@ class WritePath:
         self._peers.trust(group.node_id)
         for index, result in zip(group.indexes, reply.results, strict=True):
             if result.status == 0:
-                run.done[index] = WriteDone(result.version, result.chunk_length)
+                run.done[index] = WriteDone(result.version, result.chunk_length, run.losses[index])
                 counters.written_bytes += run.writes[index].length
             else:
                 run.errors[index] = from_wire(result.status, result.message)
@@ -189,7 +192,7 @@ class WritePath:
 class _Run:
     """The state of one batch of updates over its attempts."""
 
-    __slots__ = ("_checksums", "chain_versions", "done", "errors", "pending", "refused", "tags", "writes")
+    __slots__ = ("_checksums", "chain_versions", "done", "errors", "losses", "pending", "refused", "tags", "writes")
 
     def __init__(self, writes: Sequence[ChunkWrite], tags: Sequence[base_pb2.Tag]) -> None:
         self.writes = writes
@@ -198,6 +201,7 @@ class _Run:
         self.errors: dict[int, KvfsError] = {}
         self.pending = list(range(len(writes)))
         self.chain_versions = [0] * len(writes)
+        self.losses = [0] * len(writes)
         self._checksums: list[bytes | None] = [None] * len(writes)
         self.refused: dict[int, int] = {}
 

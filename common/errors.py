@@ -342,6 +342,12 @@ class ChunkLost(DataError):
     code = 503
 
 
+class UnsyncedLost(DataError):
+    """Acknowledged bytes may be gone before they were synced: every replica of a chain lost its power, or its data. Write them again."""
+
+    code = 504
+
+
 # --- ClusterError: 600-699 ----------------------------------------------------------------------------------------------------------
 
 

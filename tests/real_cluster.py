@@ -16,18 +16,23 @@ from kvfs.cli.status import collect
 from kvfs.common.errors import SetupError
 
 COMMAND_TIMEOUT_S = 150
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class RealCluster:
     """A directory made by `kvfs up`, driven through the command line."""
 
-    def __init__(self, path: Path, *, state: Path | None = None) -> None:
-        """`state`: where mounts that the tests start write their logs."""
+    def __init__(self, path: Path, *, state: Path | None = None, boot: Path | None = None) -> None:
+        """`state`: where mounts that the tests start write their logs. `boot`: a file with the boot id of the machine that its processes are to see
+        (needs root)."""
         self.path = path
         self.state = state
+        self.boot = boot
 
     def kvfs(self, *arguments: str, check: bool = True, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "kvfs.cli.main", *arguments]
+        if self.boot is not None:
+            command = ["unshare", "--mount", "sh", "-c", f'mount --bind "$0" {BOOT_ID} && exec "$@"', str(self.boot), *command]
         variables = {**os.environ, "KVFS_CLUSTER": str(self.path), **(environment or {})}
         if self.state is not None:
             variables["XDG_STATE_HOME"] = str(self.state)

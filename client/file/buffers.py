@@ -13,7 +13,7 @@ import trio
 from kvfs.client.file.memory import Block
 from kvfs.client.file.stretch import Stretch
 from kvfs.client.placement import Placement
-from kvfs.client.storage_writes import ChunkWrite
+from kvfs.client.storage_writes import ChunkWrite, WriteDone
 from kvfs.common.checksum import CHECKSUM_BYTES, CHECKSUM_UNIT_BYTES, checksums
 from kvfs.common.errors import KvfsError
 
@@ -21,7 +21,7 @@ from kvfs.common.errors import KvfsError
 class Owner(Protocol):
     """What a buffer tells its file."""
 
-    def written(self, buffer: ChunkBuffer, error: KvfsError | None) -> None: ...
+    def written(self, buffer: ChunkBuffer, outcome: WriteDone | KvfsError) -> None: ...
 
 
 class ChunkBuffer:

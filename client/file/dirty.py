@@ -17,6 +17,7 @@ from kvfs.client.file.buffers import ChunkBuffer
 from kvfs.client.file.stretch import Stretch
 from kvfs.client.file.writeback import WriteBack
 from kvfs.client.placement import Placement
+from kvfs.client.storage_writes import WriteDone
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.errors import KvfsError
 
@@ -35,10 +36,10 @@ class DirtyChunks:
         back: WriteBack,
         placement: Placement,
         clock: Clock,
-        on_written: Callable[[int, int, KvfsError | None], None],
+        on_written: Callable[[ChunkBuffer, WriteDone | KvfsError], None],
         on_stretched: Callable[[Stretch], None],
     ) -> None:
-        """`on_written(start, end, error)`: a range of the file was acknowledged, or lost. `on_stretched`: a stretch is over."""
+        """`on_written(buffer, outcome)`: its bytes were acknowledged, or lost. `on_stretched`: a stretch is over."""
         self._back = back
         self._on_stretched = on_stretched
         self.stretches: tuple[Stretch, ...] = ()
@@ -117,9 +118,9 @@ class DirtyChunks:
         self._sending[buffer.index] = buffer
         self._back.submit(buffer)
 
-    def written(self, buffer: ChunkBuffer, error: KvfsError | None) -> None:
+    def written(self, buffer: ChunkBuffer, outcome: WriteDone | KvfsError) -> None:
         del self._sending[buffer.index]
-        self._on_written(buffer.file_start, buffer.file_end, error)
+        self._on_written(buffer, outcome)
         following = self._filling.get(buffer.index)
         if following is not None and following.wanted:
             self._want(following)

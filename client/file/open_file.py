@@ -257,12 +257,14 @@ class OpenFile:
             for piece in placement.pieces(offset, len(data))
         ]
         try:
-            await write(writes)
+            done = await write(writes)
         except KvfsError as error:
             state.failed(error)
             self._errors_seen = state.errors  # this handle hears of it now
             raise
         else:
+            for each, outcome in zip(writes, done, strict=True):
+                state.unsynced.note(each.chain_id, outcome.loss)
             state.acknowledged(end)
         finally:
             state.windows.drop_range(offset, end)
@@ -285,7 +287,8 @@ class OpenFile:
             async with state.writing(start, end - start, self.session, self.user):
                 await state.dirty.flush(start, end)
                 for chain in dict.fromkeys(placement.chain(index) for index in range(first, min(stop, first + len(placement.chain_ids)))):
-                    await state.shared.storage.remove_range(chain, self.inode, first, stop)
+                    _, loss = await state.shared.storage.remove_range(chain, self.inode, first, stop)
+                    state.unsynced.note(chain, loss)
         finally:
             state.forget_read()
         await self.report()
@@ -296,14 +299,14 @@ class OpenFile:
         self._raise_pending()
 
     async def fsync(self) -> None:
-        """flush; then everything of the file synced on every replica; then the length and mtime known to the metadata service."""
+        """flush; then everything of the file synced on every replica; then the length and mtime known to the metadata service. UnsyncedLost, once a
+        handle: a loss of power came first, and bytes that were acknowledged may be gone."""
         if self._closed:
             raise BadHandle("the file is closed")
         state = self._state
         await self.flush()
-        chains = state.placement.chains_up_to(state.length)
-        if chains:
-            await state.shared.storage.sync(chains)
+        await state.sync()
+        self._raise_pending()
         if state.must_report:
             await state.report(self.session, self.user, still_open=True)
 

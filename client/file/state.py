@@ -20,18 +20,21 @@ from dataclasses import dataclass
 import trio
 
 from kvfs.client.config import ClientConfig
+from kvfs.client.file.buffers import ChunkBuffer
 from kvfs.client.file.dirty import DirtyChunks
 from kvfs.client.file.memory import Block, Memory
 from kvfs.client.file.places import Places, PlaceTable
 from kvfs.client.file.readahead import ReadAhead, Windows
 from kvfs.client.file.stretch import Stretch
+from kvfs.client.file.unsynced import Unsynced
 from kvfs.client.file.writeback import WriteBack
 from kvfs.client.meta_client import MetaClient
 from kvfs.client.placement import MAX_FILE_BYTES, Placement
 from kvfs.client.storage_client import StorageClient
+from kvfs.client.storage_writes import WriteDone
 from kvfs.client.user import User
 from kvfs.common.boundary.clock import Clock
-from kvfs.common.errors import FileTooBig, KvfsError
+from kvfs.common.errors import FileTooBig, KvfsError, UnsyncedLost
 from kvfs.common.wire import meta_pb2 as pb
 
 LEASE_USE = 0.9
@@ -100,6 +103,7 @@ class FileState:
         """Another client cut the file while we wrote: which of our writes came after it, only the chains know."""
         self._writer: tuple[bytes, User] | None = None
         """Session and user of the last write."""
+        self.unsynced = Unsynced()
         self.errors = 0
         self.last_error: KvfsError | None = None
         self.adopt(inode)
@@ -270,12 +274,13 @@ class FileState:
         """The highest end of what the metadata service does not know of."""
         return max(self.unreported_end, self._stretched_end)
 
-    def _written(self, start: int, end: int, error: KvfsError | None) -> None:
-        self.windows.drop_range(start, end)  # fetched while the bytes were on their way
-        if error is None:
-            self.acknowledged(end)
+    def _written(self, buffer: ChunkBuffer, outcome: WriteDone | KvfsError) -> None:
+        self.windows.drop_range(buffer.file_start, buffer.file_end)  # fetched while the bytes were on their way
+        if isinstance(outcome, KvfsError):
+            self.failed(outcome)
         else:
-            self.failed(error)
+            self.unsynced.note(self.placement.chain(buffer.index), outcome.loss)
+            self.acknowledged(buffer.file_end)
 
     def acknowledged(self, end: int) -> None:
         self._acknowledged_end = max(self._acknowledged_end, end)
@@ -289,6 +294,23 @@ class FileState:
 
     async def flush(self) -> None:
         await self.dirty.flush()
+
+    async def sync(self) -> None:
+        """What was acknowledged before this call survives power loss after it, or has been lost, of which every handle is told. Flush first."""
+        mark = self.unsynced.mark
+        chains = list(dict.fromkeys([*self.placement.chains_up_to(self.length), *self.unsynced.chains]))
+        if not chains:
+            return
+        lost = self.unsynced.synced(await self.shared.storage.sync(chains), mark)
+        if lost:
+            self._acknowledged_end = self._hinted_end = 0  # only the chains know how far the file goes now
+            self.forget_read()
+            self.failed(
+                UnsyncedLost(
+                    f"every replica of chain {', '.join(map(str, lost))} has lost power since inode {self.number} was written, before it was synced: "
+                    "write again what was written since its last fsync, then sync it"
+                )
+            )
 
     @property
     def must_report(self) -> bool:

@@ -18,6 +18,7 @@ from kvfs.client.config import ClientConfig
 from kvfs.client.file.buffers import ChunkBuffer
 from kvfs.client.file.memory import Block, Memory
 from kvfs.client.storage_client import StorageClient
+from kvfs.client.storage_writes import WriteDone
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.errors import InternalError, KvfsError
 
@@ -173,17 +174,17 @@ class WriteBack:
                 outcomes = [InternalError(f"sending failed: {error!r}")] * len(batch)
             for buffer, outcome in zip(batch, outcomes, strict=True):
                 done += 1
-                self._finish(buffer, outcome if isinstance(outcome, KvfsError) else None)
+                self._finish(buffer, outcome)
         finally:
             for buffer in batch[done:]:  # only when the client is being closed under it
                 self._finish(buffer, KvfsError("the client was closed before the bytes were sent"))
             line.in_flight -= 1
             self._pump(node, line)
 
-    def _finish(self, buffer: ChunkBuffer, error: KvfsError | None) -> None:
+    def _finish(self, buffer: ChunkBuffer, outcome: WriteDone | KvfsError) -> None:
         self.dirty_bytes -= buffer.block.size
         self._sent_bytes -= buffer.block.size
-        buffer.owner.written(buffer, error)
+        buffer.owner.written(buffer, outcome)
         buffer.block.release()
         buffer.done.set()
         self._room.set()

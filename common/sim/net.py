@@ -4,8 +4,8 @@ A `SimFabric` is the whole network; `fabric.host("a")` is the Net of one machine
 or the stream breaks. What may happen to them: a delay per send (drawn from `latency_s`, more for a host that `lags_s`), a stall while two hosts are
 partitioned, both ways or one (a connection attempt then fails after its time), a break of every stream between two hosts, and, with
 `break_probability`, a break at any send. A host may crash: its peers are told, unless it lost power or cannot reach them, when they learn of it only
-once it is there again. Unix addresses reach only the host that listens on them, and carry file descriptors. Nothing here is random but by the
-fabric's Random.
+once it is there again; one that lost power has another `host_id` then. Unix addresses reach only the host that listens on them, and carry file
+descriptors. Nothing here is random but by the fabric's Random.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class SimFabric:
         self.on_send: Callable[[SimStream, bytes], None] | None = None
         """Sees what a stream sends."""
         self._nets: dict[str, SimNet] = {}
+        self._boots: dict[str, int] = {}
         self._listeners: dict[str, SimListener] = {}
         self._partitions: list[tuple[frozenset[str], frozenset[str], bool]] = []
         self._streams: list[SimStream] = []
@@ -48,6 +49,10 @@ class SimFabric:
         net = self._nets[name] = SimNet(self, name)
         self._tell_orphans()
         return net
+
+    def boot(self, name: str) -> int:
+        """How often the machine has lost power."""
+        return self._boots.get(name, 0)
 
     def partition(self, one: Iterable[str], other: Iterable[str], *, one_way: bool = False) -> None:
         """No byte passes between the two groups of hosts until `heal`; what was under way is held. `one_way`: none from `one` to `other`."""
@@ -83,6 +88,8 @@ class SimFabric:
     def crash_host(self, name: str, *, silent: bool = False) -> None:
         """As when a machine's processes die: its listeners go and its streams break; nothing leaves it any more. `silent`: the machine itself died,
         and nobody is told."""
+        if silent:
+            self._boots[name] = self._boots.get(name, 0) + 1
         net = self._nets.pop(name, None)
         if net is not None:
             net.dead = True
@@ -115,11 +122,12 @@ class SimNet(Net):
     def __init__(self, fabric: SimFabric, name: str) -> None:
         self._fabric = fabric
         self.name = name
+        self.host_id = f"{name}, boot {fabric.boot(name)}"
         self.dead = False
 
     @property
     def here(self) -> Here:
-        return Here(self.name, self.name, 1)
+        return Here(self.host_id, self.name, 1)
 
     def _key(self, address: str) -> str:
         return f"{self.name}|{address}" if address.startswith("unix://") else address

@@ -14,7 +14,7 @@ from kvfs.common.errors import InvalidArgument, NoServingTarget, NotEnoughTarget
 from kvfs.common.wire import cluster_pb2 as pb
 from kvfs.meta.cluster.placing import new_target, open_places, place_of
 from kvfs.meta.cluster.registry import Change, Records, changed
-from kvfs.meta.cluster.states import Chain, Local, Member, Public, advance
+from kvfs.meta.cluster.states import Local, Member, Public, advance
 from kvfs.meta.cluster.tables import choose
 
 
@@ -58,13 +58,10 @@ def accept(records: Records, request: pb.AcceptLossRequest) -> Change:
     place = own if own in candidates else choose(chains, [place_of(records, member.target_id) for member in others], candidates)
     fresh = new_target(records, change, place, chain.chain_id)
     members = [Member(fresh.target_id, Public.SERVING), *(Member(member.target_id, Public.OFFLINE) for member in others)]
-    change.chains[chain.chain_id] = _lost(chain.with_members(members), request.lost_below)
+    after = chain.with_members(members)
+    change.chains[chain.chain_id] = replace(after, lost_below=max(chain.lost_below, request.lost_below), loss=chain.loss + 1, last_boot="")
     change.targets[fresh.target_id] = fresh
     change.targets[gone] = changed(records.targets[gone], blank=True, chain_id=0)
     for member in others:
         change.targets[member.target_id] = changed(records.targets[member.target_id], blank=True)
     return change
-
-
-def _lost(chain: Chain, below: int) -> Chain:
-    return replace(chain, lost_below=max(chain.lost_below, below))

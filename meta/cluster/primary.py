@@ -289,13 +289,17 @@ class Primary:
             locals_ = {
                 member.target_id: self._local(self.records.targets[member.target_id], member.state, chain.version, now_s) for member in chain.members
             }
-            after = advance(chain, locals_)
+            # As they were before this change: a node that registers now has taken its targets out of service as they served.
+            boots = {target_id: self.records.nodes[self.records.targets[target_id].node_id].host_id for target_id in locals_}
+            after = advance(chain, locals_, boots)
             if after is chain:
                 continue
             change.chains[chain.chain_id] = after
             log.info(
                 "chain %d version %d: %s", after.chain_id, after.version, ", ".join(f"{m.target_id} {m.state.name.lower()}" for m in after.members)
             )
+            if after.loss != chain.loss:
+                log.warning("chain %d goes on from what was synced: all its replicas lost power, or may have", chain.chain_id)
             for member in after.members:
                 target = change.targets.get(member.target_id, self.records.targets[member.target_id])
                 if member.state is Public.SERVING and target.blank:

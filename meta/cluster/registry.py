@@ -206,12 +206,20 @@ def changed(record: _Message, **fields: object) -> _Message:
 
 
 def chain_from_wire(chain: pb.Chain) -> Chain:
-    return Chain(chain.chain_id, chain.version, tuple(Member(member.target_id, Public(member.state)) for member in chain.targets), chain.lost_below)
+    members = tuple(Member(member.target_id, Public(member.state)) for member in chain.targets)
+    return Chain(chain.chain_id, chain.version, members, chain.lost_below, chain.loss, chain.last_boot)
 
 
 def chain_to_wire(chain: Chain) -> pb.Chain:
     members = [pb.ChainTarget(target_id=member.target_id, state=state_to_wire(member.state)) for member in chain.members]
-    return pb.Chain(chain_id=chain.chain_id, version=chain.version, targets=members, lost_below=chain.lost_below)
+    return pb.Chain(
+        chain_id=chain.chain_id,
+        version=chain.version,
+        targets=members,
+        lost_below=chain.lost_below,
+        loss=chain.loss,
+        last_boot=chain.last_boot,
+    )
 
 
 def state_to_wire(state: Public) -> pb.PublicState:

@@ -6,7 +6,9 @@ A function from (chain, local states) to the next chain; no I/O, no clock, no me
   - at most one target is syncing, and the one before it serves and feeds it;
   - those that serve before and after keep their order: a head holds as pending what the targets behind it may have committed, so nobody is ever put
     before another that serves;
-  - any change raises the chain's version by one; no change leaves the chain as it is.
+  - any change raises the chain's version by one; no change leaves the chain as it is;
+  - while `loss` stays the same, those that serve have whatever was acknowledged, on disk or in the page cache: they have served since, or were filled
+    by one that has, or the last one serving is back and its machine has not lost power.
 It must never revive a chain through any target but its last serving one.
 """
 
@@ -51,10 +53,19 @@ class Chain:
     members: tuple[Member, ...]
     lost_below: int = 0
     """Chunks of files with a smaller inode number may have been lost: see cluster.proto."""
+    loss: int = 0
+    """How often what was acknowledged and not synced may have been lost."""
+    last_boot: str = ""
+    """The boot of its machine in which the last serving target served; "": it serves, or nobody knows."""
 
     @property
     def serving(self) -> tuple[int, ...]:
         return tuple(member.target_id for member in self.members if member.state is Public.SERVING)
+
+    @property
+    def last(self) -> int | None:
+        """The target that served last, when none does."""
+        return next((member.target_id for member in self.members if member.state is Public.LASTSRV), None)
 
     def with_members(self, members: Sequence[Member]) -> Chain:
         """The next version of the chain."""
@@ -100,8 +111,12 @@ def heard(local: Local, public: Public, *, blank: bool, told_version: int, chain
     return local
 
 
-def advance(chain: Chain, locals_: Mapping[int, Local]) -> Chain:
-    """The chain after one scan. Targets that `locals_` lacks are UNKNOWN. The same object when nothing changes."""
+_NO_BOOTS: Mapping[int, str] = {}
+
+
+def advance(chain: Chain, locals_: Mapping[int, Local], boots: Mapping[int, str] = _NO_BOOTS) -> Chain:
+    """The chain after one scan. Targets that `locals_` lacks are UNKNOWN. The same object when nothing changes. `boots`: in which boot of its machine
+    each target's process runs, or ran; one that is not known counts as another."""
 
     def local(target_id: int) -> Local:
         return locals_.get(target_id, Local.UNKNOWN)
@@ -136,7 +151,19 @@ def advance(chain: Chain, locals_: Mapping[int, Local]) -> Chain:
 
     if tuple(members) == chain.members:
         return chain
-    return chain.with_members(members)
+    return _judged(chain, chain.with_members(members), boots)
+
+
+def _judged(before: Chain, after: Chain, boots: Mapping[int, str]) -> Chain:
+    """Whether what only the page caches of the replicas had is still there. While one target serves on, it has it all; the last one serving has it
+    when it returns in the boot in which it served: a process that dies leaves the page cache, power that goes does not."""
+    if after.last == before.last:
+        return after
+    if after.last is not None:
+        return replace(after, last_boot=boots.get(after.last, ""))
+    assert before.last is not None
+    kept = before.last_boot and boots.get(before.last) == before.last_boot
+    return replace(after, last_boot="", loss=after.loss if kept else after.loss + 1)
 
 
 def problems(chain: Chain) -> list[str]:
@@ -152,4 +179,6 @@ def problems(chain: Chain) -> list[str]:
         found.append(f"chain {chain.chain_id}: {syncing} targets are syncing")
     if syncing and not serving:
         found.append(f"chain {chain.chain_id}: a target is syncing and none feeds it")
+    if chain.last_boot and not lastsrv:
+        found.append(f"chain {chain.chain_id}: a boot is kept of a last-serving target, and there is none")
     return found

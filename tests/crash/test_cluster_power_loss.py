@@ -1,13 +1,17 @@
 """A whole cluster, its directory kept by the recorder, loses power at moments of its work: started again from what its disks hold, it serves, it has
-every file that was fsynced, and fsck is clean. KVFS_POWER_LOSSES says how often, KVFS_SEED where; about 10 s each."""
+every file that was fsynced, and fsck is clean. A client that lives on hears from fsync that bytes are lost. KVFS_POWER_LOSSES says how often,
+KVFS_SEED where; about 10 s each."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +27,7 @@ from replay import MEMORY
 from tests.real_cluster import RealCluster
 
 from kvfs.client import Client
+from kvfs.common.errors import UnsyncedLost
 
 LOSSES = int(os.environ.get("KVFS_POWER_LOSSES", "10"))
 FILES = 24
@@ -83,6 +88,54 @@ def check(cluster: RealCluster, files: dict[str, str], begun: set[str]) -> None:
             time.sleep(1)
     finally:
         cluster.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give processes another boot id")
+def test_a_client_that_outlives_a_loss_of_power_hears_of_it() -> None:
+    base = Path(tempfile.mkdtemp(prefix="kvfs-power-", dir=MEMORY if MEMORY.is_dir() else None))
+    boot = base / "boot"
+    boot.write_text("the next\n")
+    old, new = os.urandom(3_000_000), os.urandom(3_000_000)
+    cluster = RealCluster(base / "mount" / "c")
+    try:
+        with contextlib.ExitStack() as client_life:
+            with recording(base) as recorded:
+                try:
+                    cluster.up("--storage", "2", "--replicas", "2")
+                    client = client_life.enter_context(Client(str(cluster.path)))
+                    file = client_life.enter_context(client.open("/f", "w+b", buffering=0))
+                    file.write(old)
+                    file.fsync()
+                    file.seek(0)
+                    file.write(new)
+                    file.flush()
+                    log = recorded.events()
+                finally:
+                    cluster.stop()
+            disk = CrashDisk()
+            for event in log:
+                disk.play(event)
+            lay_out(disk.nothing_unsynced(), recorded.folder)
+            cluster.boot = boot
+            cluster.up()
+            with pytest.raises(OSError, match="write again") as lost:
+                file.fsync()
+            assert lost.value.errno == errno.EIO and isinstance(lost.value.__cause__, UnsyncedLost)
+            assert client.read_bytes("/f") == old
+            file.seek(0)
+            file.write(new)
+            file.fsync()
+            file.seek(0)
+            file.write(old)
+            file.flush()
+            for process in cluster.status()["processes"]:
+                if process["role"] == "storage":
+                    os.kill(process["pid"], signal.SIGKILL)
+            file.fsync()  # the page cache has it all
+            assert client.read_bytes("/f") == old
+    finally:
+        cluster.stop()
+        shutil.rmtree(base)
 
 
 def test_a_cluster_that_loses_power_has_what_was_fsynced() -> None:

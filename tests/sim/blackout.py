@@ -1,6 +1,7 @@
 """Power goes everywhere at once, at the end of some runs: what was synced is there afterwards, the rest is old or new, never torn.
 
-The client that has no faults syncs some files, then writes on without syncing, and all storage machines lose power in the middle of that.
+The client that has no faults syncs some files, then writes on without syncing, and all storage machines lose power in the middle of that. Before that
+they die one by one under files that it holds open (held_open.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import trio
 from tests.histories.history import History, fill, name_of
 from tests.sim.checks import QUIET_S, End, check_replicas, check_targets
+from tests.sim.held_open import HeldOpen
 from tests.sim.registers import REGISTERS
 from tests.sim.work import CHUNK_BYTES, Record, shown
 
@@ -24,6 +26,8 @@ async def blackout(end: End) -> list[str]:
     """What is wrong after it."""
     world, random = end.world, end.world.fork()
     end.registers.record = Record(History(trio.current_time))  # what clients are promised from here on is less
+    held = HeldOpen(end, world.fork())
+    problems = await held.run(SERVE_AGAIN_S)
     synced = {f"/synced-{number}": fill(f"synced.{number}", 1 + random.randrange(2 * CHUNK_BYTES)) for number in range(FILES)}
     for path, content in synced.items():
         await _write(end, path, content, sync=True)
@@ -38,7 +42,7 @@ async def blackout(end: End) -> list[str]:
         await machine.start()
     await world.settled(end.link, SERVE_AGAIN_S)
     await trio.sleep(QUIET_S)
-    problems = []
+    problems += await held.check()
     for path, content in synced.items():
         found = await end.client.read_bytes(path)
         if found != content:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from tests.sim.run import Verdict, run_seed
 from tests.sim.stress import is_stress
 
 from kvfs.client import storage_reads
+from kvfs.client.file.unsynced import Unsynced
 from kvfs.common.checksum import checksums
 from kvfs.common.errors import ChainVersionMismatch, TargetNotServing
 from kvfs.common.membership import ManagerLink
@@ -216,6 +217,13 @@ def _nobody_has_it_open(self: Step, number: int) -> bool:
     return False
 
 
+# --- 11: an fsync that hides a loss of power --------------------------------------------------------------------------------------------
+
+
+def _nothing_was_lost(self: Unsynced, losses: Mapping[int, int], mark: int) -> list[int]:
+    return []
+
+
 PLANTS.update(
     {
         "early-ack": Plant("ack before the tail committed", ((Replica, "_wait", _do_not_wait),)),
@@ -250,6 +258,7 @@ PLANTS.update(
             ((storage_reads.ReadPath, "_take", _take_unseen), (engine_reader, "_verify_unit", _all_right)),
         ),
         "unlink": Plant("unlink losing to a concurrent open-for-write", ((Step, "has_sessions", _nobody_has_it_open),)),
+        "loss": Plant("fsync succeeding after all replicas lost power", ((Unsynced, "synced", _nothing_was_lost),)),
     }
 )
 
@@ -265,6 +274,7 @@ FOUND: dict[str, int] = {
     "not-serving": 60,
     "checksum": 3,
     "unlink": 3,
+    "loss": 16,
 }
 """A seed that finds it, a cheap one where there is a choice. A change of the product's messages changes what every seed does: then search anew."""
 

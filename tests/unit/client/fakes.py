@@ -126,6 +126,15 @@ class FakeStorage:
         self.touches.append(request)
         return base_pb2.Empty()
 
+    def remove_range(self, request: storage_pb2.RemoveRangeRequest, call: Call) -> storage_pb2.RemoveRangeReply:
+        """Here all chains have their chunks in one place."""
+        first, end = request.first_index, request.end_index or 1 << 60
+        inode = request.inode.to_bytes(8, "big")
+        keys = [key for key in self.chunks if key[:8] == inode and first <= int.from_bytes(key[8:], "big") < end]
+        for key in keys:
+            del self.chunks[key]
+        return storage_pb2.RemoveRangeReply(removed=len(keys))
+
     async def sync(self, request: storage_pb2.SyncRequest, call: Call) -> storage_pb2.SyncReply:
         if self.silent:
             await trio.sleep_forever()

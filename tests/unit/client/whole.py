@@ -6,7 +6,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvfs.client.async_client import AsyncClient, open_client
 from kvfs.client.config import ClientConfig
 from kvfs.client.locate import ClusterAddress
 from kvfs.common.boundary.clock import SystemClock
+from kvfs.common.boundary.net import Here
 from kvfs.common.boundary.random import SystemRandom
 from kvfs.common.boundary.system_net import SystemNet
 from kvfs.common.membership import ManagerLink
@@ -28,6 +29,7 @@ from kvfs.meta.cluster.config import ManagerConfig
 from kvfs.meta.config import MetaConfig
 from kvfs.meta.server import serve as serve_meta
 from kvfs.storage.config import StorageConfig
+from kvfs.storage.server import World as StorageWorld
 from kvfs.storage.server import serve as serve_storage
 
 CREATE_TARGETS = method("Manager", "CreateTargets")
@@ -47,7 +49,8 @@ class Whole:
     def client(self, **options: Any) -> Any:
         return open_client(self.address, config=options.pop("config", ClientConfig(buffer_pool_bytes=64 << 20)), **options)
 
-    async def start_storage(self, number: int) -> None:
+    async def start_storage(self, number: int, *, boot: str = "") -> None:
+        """`boot`: of a machine that lost power since it ran the others."""
         config = StorageConfig(
             data=(str(self.folder / f"storage-{number}"),),
             listen=("tcp://127.0.0.1:0", f"unix://{self.folder}/storage-{number}.sock"),
@@ -55,22 +58,33 @@ class Whole:
             managers=self.address.managers,
             **self.settings,
         )
-        await self.nursery.start(self._storage, number, config)
+        await self.nursery.start(self._storage, number, config, StorageWorld(net=NetOfBoot(boot)) if boot else StorageWorld())
 
-    async def _storage(self, number: int, config: StorageConfig, *, task_status: Any) -> None:
+    async def _storage(self, number: int, config: StorageConfig, world: StorageWorld, *, task_status: Any) -> None:
         with trio.CancelScope() as scope:
             while len(self.scopes) <= number:
                 self.scopes.append(trio.CancelScope())
             self.scopes[number] = scope
             self.over[number] = trio.Event()
             try:
-                await serve_storage(config, task_status=task_status)
+                await serve_storage(config, world=world, task_status=task_status)
             finally:
                 self.over[number].set()
 
     def stop_storage(self, number: int) -> None:
         """It still answers what it has begun: wait for `over` where that matters."""
         self.scopes[number].cancel()
+
+
+class NetOfBoot(SystemNet):
+    """The real network, of a machine that was booted once more."""
+
+    def __init__(self, boot: str) -> None:
+        self._boot = boot
+
+    @property
+    def here(self) -> Here:
+        return replace(super().here, host_id=self._boot)
 
 
 @asynccontextmanager

@@ -528,3 +528,15 @@ def test_partitions_hold_bytes_and_breaks_lose_the_stream() -> None:
             near.send_now([b"x"])
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_machine_has_another_id_once_it_has_lost_power_and_not_when_a_process_dies() -> None:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        assert SystemNet().here.host_id == file.read().strip()
+    fabric = SimFabric()
+    first = fabric.host("a").here.host_id
+    assert fabric.host("b").here.host_id != first
+    fabric.crash_host("a")
+    assert fabric.host("a").here.host_id == first
+    fabric.crash_host("a", silent=True)
+    assert fabric.host("a").here.host_id != first

@@ -137,7 +137,7 @@ def test_a_dropped_space_goes_in_batches_and_alone(tmp_path: Path) -> None:
             await blocks.put(range(250))
             other = ChunkWrite(blocks.chain, block_id(INODE + 1, digest(1)), 0, 5, BLOCK_BYTES, b"other", pb.CREATE, SLAB_BYTES)
             await blocks.client.write([other, ChunkWrite(blocks.chain, chunk_id(5, 0), 0, 4, 100, b"file")])
-            assert await blocks.client.remove_range(blocks.chain, INODE, 0) == 250
+            assert await blocks.client.remove_range(blocks.chain, INODE, 0) == (250, 0)
             assert not any(await blocks.present(range(250)))
             assert [one.blocks for one in (await blocks.stats()).values()] == [0, 0]
             assert await blocks.world.assert_identical(blocks.chain) == 2

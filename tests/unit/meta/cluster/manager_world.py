@@ -60,10 +60,10 @@ class World:
 
     @asynccontextmanager
     async def link(
-        self, host: str = "client", *, role: str = "client", cluster_id: str = CLUSTER, follow: bool = True, **options: Any
+        self, host: str = "client", *, role: str = "client", cluster_id: str = CLUSTER, follow: bool = True, boot: str = "", **options: Any
     ) -> AsyncIterator[ManagerLink]:
-        """`follow`: with its task running."""
-        identity = Identity(cluster_id=cluster_id, client_id=SystemRandom().bytes(16), role=role)
+        """`follow`: with its task running. `boot`: of the machine."""
+        identity = Identity(cluster_id=cluster_id, client_id=SystemRandom().bytes(16), role=role, host_id=f"{host} {boot}")
         clock = SimClock()
         async with ChannelPool(self.fabric.host(host), clock, identity) as pool, trio.open_nursery() as nursery:
             link = ManagerLink(pool, clock, SeededRandom(1), self.addresses, identity, **options)
@@ -119,10 +119,11 @@ def run(test: Callable[[World], Awaitable[None]]) -> None:
 class Node:
     """A storage service without storage. It reports what a real one would; `complete` says when its syncing targets are up to date."""
 
-    def __init__(self, world: World, uuid: str, *, own: set[int] | None = None, node_id: int = 0, complete: bool = True) -> None:
+    def __init__(self, world: World, uuid: str, *, own: set[int] | None = None, node_id: int = 0, complete: bool = True, boot: str = "") -> None:
         self.world = world
         self.host = f"host-{uuid}"
         self.uuid = uuid
+        self.boot = boot
         self.own = own if own is not None else set()
         self.wished_id = node_id
         self.complete = complete
@@ -155,7 +156,7 @@ class Node:
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         with self._scope:
-            async with self.world.link(self.host, role="storage", follow=False) as self.link, trio.open_nursery() as nursery:
+            async with self.world.link(self.host, role="storage", follow=False, boot=self.boot) as self.link, trio.open_nursery() as nursery:
                 nursery.start_soon(self._link)
                 disks = [pb.DiskInfo(disk=0, capacity_bytes=100, free_bytes=60, targets=sorted(self.own), path="/x")]
                 self.registered = await self.link.register(

@@ -275,7 +275,7 @@ def test_a_lost_chain_goes_on_empty_once_it_is_accepted() -> None:
     cluster.down.add(cluster.records.targets[other].node_id)
     cluster.settle()
     cluster.records.targets[tail].blank = True
-    cluster.records.chains[100001] = Chain(100001, 9, (Member(tail, L), Member(other, O)))
+    cluster.records.chains[100001] = Chain(100001, 9, (Member(tail, L), Member(other, O)), loss=3, last_boot="b")
     cluster.down.clear()
     cluster.scan()
     lost = cluster.records.chains[100001]
@@ -286,6 +286,7 @@ def test_a_lost_chain_goes_on_empty_once_it_is_accepted() -> None:
     after = cluster.records.chains[100001]
     (fresh,) = after.serving
     assert fresh not in (tail, other) and cluster.records.targets[fresh].node_id == cluster.records.targets[tail].node_id
-    assert after.lost_below == 50 and cluster.records.targets[tail].chain_id == 0
+    assert after.lost_below == 50 and (after.loss, after.last_boot) == (4, ""), "nor is there what was acknowledged since"
+    assert cluster.records.targets[tail].chain_id == 0
     cluster.settle()
     assert cluster.records.chains[100001].serving == (fresh, other) and cluster.records.chains[100001].lost_below == 50

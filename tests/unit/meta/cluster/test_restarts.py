@@ -120,12 +120,12 @@ def heads(link: ManagerLink) -> dict[int, int]:
     return Counter(states(link, chain.chain_id)[0][0] for chain in link.routing.chains)
 
 
-async def restart_everyone(world: World, manager: RunningManager, nodes: list[Node], missing: int = 0) -> list[Node]:
+async def restart_everyone(world: World, manager: RunningManager, nodes: list[Node], missing: int = 0, boot: str = "") -> list[Node]:
     for node in nodes:
         node.kill()
     await manager.stop()
     await world.manager(listen=manager.address)
-    again = [Node(world, node.uuid, own=node.own) for node in nodes[missing:]]
+    again = [Node(world, node.uuid, own=node.own, boot=boot) for node in nodes[missing:]]
     async with trio.open_nursery() as starting:
         for place, node in enumerate(again):
             await trio.sleep(0.1 * bool(place))  # no two processes start equally fast
@@ -189,5 +189,53 @@ def test_nodes_that_restart_do_not_wait_for_one_that_stays_away() -> None:
         await world.node(nodes[0].uuid, own=nodes[0].own)
         async with world.link() as link:
             await until(lambda: all_serve(link))
+
+    run(body)
+
+
+@pytest.mark.parametrize(("boot", "loss"), [("", 0), ("another", 1)], ids=["killed", "without power"])
+def test_every_chain_tells_of_a_loss_of_power_everywhere(boot: str, loss: int) -> None:
+    """They are back before anyone misses them, and so is the manager."""
+
+    async def body(world: World) -> None:
+        manager = await world.manager()
+        nodes = await world.nodes(3)
+        async with world.link() as link:
+            await create(link, expected_nodes=3)
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            assert not any(chain.loss for chain in link.routing.chains)
+        await restart_everyone(world, manager, nodes, boot=boot)
+        async with world.link() as link:
+            await until(lambda: all_serve(link))
+            assert {chain.loss for chain in link.routing.chains} == {loss}
+            assert not any(chain.last_boot for chain in link.routing.chains)
+
+    run(body)
+
+
+def test_no_chain_tells_of_a_loss_of_power_while_another_replica_goes_on() -> None:
+    async def body(world: World) -> None:
+        await world.manager()
+        nodes = await world.nodes(3)
+        async with world.link() as link:
+            await create(link, expected_nodes=3)
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            for turn in range(3):  # one after the other, each back before it is missed, and brought up to date
+                nodes[turn].kill()
+                nodes[turn] = await world.node(nodes[turn].uuid, own=nodes[turn].own, boot="another")
+                await until(lambda: all_serve(link))
+            assert not any(chain.loss for chain in link.routing.chains)
+            for node in nodes[:2]:
+                node.kill()
+            await until(lambda: all(len(link.routing.serving(chain.chain_id)) == 1 for chain in link.routing.chains), within_s=2 * LEASE_S)
+            nodes[2].kill()  # the last one loses power; the others are back before it, with what they had when they were killed
+            await until(lambda: not any(link.routing.serving(chain.chain_id) for chain in link.routing.chains), within_s=2 * LEASE_S)
+            for node in nodes[:2]:
+                await world.node(node.uuid, own=node.own, boot="another")
+            await trio.sleep(2 * LEASE_S)
+            assert not any(link.routing.serving(chain.chain_id) for chain in link.routing.chains)
+            await world.node(nodes[2].uuid, own=nodes[2].own, boot="the third")
+            await until(lambda: all_serve(link))
+            assert {chain.loss for chain in link.routing.chains} == {1}
 
     run(body)

@@ -163,6 +163,45 @@ def test_one_replica() -> None:
     assert shape(advance(lost, {1: ON})) == [(1, S)]
 
 
+# What the replicas of a chain of two say, scan by scan, each with the boot of its machine; how often what was not synced may be lost.
+HISTORIES = {
+    "one loses power, the other serves on": (["up a, off b", "up a, on b2", "up a, up b2"], 0),
+    "both are killed": (["off a, off b", "on a, on b"], 0),
+    "both lose power": (["off a, off b", "on a2, on b2"], 1),
+    "one loses power, the last one serving is killed": (["off a, up b", "on a2, off b", "on a2, on b"], 0),
+    "one is cut off, the last one serving loses power": (["off a, up b", "on a, off b", "on a, on b2"], 1),
+    "the last one serving registers, loses power, registers again": (["off a, off b", "off a, off b2", "off a, unknown b3", "off a, on b3"], 1),
+    "one, then the other": (
+        ["off a, up b", "on a2, up b", "on a2, up b", "up a2, up b", "up a2, off b", "up a2, on b2"],
+        0,
+    ),
+    "one twice, then the other is killed": (
+        ["off a, up b", "on a2, up b", "on a2, up b", "off a3, up b", "on a3, off b", "on a3, on b"],
+        0,
+    ),
+    "both lose power twice": (["off a, off b", "on a2, on b2", "on a2, off b2", "on a2, on b3"], 2),
+    "nobody knows in which boot": (["off -, off -", "on -, on -"], 1),
+}
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_a_chain_tells_when_nobody_kept_what_was_not_synced(name: str) -> None:
+    scans, losses = HISTORIES[name]
+    now = chain(S, S)
+    for scan in scans:
+        said = {target: words.split() for target, words in enumerate(scan.split(", "), start=1)}
+        locals_ = {target: {"up": UP, "on": ON, "off": OFF, "unknown": UNKNOWN}[local] for target, (local, _) in said.items()}
+        before, now = now, advance(now, locals_, {target: boot.strip("-") for target, (_, boot) in said.items()})
+        assert problems(now) == []
+        assert now.loss == before.loss or now.version > before.version
+    assert now.loss == losses and now.serving and not now.last_boot
+
+
+def test_a_record_from_before_boots_were_kept_counts_as_lost() -> None:
+    old = chain(L, O)
+    assert advance(old, {1: ON}, {1: "a"}).loss == 1
+
+
 @settings(max_examples=300, deadline=None)
 @given(size=st.integers(1, 5), history=st.lists(st.lists(st.sampled_from(list(Local)), min_size=5, max_size=5), max_size=40))
 def test_any_history_keeps_the_chain_sound(size: int, history: list[list[Local]]) -> None:
