@@ -343,7 +343,7 @@ class ChunkLost(DataError):
 
 
 class UnsyncedLost(DataError):
-    """Acknowledged bytes may be gone before they were synced: every replica of a chain lost its power, or its data. Write them again."""
+    """Acknowledged bytes may be gone before they were synced: all replicas of a chain lost their power, or their disks. Write them again."""
 
     code = 504
 

@@ -70,6 +70,8 @@ class Target:
         self.tasks = trio.CancelScope()
         """Of the task that runs for it as long as it is here."""
         self.space = Space(0, 0, 0, 0)
+        self.failed = False
+        """Its disk did, in this run: what could not be written may be gone from memory too when it is opened again."""
         self._credit_bytes = 0
         self._syncs = _SharedRuns()
         self._removal_syncs = _SharedRuns()
@@ -169,6 +171,7 @@ class Target:
 
     def fail(self, error: KvfsError) -> None:
         """The disk failed. The others of this process go on."""
+        self.failed = True
         if self.replica.phase is not Phase.FAILED:
             log.error("target %d (%s) is out of service: %s", self.target_id, self.path, error.message)
             self.replica.fail(error.message)
@@ -203,6 +206,7 @@ class Target:
             capacity_bytes=self.space.capacity_bytes,
             used_bytes=self.space.used_bytes,
             free_bytes=self.space.free_bytes,
+            failed=self.failed,
         )
 
     def status(self) -> pb.TargetStatus:

@@ -307,7 +307,7 @@ class FileState:
             self.forget_read()
             self.failed(
                 UnsyncedLost(
-                    f"every replica of chain {', '.join(map(str, lost))} has lost power since inode {self.number} was written, before it was synced: "
+                    f"all replicas of chain {', '.join(map(str, lost))} lost power, or their disks, before inode {self.number} was synced: "
                     "write again what was written since its last fsync, then sync it"
                 )
             )

@@ -171,7 +171,8 @@ class Primary:
             self._nodes.drop(node.node_id)
             for node_id in self._arriving | {node.node_id}:
                 for target in self.records.targets_of_node(node_id):
-                    self._reports[target.target_id] = pb.TargetReport(target_id=target.target_id, local_state=pb.LOCAL_OFFLINE)
+                    failed = self._failed(target.target_id)
+                    self._reports[target.target_id] = pb.TargetReport(target_id=target.target_id, local_state=pb.LOCAL_OFFLINE, failed=failed)
                     self._silent_since_s.pop(target.target_id, None)
             self._plan_chains(change, now_s=self._clock.monotonic())
             await self._commit(change)
@@ -240,6 +241,14 @@ class Primary:
             return Local.OFFLINE if now_s - since_s > max(REPORT_GRACE_S, 5 * self._times.lease_s) else Local.UNKNOWN
         return heard(Local(report.local_state), public, blank=target.blank, told_version=report.chain_version, chain_version=chain_version)
 
+    def _failed(self, target_id: int) -> bool:
+        return target_id in self._reports and self._reports[target_id].failed
+
+    def _boot(self, target_id: int) -> str:
+        """In which boot of its machine the target was heard last, before any change that is being planned; "": it can not be trusted to have kept
+        anything that was not synced."""
+        return "" if self._failed(target_id) else self.records.nodes[self.records.targets[target_id].node_id].host_id
+
     # --- the scan --------------------------------------------------------------------------------------------------------------------
 
     async def scan(self) -> None:
@@ -289,9 +298,7 @@ class Primary:
             locals_ = {
                 member.target_id: self._local(self.records.targets[member.target_id], member.state, chain.version, now_s) for member in chain.members
             }
-            # As they were before this change: a node that registers now has taken its targets out of service as they served.
-            boots = {target_id: self.records.nodes[self.records.targets[target_id].node_id].host_id for target_id in locals_}
-            after = advance(chain, locals_, boots)
+            after = advance(chain, locals_, {target_id: self._boot(target_id) for target_id in locals_})
             if after is chain:
                 continue
             change.chains[chain.chain_id] = after
@@ -299,7 +306,7 @@ class Primary:
                 "chain %d version %d: %s", after.chain_id, after.version, ", ".join(f"{m.target_id} {m.state.name.lower()}" for m in after.members)
             )
             if after.loss != chain.loss:
-                log.warning("chain %d goes on from what was synced: all its replicas lost power, or may have", chain.chain_id)
+                log.warning("chain %d goes on from what was synced: all its replicas lost power, or failed", chain.chain_id)
             for member in after.members:
                 target = change.targets.get(member.target_id, self.records.targets[member.target_id])
                 if member.state is Public.SERVING and target.blank:

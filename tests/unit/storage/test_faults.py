@@ -82,6 +82,34 @@ def test_a_failing_disk_takes_its_targets_out_and_no_others(tmp_path: Path) -> N
     trio.run(main)
 
 
+def test_a_disk_that_failed_may_have_lost_what_was_not_synced_and_one_that_is_stopped_has_not(tmp_path: Path) -> None:
+    """What the kernel could not write it drops from the page cache: the last copy is then as after a loss of power."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            world.services = World(open_disk=BadDisk)
+            chain = await world.one_chain(1)
+            await world.write(chain, chunk_id(5, 0), b"before")
+
+            async def restart() -> None:
+                world.stop(1)
+                await world.over[1].wait()
+                await world.start(1)
+                await world.link.refresh()
+                await world.settled(1)
+
+            await restart()
+            assert world.routing.chain(chain).loss == 0
+            BadDisk.broken = "storage-1"
+            with pytest.raises((KvfsError, trio.TooSlowError)):
+                await world.write(chain, chunk_id(5, 0), b"after!", timeout_s=3)
+            BadDisk.broken = ""
+            await restart()
+            assert world.routing.chain(chain).loss == 1
+
+    trio.run(main)
+
+
 def test_a_target_whose_disk_was_full_at_the_start_serves_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed 108 of the simulation: it stayed out of service until the process was started anew."""
     monkeypatch.setattr(server, "REOPEN_S", 0.2)
