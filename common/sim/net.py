@@ -252,7 +252,7 @@ class SimStream(ByteStream):
             self.reset()
             far.reset()
             self._check()
-        if far._closed and not far.dead:
+        if (far._closed or far._broken) and not far.dead:
             self.reset("broken pipe")
             self._check()
         room = _WINDOW_BYTES - far._queued
@@ -271,8 +271,7 @@ class SimStream(ByteStream):
         return len(data)
 
     def receive_now(self, views: Sequence[memoryview]) -> int | None:
-        if self._closed or (self._broken and not self._parcels):
-            self._check()
+        self._check()
         if self._fabric._partitions and self._fabric.blocked(self.far.host, self.host):
             self._check()
             return None
@@ -326,8 +325,7 @@ class SimStream(ByteStream):
             else:
                 self._readable = trio.Event()
                 await self._readable.wait()
-        if self._closed or not self._parcels:
-            self._check()
+        self._check()
 
     async def _wait_for(self, healed: trio.Event) -> None:
         """For the partition's end, or the stream's."""

@@ -218,6 +218,10 @@ async def _judge(end: End, verdict: Verdict) -> None:
             verdict.problems.append(f"{check.__name__}: it ended with {type(error).__name__}: {error}")
 
 
+class TooLong(BaseException):
+    """Nothing that is simulated may take it for an error of its own, and go on."""
+
+
 def run_seed(seed: int, show: Callable[[str], None] | None = None, *, frames: bool = False) -> Verdict:
     """In this process."""
     trace = Trace(show)
@@ -228,14 +232,15 @@ def run_seed(seed: int, show: Callable[[str], None] | None = None, *, frames: bo
     began_s = time.process_time()
 
     def too_long(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"the run takes more than {CPU_S} s of processor time; tasks wait at:\n" + "\n".join(scheduler.blocked_tasks()))
+        if scheduler.in_a_task():  # else in a moment again: trio itself must not be interrupted
+            raise TooLong(f"the run takes more than {CPU_S} s of processor time; tasks wait at:\n" + "\n".join(scheduler.blocked_tasks()))
 
     search, tables.MAX_STEPS = tables.MAX_STEPS, 2000  # a third of the run would go into the balance of its chain table
     signal.signal(signal.SIGVTALRM, too_long)
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S, 5)
     try:
         verdict = scheduler.run(seed, lambda: simulate(seed, trace, Frames(show) if frames and show else None))
-    except Exception as error:
+    except (Exception, TooLong) as error:
         verdict = Verdict(seed, [f"the run ended with {type(error).__name__}: {error}"])
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

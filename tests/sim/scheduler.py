@@ -59,6 +59,11 @@ def quiet() -> None:
     logging.getLogger("kvfs").propagate = False
 
 
+def in_a_task() -> bool:
+    """Whether code of the run is running, rather than its loop."""
+    return hasattr(trio_run.GLOBAL_RUN_CONTEXT, "task")
+
+
 def blocked_tasks() -> list[str]:
     """Where every task of the run waits: for a run that does not end."""
     module: Any = trio_run

@@ -530,6 +530,28 @@ def test_partitions_hold_bytes_and_breaks_lose_the_stream() -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_what_is_sent_to_an_end_that_was_reset_is_never_read_there() -> None:
+    async def main() -> None:
+        fabric = SimFabric(SeededRandom(3), latency_s=(0.05, 0.05))
+        listener = await fabric.host("b").listen("tcp://b:1")
+        near = await fabric.host("a").connect("tcp://b:1", timeout_s=5)
+        far = await listener.accept()
+        far.reset()
+        far.dead = True  # its process was killed, and is being unwound: nothing of it tells the sender so
+        near.send_now([b"late"])
+        for _ in range(2):  # before it arrives, and after
+            with trio.fail_after(0.01), pytest.raises(ConnectionLost):
+                await far.wait_readable()
+            with pytest.raises(ConnectionLost):
+                far.receive_now([memoryview(bytearray(4))])
+            await trio.sleep(0.1)
+        far.dead = False
+        with pytest.raises(ConnectionLost):
+            near.send_now([b"later"])
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 def test_a_machine_has_another_id_once_it_has_lost_power_and_not_when_a_process_dies() -> None:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         assert SystemNet().here.host_id == file.read().strip()
