@@ -85,7 +85,7 @@ class MetaService:
             keep=self.open_files.keep,
             gc_delay_ns=int(gc_delay_s * 1e9),
         )
-        self.cuts = Cuts(engine, chunks)
+        self.cuts = Cuts(engine, chunks, routing, clock, random)
         self.changes = Changes(engine, clock, self.leases, self.numbers, around, self.cuts, lambda: self.collector.wake())
         self.collector = Collector(engine, chunks, clock, self.changes.root_step, self.changes.committed)
         self._fsck = fsck.Fsck(engine)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 import trio
@@ -209,6 +210,7 @@ class StorageService:
             update_version=0 if from_client else io.update_version,
             sequence=io.sequence,
             whole=io.offset == 0 and io.length == io.chunk_size,
+            turn=io.turn if from_client else 0,
             roomy=target.take_room(io.length),
         )
         return Item(target, io.chunk_id, incoming, io, view, span)
@@ -228,6 +230,10 @@ class StorageService:
         limit = min(request.limit or most, most)
         first = chunk_id(request.inode, request.first_index)
         end = chunk_id(request.inode, request.end_index) if request.end_index else chunk_id(request.inode, (1 << 128) - 1) + b"\0"
+        probe = Incoming(first, UpdateKind.REMOVE, request.chain_version, turn=request.turn)
+        if probe.chain_version > target.replica.version:
+            await self._host.know_chain(target, probe.chain_version)
+        _refuse(target.replica.screen(probe))  # before the list is made: what an earlier turn lists from now on is void
         before = (int.from_bytes(first, "big") - 1).to_bytes(CHUNK_ID_BYTES, "big") if any(first) else b""
         metas, more = await self._host.workers.run(lambda: target.engine.list(after=before, limit=limit, inode=request.inode))
         doomed = [meta for meta in metas if meta.chunk_id < end]
@@ -235,12 +241,9 @@ class StorageService:
         items = []
         for meta in doomed:
             io = pb.WriteIO(chain_id=target.chain_id, chunk_id=meta.chunk_id, kind=pb.REMOVE, chain_version=request.chain_version, chunk_size=1)
-            items.append(Item(target, meta.chunk_id, Incoming(meta.chunk_id, UpdateKind.REMOVE, request.chain_version), io))
+            items.append(Item(target, meta.chunk_id, replace(probe, chunk_id=meta.chunk_id), io))
         if not items:
-            refused = target.replica.screen(Incoming(first, UpdateKind.REMOVE, request.chain_version))
-            if refused is not None:
-                raise _error(refused)
-        await self._know_chains(items)
+            _refuse(target.replica.screen(probe))
         await Round(self._host, items, call.deadline - MARGIN_S).run()
         removed = freed = 0
         for item, meta in zip(items, doomed, strict=True):
@@ -357,6 +360,11 @@ def _to_wire(result: Result) -> pb.WriteResult:
         checksum=result.checksum,
         message=result.message,
     )
+
+
+def _refuse(result: Result | None) -> None:
+    if result is not None:
+        raise _error(result)
 
 
 def _error(result: Result) -> KvfsError:

@@ -103,6 +103,8 @@ class OpenFile:
         if state.dirty:
             await state.flush()
         await state.fresh(self.user)
+        if state.length:
+            state.check_kept()
         return state.length
 
     # --- reading ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +170,10 @@ class OpenFile:
         state = self._state
         if not state.leased:
             await state.fresh(self.user)
-        return min(offset + length, state.length)
+        end = min(offset + length, state.length)
+        if end > offset:
+            state.check_kept()
+        return end
 
     # --- writing ---------------------------------------------------------------------------------------------------------------------
 
@@ -347,6 +352,7 @@ class OpenFile:
         if self._closed:
             return
         self._closed = True
+        self._state.write_handles -= self._write
         began = trio.current_time()
         ended = False
         try:

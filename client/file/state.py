@@ -34,7 +34,7 @@ from kvfs.client.storage_client import StorageClient
 from kvfs.client.storage_writes import WriteDone
 from kvfs.client.user import User
 from kvfs.common.boundary.clock import Clock
-from kvfs.common.errors import FileTooBig, KvfsError, UnsyncedLost
+from kvfs.common.errors import FileTooBig, KvfsError, StaleHandle, UnsyncedLost
 from kvfs.common.wire import meta_pb2 as pb
 
 LEASE_USE = 0.9
@@ -74,6 +74,12 @@ class FileState:
         self.attributes = inode
         self._length = inode.length
         self.handles = 0
+        self.write_handles = 0
+        """Not closed, nor about to be."""
+        self.write_opens = 0
+        """How many there have been."""
+        self._gone = False
+        """Removed, and not kept for us: this client was thought dead, and its sessions were ended."""
         self.windows = Windows(shared.ahead, self.placement)
         self.dirty = DirtyChunks(shared.back, self.placement, shared.clock, self._written, self._stretched)
         self.places = Places(shared.places, self.placement, self.dirty, lambda: self.lease_end)
@@ -129,7 +135,8 @@ class FileState:
         now = self.shared.clock.monotonic()
         known = self.attributes
         if inode.type == pb.TYPE_INVALID:
-            self._heard = now  # removed while open: what we know of it stays true
+            self._gone = True
+            self._heard = now  # what we know of its attributes stays true
             self.lease_end = now + WRITER_REFRESH_S
             return
         if inode.data_version < known.data_version:
@@ -160,6 +167,11 @@ class FileState:
         self.revoke()
         self.forget_read()
 
+    def check_kept(self) -> None:
+        """Raise StaleHandle if the file's bytes are not kept for us any more: they would read as zeros, and what is written is lost."""
+        if self._gone:
+            raise StaleHandle(f"inode {self.number} was removed, and this client thought dead while it had it open: its bytes are gone")
+
     @property
     def leased(self) -> bool:
         """Whether a lease says that the attributes are true now."""
@@ -178,6 +190,7 @@ class FileState:
         now = self.shared.clock.monotonic()
         if now >= self.lease_end and now >= self._heard + WRITER_REFRESH_S:
             await self._ask(user)
+        self.check_kept()
 
     async def _ask(self, user: User) -> None:
         """Attributes no older than this call. Who comes while others ask waits for them, and then one asks for all who have waited: an answer that
@@ -190,8 +203,11 @@ class FileState:
         self._asks = number = self._asks + 1
         self._asking = trio.Event()
         try:
+            opens = self.write_opens if self.write_handles else -1
             [inode] = await self.shared.meta.get_attr([self.number], user=user)
             self.adopt(inode)
+            if inode.type == pb.FILE and not inode.nlink and not inode.writers and self.write_handles and opens == self.write_opens:
+                self._gone = True  # we are its writer: it is about to be freed
             self._answered = number
         finally:
             self._asking.set()
@@ -338,6 +354,8 @@ class FileState:
             self.unreported = False
             self.unreported_end = self._acknowledged_end = self._hinted_end = 0
         self.adopt(reply, own=True)
+        if still_open:
+            self.check_kept()
 
     async def hint(self, session: bytes, user: User) -> None:
         """Tell others how far the file is written and acknowledged; what is buffered still waits for its flush."""

@@ -42,6 +42,8 @@ class FileTable:
         else:
             state.adopt(inode)
         state.handles += 1
+        state.write_handles += write
+        state.write_opens += write
         handle = OpenFile(state, session=session, read=read, write=write, append=append, user=user, on_close=self._closed)
         self._handles.add(handle)
         return handle

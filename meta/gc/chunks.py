@@ -2,7 +2,7 @@
 
 `Chunks` is the interface, `StorageChunks` the real one over the wire. Invariants: a change goes to the head of its chain with the chain version
 that this process knows, and carries an idempotency tag that stays the same over its retries; a refusal of the chain leads to fresh routing and
-another try, until the deadline.
+another try, until the deadline. What belongs to a `Turn` is sent once, with the chains as the turn knows them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kvfs.common.boundary.random import Random
 from kvfs.common.errors import ChainError, ChainVersionMismatch, KvfsError, TransportError, from_wire
 from kvfs.common.ids import chunk_id
 from kvfs.common.membership import ManagerLink
+from kvfs.common.routing import Routing
 from kvfs.common.wire import base_pb2, storage_pb2
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.service import method
@@ -48,23 +49,36 @@ class LastChunk:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One try at a truncation: the chains refuse what comes of it after something of a later turn (storage/chain/fence.py)."""
+
+    number: int
+    routing: Routing
+    """As it was before the turn was taken: who took it away before that knew chains that are as new, or older."""
+
+
 class Chunks(ABC):
     @abstractmethod
-    async def remove(self, chain_id: int, inode: int, first_index: int) -> None:
+    async def remove(self, chain_id: int, inode: int, first_index: int, turn: Turn | None = None) -> None:
         """Remove every chunk of the inode from `first_index` on, on one chain."""
 
     @abstractmethod
-    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int) -> None:
+    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int, turn: Turn) -> None:
         """Make one chunk no longer than `length` bytes."""
 
     @abstractmethod
     async def last(self, chain_id: int, inode: int) -> LastChunk | None:
         """The highest chunk of the inode on one chain; None if it has none there."""
 
-    async def durably(self, chain_ids: Collection[int], change: Callable[[], Awaitable[None]], *, removals: bool) -> None:
+    async def durably(self, chain_ids: Collection[int], change: Callable[[], Awaitable[None]], *, removals: bool, turn: Turn | None = None) -> None:
         """Run `change`, which removes and cuts chunks on these chains, so that a loss of power brings nothing back: before the last record of what
-        there was is erased. It may be run again, so it must do no harm twice. `removals`: it removes whole chunks only."""
+        there was is erased. Without a turn it may be run again, so it must do no harm twice. `removals`: it removes whole chunks only."""
         await change()
+
+    async def retry(self, once: Callable[[], Awaitable[T]]) -> T:
+        """Run it until the chains do what it asks for, or the deadline is over."""
+        return await once()
 
 
 class StorageChunks(Chunks):
@@ -78,19 +92,20 @@ class StorageChunks(Chunks):
         self._free = list(range(CHANNELS, 0, -1))
         self._limit = trio.CapacityLimiter(CHANNELS)
 
-    async def remove(self, chain_id: int, inode: int, first_index: int) -> None:
+    async def remove(self, chain_id: int, inode: int, first_index: int, turn: Turn | None = None) -> None:
         more = True
         while more:
-            more = await self._tagged(lambda tag: self._remove_once(chain_id, inode, first_index, tag))
+            more = await self._tagged(lambda tag: self._remove_once(chain_id, inode, first_index, tag, turn), turn)
 
-    async def durably(self, chain_ids: Collection[int], change: Callable[[], Awaitable[None]], *, removals: bool) -> None:
+    async def durably(self, chain_ids: Collection[int], change: Callable[[], Awaitable[None]], *, removals: bool, turn: Turn | None = None) -> None:
         async def once() -> None:
             # A chain that changed since may have lost its power with the change: then it is made again.
-            versions = {chain_id: self._link.routing.chain(chain_id).version for chain_id in chain_ids}
+            routing = turn.routing if turn is not None else self._link.routing
+            versions = {chain_id: routing.chain(chain_id).version for chain_id in chain_ids}
             await change()
             await self._sync(versions, removals)
 
-        await self._retry(once)
+        await (self.retry(once) if turn is None else once())
 
     async def _sync(self, versions: Mapping[int, int], removals: bool) -> None:
         """On every target that holds these chains, in these versions of them."""
@@ -111,20 +126,22 @@ class StorageChunks(Chunks):
 
         await together([partial(one, request) for request in requests.values()])
 
-    async def _remove_once(self, chain_id: int, inode: int, first_index: int, tag: base_pb2.Tag) -> bool:
-        routing = self._link.routing
+    async def _remove_once(self, chain_id: int, inode: int, first_index: int, tag: base_pb2.Tag, turn: Turn | None) -> bool:
+        routing = turn.routing if turn is not None else self._link.routing
         head = routing.head(chain_id)
         request = storage_pb2.RemoveRangeRequest(
             chain_id=chain_id, chain_version=routing.chain(chain_id).version, target_id=head, inode=inode, first_index=first_index, tag=tag
         )
+        if turn is not None:
+            request.turn = turn.number
         reply = await self._pool.call(routing.addresses_of_target(head), REMOVE_RANGE, request, timeout_s=TRY_S)
         return bool(reply.more)
 
-    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int) -> None:
-        await self._tagged(lambda tag: self._cut_once(chain_id, chunk_id(inode, index), length, chunk_size, tag))
+    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int, turn: Turn) -> None:
+        await self._tagged(lambda tag: self._cut_once(chain_id, chunk_id(inode, index), length, chunk_size, tag, turn), turn)
 
-    async def _cut_once(self, chain_id: int, chunk: bytes, length: int, chunk_size: int, tag: base_pb2.Tag) -> None:
-        routing = self._link.routing
+    async def _cut_once(self, chain_id: int, chunk: bytes, length: int, chunk_size: int, tag: base_pb2.Tag, turn: Turn) -> None:
+        routing = turn.routing
         head = routing.head(chain_id)
         io = storage_pb2.WriteIO(
             chain_id=chain_id,
@@ -135,6 +152,7 @@ class StorageChunks(Chunks):
             chunk_size=chunk_size,
             tag=tag,
             target_id=head,
+            turn=turn.number,
         )
         reply = await self._pool.call(routing.addresses_of_target(head), WRITE, storage_pb2.WriteRequest(writes=[io]), timeout_s=TRY_S)
         result = reply.results[0]
@@ -149,20 +167,20 @@ class StorageChunks(Chunks):
             reply = await self._pool.call(routing.addresses_of_target(tail), LAST_CHUNK, request, timeout_s=TRY_S)
             return LastChunk(reply.index, reply.length) if reply.found else None
 
-        return await self._retry(once)
+        return await self.retry(once)
 
-    async def _tagged(self, once: Callable[[base_pb2.Tag], Awaitable[T]]) -> T:
-        """Run one change with a tag of its own, retries included."""
+    async def _tagged(self, once: Callable[[base_pb2.Tag], Awaitable[T]], turn: Turn | None) -> T:
+        """Run one change with a tag of its own, retries included: those of a turn are other turns."""
         async with self._limit:
             channel = self._free.pop()
             self._sequence += 1
             tag = base_pb2.Tag(client_id=self._client_id, channel=channel, sequence=self._sequence)
             try:
-                return await self._retry(lambda: once(tag))
+                return await (self.retry(lambda: once(tag)) if turn is None else once(tag))
             finally:
                 self._free.append(channel)
 
-    async def _retry(self, once: Callable[[], Awaitable[T]]) -> T:
+    async def retry(self, once: Callable[[], Awaitable[T]]) -> T:
         give_up_s = self._clock.monotonic() + DEADLINE_S
         backoff_s = BACKOFF_FIRST_S
         while True:

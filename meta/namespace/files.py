@@ -6,7 +6,7 @@ the length is exact; a report made under an older truncate_version never grows t
 
 from __future__ import annotations
 
-from kvfs.common.errors import AlreadyExists, BadHandle, FileTooBig, InvalidArgument, IsDirectory, SymlinkLoop
+from kvfs.common.errors import AlreadyExists, BadHandle, FileTooBig, InvalidArgument, IsDirectory, StaleHandle, SymlinkLoop
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.namespace import access, keys, records
 from kvfs.meta.namespace.attributes import check_layout, truncate
@@ -125,6 +125,8 @@ def close(step: Step, request: pb.CloseRequest, *, measured: int | None = None) 
             raise FileTooBig(f"a length of {request.length} bytes: the limit is {LENGTH_MAX}")
         held = request.session and step.txn.get(keys.session(inode.inode, request.session)) is not None
         if not held:
+            if request.still_open and not inode.nlink and not step.has_sessions(inode.inode):
+                raise StaleHandle(f"inode {inode.inode} has no name any more, and its writer was thought dead: it is not kept")
             access.require(inode, step.user, access.WRITE)
         if measured is None and (request.uncertain or request.truncate_version != inode.truncate_version):
             step.measure = inode.inode

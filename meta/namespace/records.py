@@ -23,6 +23,9 @@ _LINKS = Struct(">BI")
 _SESSION = Struct(">BBq16s")
 _GARBAGE = Struct(">BB")
 _CUT = Struct(">BQQ")
+_TAKEN = Struct(">I16s")
+"""Behind _CUT, unless nobody has taken it up."""
+_TURN_BITS = 24
 _U64 = Struct(">Q")
 
 FILE_GARBAGE = 1
@@ -54,6 +57,15 @@ class Cut:
 
     length: int
     truncate_version: int
+    tries: int = 0
+    """How often it was taken up."""
+    taker: bytes = b""
+    """Which run of a service did so last; empty: none."""
+
+    @property
+    def turn(self) -> int:
+        """Of two tries at truncations of one file the later one has the greater turn."""
+        return self.truncate_version << _TURN_BITS | min(self.tries, (1 << _TURN_BITS) - 1)
 
 
 def _check(version: int, what: str) -> None:
@@ -131,13 +143,14 @@ def decode_garbage(data: bytes) -> int:
 
 
 def encode_cut(cut: Cut) -> bytes:
-    return _CUT.pack(1, cut.length, cut.truncate_version)
+    return _CUT.pack(1, cut.length, cut.truncate_version) + (_TAKEN.pack(cut.tries, cut.taker) if cut.tries else b"")
 
 
 def decode_cut(data: bytes) -> Cut:
     version, length, truncate_version = _CUT.unpack_from(data)
     _check(version, "truncation")
-    return Cut(length, truncate_version)
+    tries, taker = _TAKEN.unpack_from(data, _CUT.size) if len(data) > _CUT.size else (0, b"")
+    return Cut(length, truncate_version, tries, taker)
 
 
 def encode_number(number: int) -> bytes:

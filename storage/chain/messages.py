@@ -49,6 +49,8 @@ class Incoming:
     """Forwards: the predecessor's count; of one chunk, a lower one that comes after a higher one is late and void."""
     whole: bool = False
     """It leaves nothing of what was there before: the chunk is as long as its file's chunks are."""
+    turn: int = 0
+    """Of a truncation: of one inode, a lower one that comes after a higher one is late and void. 0: none."""
     roomy: bool = True
     """The disk surely has room: forwarding may begin before the local copy is written."""
 

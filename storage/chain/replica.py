@@ -20,7 +20,8 @@ import enum
 from dataclasses import replace
 
 from kvfs.common import errors
-from kvfs.storage.chain.fence import Fence
+from kvfs.common.ids import chunk_inode
+from kvfs.storage.chain.fence import Fence, Turns
 from kvfs.storage.chain.flight import Flight, Local
 from kvfs.storage.chain.messages import (
     Apply,
@@ -85,6 +86,7 @@ class Replica:
         self.flights: dict[bytes, Flight] = {}
         self._resyncing = False
         self._fence = Fence()
+        self._turns = Turns()
         self._sequence = 0
 
     # --- the target ------------------------------------------------------------------------------------------------------------------
@@ -246,6 +248,8 @@ class Replica:
                 return refusal(errors.NotChainHead, self.version)
             if incoming.kind is UpdateKind.REPLACE:
                 return refusal(errors.BadRequest, self.version, "REPLACE is for replicas")
+            if incoming.turn and not self._turns.admit(chunk_inode(incoming.chunk_id), incoming.turn):
+                return refusal(errors.StaleUpdate, self.version, f"turn {incoming.turn} of a truncation: another metadata service has a later one")
         elif incoming.kind is UpdateKind.CREATE:
             return refusal(errors.BadRequest, self.version, "CREATE is for the head")
         elif incoming.from_target != self.predecessor:

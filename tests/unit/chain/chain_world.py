@@ -36,6 +36,7 @@ class Change:
     data: bytes = b""
     offset: int = 0
     tag: TagKey | None = None
+    turn: int = 0
 
 
 @dataclass(slots=True)
@@ -221,7 +222,7 @@ class World:
         """A client's update arrives."""
         node = self.nodes[name]
         length = len(change.data)
-        incoming = Incoming(chunk, change.kind, node.replica.version if version is None else version, length, change.tag)
+        incoming = Incoming(chunk, change.kind, node.replica.version if version is None else version, length, change.tag, turn=change.turn)
         self._start(Job(node, incoming, change, reply or (lambda result: self.say(f"{name} -> client: {show(result)}"))), chunk)
 
     def read(self, name: str, chunk: bytes, answer: Callable[[int, bytes], None] | None = None) -> None:

@@ -2,7 +2,7 @@
 
     > chain 2 A B C?            a chain version; A serving, C syncing (~ waiting, ! offline, * lastsrv); "@AB": only these learn of it
     > write A c1 hello #x.1     a client's update arrives at A; #client.number is its tag, +5 an offset, "old" a chain version that was, e.g. =1
-    > truncate A c1 3 / remove A c1 / create A c1 hello #x.1 / read A c1
+    > truncate A c1 3 / remove A c1 %7 (turn 7 of a truncation) / create A c1 hello #x.1 / read A c1
     > run / deliver N / lose N / again N        messages: all; the Nth under way (from 1); lost; delivered, and once more later
     > hold A / release A        A's disk works no more / does what has come up
     > fail A NoSpace / flip A   A's next write to disk fails so, or goes wrong unnoticed
@@ -49,6 +49,8 @@ def update(world: World, kind: UpdateKind, words: list[str]) -> None:
             change.tag = TagKey(client.encode(), 0, int(number))
         elif word.startswith("+"):
             change.offset = int(word)
+        elif word.startswith("%"):
+            change.turn = int(word[1:])
         elif word.startswith("="):
             version = int(word[1:])
         else:

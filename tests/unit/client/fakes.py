@@ -204,6 +204,8 @@ class FakeMeta:
 
     async def close(self, request: meta_pb2.CloseRequest, call: Call) -> meta_pb2.InodeReply:
         self.closes.append(request)
+        if request.inode not in self.inodes:
+            return meta_pb2.InodeReply(inode=self.copy(request.inode))
         inode = self.inodes[request.inode]
         if request.wrote:
             inode.data_version += 1

@@ -8,7 +8,7 @@ from tests.unit.client.fakes import CHUNK, run, world
 from tests.unit.client.handles import opened
 
 from kvfs.client.config import ClientConfig
-from kvfs.common.errors import DeadlineExceeded, InputOutput
+from kvfs.common.errors import DeadlineExceeded, InputOutput, StaleHandle
 
 
 def test_a_close_that_nobody_answers_ends_by_its_deadline_and_says_what_is_lost() -> None:
@@ -130,5 +130,70 @@ def test_a_close_that_did_not_come_to_its_end_is_finished_in_the_background(canc
                     await trio.sleep(0.01)
             assert [(close.session, close.still_open) for close in place.meta.closes][-1:] == [(file.session, False)]
             assert place.content(7) == b"a" * 100
+
+    run(test)
+
+
+@pytest.mark.parametrize("when", ["it is gone", "it is about to go"])
+def test_a_removed_file_that_is_not_kept_for_us_any_more_is_stale(when: str) -> None:
+    """Its writer was thought dead, and its session ended: zeros were read, and an fsync was answered, of bytes that nobody has."""
+
+    async def test() -> None:
+        async with world() as place:
+            place.meta.lease_ms = 0
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * 100])
+            await file.fsync()
+            place.meta.inodes[7].nlink = 0
+            place.meta.inodes[7].writers = 1
+            assert bytes(await file.pread(0, 100)) == b"a" * 100
+            if when == "it is gone":
+                del place.meta.inodes[7]
+            else:
+                place.meta.inodes[7].writers = 0
+            with pytest.raises(StaleHandle):
+                await file.pread(0, 100)
+            with pytest.raises(StaleHandle):
+                await file.pwrite(0, [b"b"])
+            assert not await file.pread(100, 100)  # nothing is missing there
+            await file.close()
+
+    run(test)
+
+
+def test_an_fsync_of_a_file_that_is_gone_is_an_error() -> None:
+    async def test() -> None:
+        async with world() as place:
+            place.meta.make(7)
+            file = opened(place, 7)
+            await file.pwrite(0, [b"a" * 100])
+            del place.meta.inodes[7]
+            with pytest.raises(StaleHandle):
+                await file.fsync()
+            await file.close()
+
+    run(test)
+
+
+def test_a_reader_keeps_a_removed_file_when_its_last_writer_has_closed_it() -> None:
+    async def test() -> None:
+        async with world() as place:
+            place.meta.lease_ms = 0
+            place.meta.make(7)
+            writer, reader = opened(place, 7), opened(place, 7, write=False)
+            await writer.pwrite(0, [b"a" * 100])
+            place.meta.inodes[7].nlink = 0
+            place.meta.hold_answers = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(writer.close)
+                while not place.meta.closes:
+                    await trio.sleep(0.01)
+                nursery.start_soon(reader.current_length)
+                while not place.meta.asked:
+                    await trio.sleep(0.01)
+                place.meta.hold_answers.set()
+            assert bytes(await reader.pread(0, 100)) == b"a" * 100
+            await reader.close()
 
     run(test)

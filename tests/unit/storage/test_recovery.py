@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
+from typing import Any
 
+import pytest
 import trio
 from mini_cluster import CHUNK_SIZE, WRITE, MiniCluster, mini_cluster
 
 from kvfs.common.checksum import checksums
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import KvfsError, StaleUpdate
 from kvfs.common.ids import chunk_id
 from kvfs.common.sim.disk import SimDisk
 from kvfs.common.sim.medium import Medium
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import method
 from kvfs.storage import server
+from kvfs.storage.engine.engine import ChunkEngine
 
 SIZE = 200_000
 
@@ -179,6 +183,52 @@ def test_a_lone_replica_comes_back_with_its_data(tmp_path: Path) -> None:
             await world.settled(1)
             assert await world.read(chain, chunk_id(9, 0), 0, 10) == b"abc"
             assert (await world.write(chain, chunk_id(9, 0), b"d", offset=3)).version == 2
+
+    trio.run(main)
+
+
+def test_what_comes_late_of_a_truncation_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another metadata service carried it out, and the file was written anew: what the first one lists and removes from then on is void."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path) as world:
+            chain = await world.one_chain(2)
+            head = world.routing.head(chain)
+            where = world.routing.addresses_of_target(head)
+
+            async def remove(turn: int) -> int:
+                request = pb.RemoveRangeRequest(chain_id=chain, chain_version=world.routing.chain(chain).version, target_id=head, inode=9, turn=turn)
+                try:
+                    reply = await world.pool.call(where, method("Storage", "RemoveRange"), request, timeout_s=5)
+                except KvfsError as error:
+                    return -error.code
+                return int(reply.removed)
+
+            async def late() -> None:
+                assert await remove(4) == -StaleUpdate.code
+
+            listing, go_on, list_chunks = threading.Event(), threading.Event(), ChunkEngine.list
+
+            def slow_list(engine: ChunkEngine, **asked: Any) -> Any:
+                monkeypatch.setattr(ChunkEngine, "list", list_chunks)
+                listing.set()
+                go_on.wait()
+                return list_chunks(engine, **asked)
+
+            await world.write(chain, chunk_id(9, 0), b"old")
+            monkeypatch.setattr(ChunkEngine, "list", slow_list)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(late)
+                await trio.to_thread.run_sync(listing.wait)
+                assert await remove(5) == 1
+                await world.write(chain, chunk_id(9, 0), b"new")
+                go_on.set()
+            await late()
+            assert await world.read(chain, chunk_id(9, 0), 0, 10) == b"new"
+            cut = pb.WriteIO(chunk_id=chunk_id(9, 0), kind=pb.TRUNCATE, length=1, chunk_size=CHUNK_SIZE, turn=4)
+            (result,) = await world.write_once(chain, [cut], [])
+            assert result.status == StaleUpdate.code
+            assert await remove(0) == 1
 
     trio.run(main)
 

@@ -15,7 +15,7 @@ from kvfs.common.errors import NoServingTarget
 from kvfs.common.routing import Routing
 from kvfs.common.wire import cluster_pb2
 from kvfs.common.wire import meta_pb2 as pb
-from kvfs.meta.gc.chunks import Chunks, LastChunk
+from kvfs.meta.gc.chunks import Chunks, LastChunk, Turn
 from kvfs.meta.kv import Engine
 from kvfs.meta.kv.memory import MemoryEngine
 from kvfs.meta.namespace import fsck, store
@@ -65,12 +65,12 @@ class FakeChunks(Chunks):
         if chain_id in self.failing:
             raise NoServingTarget(f"chain {chain_id} fails")
 
-    async def remove(self, chain_id: int, inode: int, first_index: int) -> None:
+    async def remove(self, chain_id: int, inode: int, first_index: int, turn: Turn | None = None) -> None:
         await self._called("remove", chain_id, inode)
         for key in [key for key in self.lengths if key[:2] == (chain_id, inode) and key[2] >= first_index]:
             del self.lengths[key]
 
-    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int) -> None:
+    async def cut(self, chain_id: int, inode: int, index: int, length: int, chunk_size: int, turn: Turn) -> None:
         await self._called("cut", chain_id, inode)
         key = (chain_id, inode, index)
         if key in self.lengths:
@@ -106,13 +106,13 @@ def routing(metas: int = 1) -> Routing:
 class Service:
     """One run of the service; several may follow each other on one engine."""
 
-    def __init__(self, engine: Engine | None = None, chunks: FakeChunks | None = None, **settings: Any) -> None:
+    def __init__(self, engine: Engine | None = None, chunks: FakeChunks | None = None, *, seed: int = 7, **settings: Any) -> None:
         self.engine = engine or MemoryEngine()
         self.chunks = chunks or FakeChunks()
         self.routing = routing()
         self.clock = TestClock()
         settings.setdefault("gc_delay_s", 0.0)
-        self.meta = MetaService(self.engine, self.clock, SeededRandom(7), self.chunks, lambda: self.routing, **settings)
+        self.meta = MetaService(self.engine, self.clock, SeededRandom(seed), self.chunks, lambda: self.routing, **settings)
 
     async def start(self) -> Service:
         made = await self.engine.transact(lambda txn: store.prepare(txn, self.clock.wall_ns()))

@@ -6,6 +6,7 @@ import pytest
 import trio
 from tests.unit.meta.namespace.service_world import CHAINS, SIZE, A, B, C, Service, run
 
+from kvfs.common.errors import StaleHandle
 from kvfs.common.wire import base_pb2
 from kvfs.common.wire import meta_pb2 as pb
 from kvfs.meta.gc import housekeeping
@@ -202,6 +203,41 @@ def test_a_removed_file_of_a_dead_client_is_freed_completely() -> None:
         assert service.chunks.lengths == {}
         assert {chain for what, chain, _ in service.chunks.calls if what == "remove"} == set(CHAINS)
         await service.check()
+
+    run(main)
+
+
+def test_an_fsync_of_a_removed_file_whose_writer_was_thought_dead_is_refused() -> None:
+    """It was answered, and then the bytes went."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        await service.remove(b"f", B)
+        service.chunks.write(made, SIZE)
+        fsync = pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=SIZE, still_open=True)
+        assert (await service.call("close", fsync)).inode.length == SIZE
+        await pruner(service, {B}, grace_s=0.0).round()
+        with pytest.raises(StaleHandle):
+            await service.call("close", fsync)
+        fsync.still_open = False
+        await service.call("close", fsync)  # nobody has the file any more, nor needs it
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.lengths == {}
+        await service.check()
+
+    run(main)
+
+
+def test_an_fsync_of_a_removed_file_that_another_handle_holds_is_answered() -> None:
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        await service.call("open", pb.OpenRequest(inode=made.inode, write=True, session=S2))
+        await service.remove(b"f", B)
+        await service.call("close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=1))
+        await service.call("close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, length=2, still_open=True))
+        assert (await service.stat(made.inode)).length == 2
 
     run(main)
 

@@ -48,8 +48,9 @@ def test_records_come_back() -> None:
     assert records.decode_links(records.encode_links(70_000)) == 70_000
     session = records.Session(b"c" * 16, True, 12345)
     assert records.decode_session(records.encode_session(session)) == session
-    cut = records.Cut(2**40, 3)
-    assert records.decode_cut(records.encode_cut(cut)) == cut
+    for cut in (records.Cut(2**40, 3), records.Cut(5, 3, 7, b"t" * 16)):
+        assert records.decode_cut(records.encode_cut(cut)) == cut
+    assert records.Cut(5, 3, 7).turn < records.Cut(5, 3, 8).turn < records.Cut(5, 4).turn
     assert records.decode_garbage(records.encode_garbage(records.TREE_GARBAGE)) == 2
     assert records.decode_number(records.encode_number(9)) == 9
 

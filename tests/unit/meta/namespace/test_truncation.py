@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import trio
-from tests.unit.meta.namespace.service_world import CHAINS, SIZE, B, Service, run
+from tests.unit.meta.namespace.service_world import CHAINS, SIZE, B, FakeChunks, Service, run
 
 from kvfs.common.errors import NoServingTarget
 from kvfs.common.wire import meta_pb2 as pb
-from kvfs.meta.gc import housekeeping
-from kvfs.meta.gc.chunks import LastChunk
+from kvfs.meta.gc import cuts, housekeeping
+from kvfs.meta.gc.chunks import LastChunk, Turn
 from kvfs.meta.server import make_pruner
 
 S1, S2 = b"1" * 16, b"2" * 16
@@ -260,5 +260,103 @@ def test_a_dead_clients_file_is_measured_when_its_truncation_was_carried_out() -
 
         await make_pruner(service.meta, nobody, grace_s=0).round()
         assert (await service.stat(made.inode)).length == 10
+
+    run(main)
+
+
+async def _two_services() -> tuple[Service, Service, pb.Inode]:
+    """On one store, with a file of three chunks."""
+    first = await Service().start()
+    second = await Service(first.engine, first.chunks, seed=8).start()
+    await trio.sleep(2)  # leases of an earlier run
+    made = await first.create(b"f")
+    await first.write(made, 3 * SIZE)
+    return first, second, made
+
+
+@pytest.mark.parametrize("how", ["the background", "a retry"])
+def test_two_services_do_not_carry_out_one_truncation_at_once(how: str) -> None:
+    """The slower one took what was written after the faster one had said that the file is empty."""
+
+    async def main() -> None:
+        first, second, made = await _two_services()
+        request = pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S1)
+        first.chunks.delay_s = 0.5
+
+        async def other() -> None:
+            await trio.sleep(0.25)
+            second.chunks.delay_s = 0.8  # of what is asked for from now on
+            if how == "the background":
+                await second.meta.cuts.redo_all()
+            else:
+                await second.call("open", request, request_id=b"r" * 16)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            opened = (await first.call("open", request, request_id=b"r" * 16)).inode
+            assert first.chunks.of(made.inode) == {}
+            await first.write(opened, 2 * SIZE, session=S1)
+        assert first.chunks.of(made.inode) == {0: SIZE, 1: SIZE}
+
+    run(main)
+
+
+def test_a_truncation_whose_service_died_half_way_is_carried_out_by_another() -> None:
+    async def main() -> None:
+        first, second, made = await _two_services()
+        first.chunks.delay_s = 1.0
+        with trio.move_on_after(0.5):
+            await first.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10))
+        first.chunks.delay_s = 0
+        await second.call("open", pb.OpenRequest(inode=made.inode, write=True, session=S2))
+        assert second.chunks.of(made.inode) == {0: 10}
+        assert await second.meta.cuts.redo_all() == 0
+
+    run(main)
+
+
+def test_a_service_that_lives_and_does_not_reach_the_chains_is_not_waited_for_without_end() -> None:
+    async def main() -> None:
+        first, second, made = await _two_services()
+        unreachable = FakeChunks()
+        unreachable.failing = set(CHAINS)
+        async with trio.open_nursery() as nursery:
+            first.meta.cuts._chunks = unreachable
+            nursery.start_soon(housekeeping.run, first.meta, None)
+            with pytest.raises(NoServingTarget):
+                await first.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=10))
+            began_s = trio.current_time()
+            await second.call("open", pb.OpenRequest(inode=made.inode, write=True, session=S2))
+            assert trio.current_time() - began_s < cuts.WAIT_S_MAX + 2
+            assert second.chunks.of(made.inode) == {0: 10}
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_every_try_at_a_truncation_has_a_later_turn() -> None:
+    """And knows the chains as they were before it was taken: whoever took it away earlier has told its number to heads that are at least as new."""
+
+    async def main() -> None:
+        first, second, made = await _two_services()
+        turns: list[Turn] = []
+        cut = first.chunks.cut
+
+        async def noted(chain_id: int, inode: int, index: int, length: int, chunk_size: int, turn: Turn) -> None:
+            turns.append(turn)
+            await cut(chain_id, inode, index, length, chunk_size, turn)
+
+        first.chunks.cut = noted  # type: ignore[method-assign]
+        first.chunks.failing = {CHAINS[0]}
+        for service, length in ((first, 20), (first, 15), (second, 10)):
+            with pytest.raises(NoServingTarget):
+                await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=length))
+        first.chunks.failing = set()
+        await second.meta.cuts.redo_all()
+        await first.write(made, SIZE)
+        await first.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=5))
+        numbers = [turn.number for turn in turns]
+        assert numbers == sorted(set(numbers)) and len(numbers) > 4
+        assert all(turn.routing in (first.routing, second.routing) for turn in turns)
 
     run(main)
