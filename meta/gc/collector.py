@@ -1,5 +1,6 @@
 """The garbage queue: files without a name and session lose their chunks, then their records; directories cut off by a recursive removal are taken
-apart entry by entry; a dropped KV-cache space loses its blocks on all its chains at once, and again after a grace, in which puts under way end.
+apart entry by entry; a dropped KV-cache space loses its blocks on all its chains at once, and again after a grace, in which puts under way end; so
+does a file whose writer was thought dead and may live: what it still sends would belong to nobody.
 
 Invariants: an inode goes only after every chain of its layout that may hold a chunk has confirmed the removal; everything is done again after a crash
 until the queue entry is cleared, which is part of the transaction that removes the inode. Entries wait `gc_delay_s` first.
@@ -104,9 +105,11 @@ class Collector:
                 elif kind == records.TREE_GARBAGE:
                     await self._take_apart(key)
                 elif kind == records.SPACE_GARBAGE:
-                    await self._empty_space(key, _await_stragglers)
+                    await self._empty_space(key, _await_puts)
                 elif keys.garbage_parts(key)[0] > self._clock.wall_ns():
                     continue  # not even when everything is asked for: a put may still be under way
+                elif kind == records.SWEPT_FILE_GARBAGE:
+                    await self._free_file(key, swept=True)
                 else:
                     await self._empty_space(key, _erase_removed)
                 results.append(True)
@@ -114,14 +117,16 @@ class Collector:
                 log.warning("garbage of inode %d stays for now: %s", keys.garbage_parts(key)[1], error.message)
                 results.append(False)
 
-    async def _free_file(self, key: bytes) -> None:
+    async def _free_file(self, key: bytes, *, swept: bool = False) -> None:
         _, number = keys.garbage_parts(key)
         inode = await self._engine.transact(lambda txn: self._freeable(txn, key, number))
         if inode is None:
             return
         for chain_id in chains_with_chunks(inode):
             await self._remove(chain_id, number)
-        await self._transact(lambda step: _erase_removed(step, key, number))
+        again = inode.length == LENGTH_MAX and not swept
+        then = partial(_again_later, records.SWEPT_FILE_GARBAGE) if again else _erase_removed
+        await self._transact(lambda step: then(step, key, number))
 
     async def _remove(self, chain_id: int, number: int) -> None:
         await self._chunks.durably([chain_id], partial(self._chunks.remove, chain_id, number, 0), removals=True)
@@ -166,10 +171,13 @@ def chains_with_chunks(inode: pb.Inode) -> list[int]:
     return list(dict.fromkeys(chain_ids[: max(1, min(count, len(chain_ids)))]))
 
 
-def _await_stragglers(step: Step, key: bytes, number: int) -> bool:
+def _again_later(kind: int, step: Step, key: bytes, number: int) -> bool:
     step.txn.clear(key)
-    step.discard(number, records.SWEPT_SPACE_GARBAGE, delay_ns=SPACE_GRACE_NS)
+    step.discard(number, kind, delay_ns=SPACE_GRACE_NS)
     return False
+
+
+_await_puts = partial(_again_later, records.SWEPT_SPACE_GARBAGE)
 
 
 def _erase_removed(step: Step, key: bytes, number: int) -> bool:

@@ -36,6 +36,8 @@ SPACE_GARBAGE = 3
 """A dropped KV-cache space: its blocks, then once more as SWEPT_SPACE_GARBAGE."""
 SWEPT_SPACE_GARBAGE = 4
 """A dropped space whose blocks were removed once: those that a client put meanwhile, then itself."""
+SWEPT_FILE_GARBAGE = 5
+"""A file of a writer that was thought dead, whose chunks were removed once: what that one wrote meanwhile, then itself."""
 
 
 @dataclass(frozen=True, slots=True)

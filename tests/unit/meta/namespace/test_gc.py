@@ -13,6 +13,7 @@ from kvfs.meta.gc import housekeeping
 from kvfs.meta.gc.collector import chains_with_chunks
 from kvfs.meta.gc.prune import Pruner
 from kvfs.meta.namespace import keys
+from kvfs.meta.namespace.spaces import SPACE_GRACE_NS
 from kvfs.meta.server import make_pruner
 
 S1, S2 = b"1" * 16, b"2" * 16
@@ -202,6 +203,13 @@ def test_a_removed_file_of_a_dead_client_is_freed_completely() -> None:
         await service.call("collect_garbage", base_pb2.Empty())
         assert service.chunks.lengths == {}
         assert {chain for what, chain, _ in service.chunks.calls if what == "remove"} == set(CHAINS)
+        service.chunks.write(made, SIZE)  # it lives, and a write of its was under way
+        await service.call("collect_garbage", base_pb2.Empty())
+        await service.check()
+        await trio.sleep(SPACE_GRACE_NS / 1e9 + 1)
+        await service.call("collect_garbage", base_pb2.Empty())
+        assert service.chunks.lengths == {} and await garbage(service) == 0
+        assert (await service.stat(made.inode)).type == pb.TYPE_INVALID
         await service.check()
 
     run(main)
