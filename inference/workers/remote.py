@@ -57,11 +57,13 @@ class RemoteWorker:
         self._clock = clock
         self._random = random
         self._session = b""
+        self._begun = False
+        """The worker knows the session: it may be asked for tokens, and is, also while there are none to come, lest it forgets."""
         self._after = 0
         self._up = False
         self._answers: dict[str, trio.MemorySendChannel[tuple[TokenEvent, bool]]] = {}
         self._asked = trio.Event()
-        self._cancels: list[str] = []
+        self._cancels: list[tuple[bytes, str]] = []
         self._heard_s = 0.0
 
     @property
@@ -85,14 +87,16 @@ class RemoteWorker:
         # As large as the answer: the loop that fills it never waits for who reads it.
         send, receive = trio.open_memory_channel[tuple[TokenEvent, bool]](inf)
         self._answers[request.id] = send
-        message = pb.SubmitRequest(session=session, incarnation=incarnation, request=request_to_wire(request))
+        message = pb.SubmitRequest(session=session, incarnation=incarnation, request=request_to_wire(request), begin=not self._begun)
         try:
             while True:
                 try:
                     await self._pool.call(self.addresses, SUBMIT, message, timeout_s=CALL_S)
                     break
-                except StaleIncarnation:
-                    raise WorkerLost(f"worker {self.name} was started anew") from None
+                except StaleIncarnation as error:
+                    if self._session == session:
+                        self._lost(error.message)
+                    raise WorkerLost(f"worker {self.name}: {error.message}") from None
                 except KvfsError as error:
                     if not _nobody_said_no(error):
                         raise
@@ -101,20 +105,21 @@ class RemoteWorker:
                     await self._clock.sleep(RETRY_S)  # the same id again is the same request
         except BaseException:
             if self._answers.pop(request.id, None) is not None:
-                self._cancel(request.id)
+                self._cancel(session, request.id)
             raise
-        self._asked.set()
+        if self._session == session:
+            self._begun = True
+            self._asked.set()
         return receive
 
     def give_up(self, request: str) -> None:
         """Nobody wants the rest of its answer. Nothing if it has ended."""
         if self._answers.pop(request, None) is not None:
-            self._cancel(request)
+            self._cancel(self._session, request)
 
-    def _cancel(self, request: str) -> None:
+    def _cancel(self, session: bytes, request: str) -> None:
         if len(self._cancels) < CANCELS_MAX:
-            self._cancels.append(request)
-            self._asked.set()
+            self._cancels.append((session, request))
 
     # --- background ----------------------------------------------------------------------------------------------------------------------
 
@@ -124,22 +129,22 @@ class RemoteWorker:
             nursery.start_soon(self._watch)
             nursery.start_soon(self._send_cancels)
             while True:
-                while not (self._up and self._answers):
+                while not (self._up and self._begun):
                     self._asked = trio.Event()
-                    if not (self._up and self._answers):
-                        await self._asked.wait()
+                    await self._asked.wait()
+                session = self._session
                 try:
-                    await self._fetch()
-                except StaleIncarnation:
-                    self._lost("was started anew")
-                except (ConnectionLost, Unreachable) as error:
-                    self._lost(error.message)
+                    await self._fetch(session)
                 except KvfsError as error:
-                    log.info("worker %s: tokens were not fetched: %s", self.name, error.message)
-                    await self._clock.sleep(RETRY_S)
+                    if self._session != session:
+                        continue  # a late answer to an earlier one: nothing of the present one is lost
+                    if isinstance(error, StaleIncarnation | ConnectionLost | Unreachable):
+                        self._lost(error.message)
+                    else:
+                        log.info("worker %s: tokens were not fetched: %s", self.name, error.message)
+                        await self._clock.sleep(RETRY_S)
 
-    async def _fetch(self) -> None:
-        session = self._session
+    async def _fetch(self, session: bytes) -> None:
         ask = pb.NextRequest(session=session, incarnation=self.status.incarnation, after=self._after, wait_ms=WAIT_MS)
         reply = await self._pool.call(self.addresses, NEXT, ask, timeout_s=CALL_S + WAIT_MS / 1000)
         if self._session != session:
@@ -161,13 +166,17 @@ class RemoteWorker:
             if not self._cancels:
                 await self._clock.sleep(0.02)
                 continue
-            batch, self._cancels = self._cancels, []
-            if self._up:
-                message = pb.CancelRequest(session=self._session, incarnation=self.status.incarnation, requests=batch)
-                try:
-                    await self._pool.call(self.addresses, CANCEL, message, timeout_s=CALL_S)
-                except KvfsError as error:
-                    log.info("worker %s: %d requests were not cancelled: %s", self.name, len(batch), error.message)
+            if not self._up:  # what was lost with a connection may be going on there
+                await self._clock.sleep(RETRY_S)
+                continue
+            session = self._cancels[0][0]
+            batch = [request for of, request in self._cancels if of == session]
+            self._cancels = [cancel for cancel in self._cancels if cancel[0] != session]
+            message = pb.CancelRequest(session=session, incarnation=self.status.incarnation, requests=batch)
+            try:
+                await self._pool.call(self.addresses, CANCEL, message, timeout_s=CALL_S)
+            except KvfsError as error:
+                log.info("worker %s: %d requests were not cancelled: %s", self.name, len(batch), error.message)
 
     async def _watch(self) -> None:
         while True:
@@ -184,7 +193,7 @@ class RemoteWorker:
                 self._lost("was started anew")
             self.status = status
             if not self._up:
-                self._session, self._after, self._up = self._random.bytes(16), 0, True
+                self._session, self._begun, self._after, self._up = self._random.bytes(16), False, 0, True
                 log.info("worker %s (%s) serves at %s", self.name, status.role, self.addresses[-1])
             self._tell()
             await self._clock.sleep(STATUS_EVERY_S)
@@ -197,12 +206,12 @@ class RemoteWorker:
         if not self._up:
             return
         log.warning("worker %s is lost (%s); %d requests go on elsewhere", self.name, why, len(self._answers))
-        self._up = False
+        self._up = self._begun = False
         self.prefixes.clear()
-        self._cancels.clear()
         answers, self._answers = self._answers, {}
-        for answer in answers.values():
+        for request, answer in answers.items():
             answer.close()
+            self._cancel(self._session, request)
         self._tell()
 
     async def drain(self, drain: bool = True) -> None:

@@ -3,7 +3,8 @@
 Owns `Router` and `RouterConfig`. It is what the HTTP server calls its backend (http/backend.py). Invariants:
   - the tokens of an answer come out once and in order, whichever workers computed them;
   - a request whose worker is lost goes on at another one with the tokens that were seen: what it needs of its prefix is in the store, or computed
-    again; one that was with STRIKES_MAX workers when they were lost is not tried any more, as it may be what killed them;
+    again; one that was with STRIKES_MAX workers when they were lost, and got no token in between, is not tried any more, as it may be what
+    killed them;
   - with prefill and decode workers, a prompt is computed by one of the first, which stores all of it and hands it over with the first token; where
     none of a kind serves, one of the other does both;
   - a new request that no worker has room for is refused (Overloaded); one whose answer has begun waits.
@@ -119,6 +120,7 @@ class Router:
         answered = list(request.answered)
         first: TokenEvent | None = None
         strikes = attempt = 0
+        before = len(answered)
         while True:
             attempt += 1
             # A name of its own for each attempt: what a lost worker may still say of an earlier one is nobody's.
@@ -144,7 +146,8 @@ class Router:
             if whole:
                 return
             if not over:
-                strikes += 1
+                # With a token more since the last loss, it is not this request that kills workers.
+                strikes, before = (1 if len(answered) > before else strikes + 1), len(answered)
                 if strikes >= STRIKES_MAX:
                     raise InternalError(f"{strikes} workers were lost one after the other while they computed this request: it is not tried again")
 
@@ -152,9 +155,10 @@ class Router:
         """A worker that has taken the request, and the request as it took it."""
         end_s = self._clock.monotonic() + self._config.patience_s
         full: Overloaded | None = None
+        keys = chain(request.prompt, PAGE_TOKENS, salt=request.salt)
         while True:
             refused: set[str] = set()
-            while (choice := self._choose(request, refused)) is not None:
+            while (choice := self._choose(request, keys, refused)) is not None:
                 worker, hand_over = choice
                 asked = replace(request, hand_over=hand_over)
                 try:
@@ -170,7 +174,7 @@ class Router:
                 raise full or Unreachable("no worker serves: their logs say why")
             await self._clock.sleep(PAUSE_S)
 
-    def _choose(self, request: Request, refused: set[str]) -> tuple[RemoteWorker, bool] | None:
+    def _choose(self, request: Request, keys: Sequence[bytes], refused: set[str]) -> tuple[RemoteWorker, bool] | None:
         """The worker, and whether it hands over after the first token."""
         serving = [worker for worker in self.workers.values() if worker.serving and worker.name not in refused]
         prefilling = [worker for worker in serving if worker.status.role != "decode"]
@@ -180,7 +184,6 @@ class Router:
             chosen = choose_decode(_candidate(worker) for worker in decoding)
             hand_over = False
         else:
-            keys = chain(request.prompt, PAGE_TOKENS, salt=request.salt)
             among = prefilling or decoding
             chosen = choose_prefill(
                 (_candidate(worker, worker.prefixes.tokens(keys)) for worker in among), len(request.prompt), self._seen.tokens(keys)

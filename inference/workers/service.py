@@ -83,17 +83,20 @@ class WorkerService:
         self._handing_over.discard(engine_id)
         self.engine.cancel(engine_id)
 
-    def _session(self, name: bytes, incarnation: bytes) -> Session:
+    def _session(self, name: bytes, incarnation: bytes, *, begin: bool = False) -> Session:
         if incarnation != self.incarnation:
             raise StaleIncarnation("this worker was started anew, and knows nothing of what was asked of the one before")
         if len(name) != SESSION_BYTES:
             raise InvalidArgument(f"a session's name has {SESSION_BYTES} bytes, not {len(name)}")
-        return self._sessions.of(name, self._clock.monotonic())
+        session = self._sessions.of(name, self._clock.monotonic(), begin=begin)
+        if session is None:
+            raise StaleIncarnation("this worker has forgotten the session: nothing was heard of its router for too long")
+        return session
 
     # --- methods -------------------------------------------------------------------------------------------------------------------------
 
     def submit(self, request: pb.SubmitRequest, call: Call) -> base.Empty:
-        session = self._session(request.session, request.incarnation)
+        session = self._session(request.session, request.incarnation, begin=request.begin)
         if self.draining:
             raise ServiceStopping("this worker is drained: it takes no new requests")
         if not request.request.id:

@@ -68,10 +68,12 @@ class Sessions:
     def __init__(self) -> None:
         self._sessions: dict[bytes, Session] = {}
 
-    def of(self, session: bytes, now_s: float) -> Session:
-        """Found or begun; it was heard of now."""
+    def of(self, session: bytes, now_s: float, *, begin: bool = False) -> Session | None:
+        """Found, or begun if that is asked for; it was heard of now."""
         found = self._sessions.get(session)
         if found is None:
+            if not begin:
+                return None
             if len(self._sessions) >= SESSIONS_MAX:
                 raise Overloaded(f"{SESSIONS_MAX} routers use this worker already")
             found = self._sessions[session] = Session(now_s)

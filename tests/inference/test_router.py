@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 
@@ -11,8 +12,10 @@ from tests.inference import oracles
 from tests.inference.routing import answer, tokens, workers
 from tests.inference.serving import ask
 
-from kvfs.common.errors import InvalidArgument, KvfsError, Overloaded, Unreachable
-from kvfs.inference.request import Finish, TokenEvent
+from kvfs.common.errors import InternalError, InvalidArgument, KvfsError, Overloaded, Unreachable
+from kvfs.inference.request import Finish, Request, TokenEvent
+from kvfs.inference.workers import sessions
+from kvfs.inference.workers.remote import RemoteWorker
 from kvfs.inference.workers.router import RouterConfig
 
 micro = partial(oracles.checkpoint, "micro")
@@ -126,6 +129,74 @@ def test_a_drained_worker_ends_what_it_has_and_takes_nothing_new() -> None:
             with pytest.raises(InvalidArgument):
                 await router.drain("nobody")
         assert tokens(found) == oracles.greedy(micro(), PROMPT, 200)
+
+    trio.run(main)
+
+
+def test_an_idle_router_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "SILENT_S", 1.5)
+
+    async def main() -> None:
+        async with workers(micro(), ["both"]) as (router, _):
+            await answer(router, ask("first", PROMPT, 5))
+            session = router.workers["w1"]._session
+            await trio.sleep(4)
+            assert tokens(await answer(router, ask("second", PROMPT, 12))) == oracles.greedy(micro(), PROMPT, 12)
+            assert router.workers["w1"]._session == session
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_an_answer_is_whole_although_the_worker_forgot_the_session(under_way: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with workers(micro(), ["both"]) as (router, _):
+            await answer(router, ask("first", PROMPT, 5))
+            found: list[TokenEvent] = []
+            if under_way:
+                async with aclosing(router.generate(ask("r", PROMPT, 300))) as events:
+                    async for event in events:
+                        found.append(event)
+                        if event.index == 5:
+                            monkeypatch.setattr(sessions, "SILENT_S", -1.0)
+                        if event.index == 60:
+                            monkeypatch.setattr(sessions, "SILENT_S", 30.0)
+            else:
+                monkeypatch.setattr(sessions, "SILENT_S", -1.0)
+                await trio.sleep(1.5)
+                monkeypatch.setattr(sessions, "SILENT_S", 30.0)
+                found += await answer(router, ask("r", PROMPT, 300))
+            assert tokens(found) == oracles.greedy(micro(), PROMPT, 300)
+            with trio.fail_after(10):  # what the worker still computes for the forgotten session ends
+                while any(status.running for status in await router.status()):
+                    await trio.sleep(0.1)
+
+    trio.run(main)
+
+
+def test_a_request_is_given_up_after_three_losses_without_a_token_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def losing(tokens_first: int) -> Callable[[RemoteWorker, Request], Awaitable[trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]]]:
+        async def submit(worker: RemoteWorker, request: Request) -> trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]:
+            asked.append(request)
+            send, receive = trio.open_memory_channel[tuple[TokenEvent, bool]](10)
+            for index in range(len(request.answered), len(request.answered) + tokens_first):
+                finish = Finish.LENGTH if index + 1 == request.sampling.max_tokens else None
+                send.send_nowait((TokenEvent(request=request.id, index=index, token=7, finish=finish), finish is not None))
+            send.close()  # the worker is lost
+            return receive
+
+        return submit
+
+    async def main() -> None:
+        async with workers(micro(), ["both"]) as (router, _):
+            monkeypatch.setattr(RemoteWorker, "submit", losing(0))
+            with pytest.raises(InternalError, match="3 workers were lost"):
+                await answer(router, ask("deadly", PROMPT, 5))
+            assert len(asked) == 3
+            monkeypatch.setattr(RemoteWorker, "submit", losing(1))
+            assert tokens(await answer(router, ask("unlucky", PROMPT, 8))) == [7] * 8, "it gets on: it is not what kills them"
 
     trio.run(main)
 

@@ -58,7 +58,8 @@ def test_a_request_is_begun_once() -> None:
 def test_silent_and_overflowing_sessions_are_forsaken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "EVENTS_MAX", 10)
     known = Sessions()
-    quiet, slow, fine = (known.of(bytes([number]) * 16, 100.0) for number in range(3))
+    quiet, slow, fine = (known.of(bytes([number]) * 16, 100.0, begin=True) for number in range(3))
+    assert slow is not None
     known.of(bytes([1]) * 16, 100 + SILENT_S)
     known.of(bytes([2]) * 16, 100 + SILENT_S)
     for number in range(11):
@@ -67,7 +68,8 @@ def test_silent_and_overflowing_sessions_are_forsaken(monkeypatch: pytest.Monkey
     assert known.known(bytes([2]) * 16) is fine and known.known(bytes(16)) is None
     monkeypatch.setattr(sessions, "SESSIONS_MAX", 1)
     with pytest.raises(Overloaded):
-        known.of(b"n" * 16, 0.0)
+        known.of(b"n" * 16, 0.0, begin=True)
+    assert known.of(b"n" * 16, 0.0) is None, "a session begins only when that is asked for: its numbers begin with it"
 
 
 def test_requests_and_events_survive_the_wire() -> None:
