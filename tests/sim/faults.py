@@ -22,6 +22,8 @@ from kvfs.common.wire.service import method
 
 Fault = Callable[[World, Random, float], Awaitable[None]]
 STATUS, SCRUB = method("Storage", "Status"), method("Storage", "Scrub")
+AFTERMATH_S = 3.0
+"""After a fault: a service whose heartbeats were held up is declared dead a lease later."""
 FAULTS: dict[str, tuple[Fault, int]] = {}
 
 
@@ -36,11 +38,15 @@ def fault(weight: int) -> Callable[[Fault], Fault]:
 @asynccontextmanager
 async def alone(world: World) -> AsyncIterator[bool]:
     """With every target serving and no other fault at work; others wait. False: it does not come to that."""
+
+    def well() -> bool:
+        settled = trio.current_time() >= world.mended_s + AFTERMATH_S
+        return world.striking == 1 and not world.fragile and settled and _all_serve(world)
+
     with trio.move_on_after(20):
-        while world.striking > 1 or world.fragile or not _all_serve(world):
+        while not well():
             await trio.sleep(0.2)
-    well = world.striking == 1 and not world.fragile and _all_serve(world)
-    if not well:
+    if not well():
         yield False
         return
     world.fragile = True

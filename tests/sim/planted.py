@@ -268,11 +268,11 @@ FOUND: dict[str, int] = {
     "chain-version": 27,
     "tag": 6,
     "resync-skip": 15,
-    "block-reuse": 99,
+    "block-reuse": 129,
     "truncate": 24,
     "lease": 57,
     "not-serving": 60,
-    "checksum": 51,
+    "checksum": 57,
     "unlink": 3,
     "loss": 90,
 }

@@ -194,6 +194,7 @@ async def _strike(world: World, random: SeededRandom, at_s: float, name: str, ho
         await FAULTS[name][0](world, random, hold_s)
     finally:
         world.striking -= 1
+        world.mended_s = trio.current_time()
         world.trace.event("--", f"over: {name}")
 
 

@@ -71,6 +71,8 @@ class World:
         self.machines: dict[str, Machine] = {}
         self.striking = 0
         """Faults at work."""
+        self.mended_s = float("-inf")
+        """When the last of those that are over ended."""
         self.fragile = False
         """Another loss now would be more than the cluster promises to bear."""
         self.pool: ChannelPool
