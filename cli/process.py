@@ -14,8 +14,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -55,6 +55,23 @@ def announce_ready(info: dict[str, object]) -> None:
     if address:  # sd_notify(3): a leading @ is the abstract namespace
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.sendto(b"READY=1\n", "\0" + address[1:] if address.startswith("@") else address)
+
+
+@asynccontextmanager
+async def told_to_stop(stop: trio.Event) -> AsyncIterator[None]:
+    """What is inside is not cancelled when the process is told to stop: it hears of it by the event, and ends by itself, in bounded time."""
+
+    async def listen() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            stop.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listen)
+        with trio.CancelScope(shield=True):
+            yield
+        nursery.cancel_scope.cancel()
 
 
 async def _watch_signals(scope: trio.CancelScope) -> None:

@@ -23,9 +23,12 @@ from kvfs.cli.engine_options import as_arguments, engine_options, needs_inferenc
 from kvfs.cli.worker_processes import WorkerProcesses
 from kvfs.client.locate import locate
 from kvfs.common.boundary.world import Boundaries
-from kvfs.common.errors import SetupError
+from kvfs.common.errors import InvalidArgument, NotFound, SetupError
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.identity import Identity
+
+READY_S = 30.0
+"""For workers elsewhere to answer; those of this command are waited for before."""
 
 
 @click.command()
@@ -95,16 +98,36 @@ async def _main(model: Path, name: str, processes: WorkerProcesses, remote: tupl
     from kvfs.inference.workers.router import Router
 
     world = Boundaries()
-    config = ModelConfig.load(model)
+    try:
+        config = ModelConfig.load(model)
+    except (NotFound, InvalidArgument) as error:
+        raise SetupError(error.message) from None
     tokenizer = await trio.to_thread.run_sync(Tokenizer.load, model)
     listen(http).close()  # a port that is taken, too
+    stop, serving = trio.Event(), False
     identity = Identity.of(world.net, cluster_id="", client_id=world.random.bytes(16), role="router")
     addresses = {**processes.addresses, **{f"remote-{number}": (address,) for number, address in enumerate(remote, 1)}}
-    async with ChannelPool(world.net, world.clock, identity) as pool, trio.open_nursery() as nursery:
+    async with (
+        process.told_to_stop(stop),
+        ChannelPool(world.net, world.clock, identity) as pool,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def end_at_once() -> None:
+            """Told so before anything is served. Later, answers under way end before the workers are stopped."""
+            await stop.wait()
+            if not serving:
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(end_at_once)
         router = Router(addresses, pool, world.clock, world.random)
         await nursery.start(processes.run)
         nursery.start_soon(router.run)
-        await router.ready()
+        with trio.move_on_after(READY_S) as waiting:
+            await router.ready()
+        if waiting.cancelled_caught:
+            silent = ", ".join(worker.addresses[-1] for worker in router.workers.values() if not worker.serving)
+            raise SetupError(f"no worker answered at {silent} within {READY_S:g} s: does `kvfs worker --listen` serve there, undrained?")
         models = {worker.status.model for worker in router.workers.values()}
         if len(models) > 1:
             raise SetupError("the workers have different models: each must be started with the same checkpoint")
@@ -115,7 +138,14 @@ async def _main(model: Path, name: str, processes: WorkerProcesses, remote: tupl
             vocabulary=config.vocabulary,
             created_s=world.clock.wall_ns() // 10**9,
         )
-        url = await nursery.start(partial(serve_http, make_app(served, router, http, world), http))
+        over = trio.Event()
+
+        async def answer(*, task_status: trio.TaskStatus[str]) -> None:
+            await serve_http(make_app(served, router, http, world), http, stop=stop, task_status=task_status)
+            over.set()
+
+        url, serving = await nursery.start(answer), True
         console.print(f"{served.name} at {url}/v1 with {len(addresses)} worker{'s' if len(addresses) > 1 else ''}. Ctrl-C stops it.")
         ready({"addresses": [url], "workers": {child.name: child.pid for child in processes.children}})
-        await trio.sleep_forever()
+        await over.wait()
+        nursery.cancel_scope.cancel()

@@ -17,7 +17,7 @@ import trio
 
 from kvfs.client.async_client import open_client
 from kvfs.common.boundary.world import Boundaries
-from kvfs.common.errors import SetupError
+from kvfs.common.errors import InvalidArgument, NotFound, SetupError
 from kvfs.common.wire.identity import Identity
 from kvfs.common.wire.server import RpcServer
 from kvfs.inference.cache.pool import PagePool
@@ -92,7 +92,10 @@ async def _serve(
 def _load(config: WorkerConfig) -> tuple[bytes, DeepseekV3]:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise SetupError(f"device is {config.device}, and torch finds no GPU: use --device cpu, or a build of torch for this GPU")
-    return model_digest(config.model), DeepseekV3.load(config.model, device=config.device, dtype=config.dtype)
+    try:
+        return model_digest(config.model), DeepseekV3.load(config.model, device=config.device, dtype=config.dtype)
+    except (NotFound, InvalidArgument) as error:  # no fault of the program's: another directory, or another model
+        raise SetupError(error.message) from None
 
 
 @asynccontextmanager
