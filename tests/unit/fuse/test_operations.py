@@ -15,6 +15,7 @@ import trio
 from tests.unit.client.whole import whole
 
 from kvfs.common.errors import AlreadyExists, BadHandle, DeadlineExceeded, InvalidArgument, NoAttribute, NotFound, NotPermitted, NotSupported
+from kvfs.fuse.entry_cache import RENEW_S
 from kvfs.fuse.model import Attributes, Caller, Changes
 from kvfs.fuse.names import KernelNames
 from kvfs.fuse.operations import FileSystem
@@ -558,15 +559,23 @@ async def test_a_read_out_of_time_is_not_tried_again_for_the_kernels_second_requ
 @staged
 async def test_creating_file_after_file_needs_no_lookup_also_when_the_lease_is_renewed(ready: Stage) -> None:
     fs = ready.one
-    directory = (await fs.mkdir(1, b"d", 0o755, ROOT)).inode
-    started, number, looked_up = trio.current_time(), 0, 0
-    while trio.current_time() < started + 2.5:
-        name = b"f%d" % number
-        if fs.known_absent(directory, name) < 0:
-            looked_up += 1
-            with pytest.raises(NotFound):
-                await fs.lookup(directory, name, ROOT)
-        opened, _ = await fs.create(directory, name, stat.S_IFREG | 0o644, os.O_WRONLY, ROOT)
-        await fs.release(opened.handle)
-        number += 1
-    assert looked_up <= max(5, 0.1 * number) < number  # once a lease, also where few files are made in one
+    for attempt in range(5):
+        directory = (await fs.mkdir(1, b"d%d" % attempt, 0o755, ROOT)).inode
+        started = before = trio.current_time()
+        number = looked_up = 0
+        slowest_s = 0.0
+        while before < started + 2.5:
+            name = b"f%d" % number
+            if fs.known_absent(directory, name) < 0:
+                looked_up += 1
+                with pytest.raises(NotFound):
+                    await fs.lookup(directory, name, ROOT)
+            opened, _ = await fs.create(directory, name, stat.S_IFREG | 0o644, os.O_WRONLY, ROOT)
+            await fs.release(opened.handle)
+            number += 1
+            before, slowest_s = trio.current_time(), max(slowest_s, trio.current_time() - before)
+        if slowest_s < RENEW_S / 2:
+            assert looked_up <= max(5, 0.1 * number) < number  # once a lease, also where few files are made in one
+            return
+        # A creation that outlives the lease ends what is known of the directory: this machine stood still.
+    pytest.skip("this machine stood still for a tenth of a second again and again")
