@@ -181,13 +181,12 @@ async def full_disk(world: World, random: Random, hold_s: float) -> None:
     """No room is left for a while."""
     machine = random.choice(world.of_kind("s"))
     media = list(machine.media.values())
-    before = [medium.capacity_bytes for medium in media]
     for medium in media:
         medium.capacity_bytes = medium.used_bytes() + random.randrange(64 << 10)
     say(world, f"the disks of {machine.name} are full")
     await trio.sleep(hold_s)
-    for medium, capacity_bytes in zip(media, before, strict=True):
-        medium.capacity_bytes = capacity_bytes
+    for medium in media:  # as it was made: it may have been full before this began, too
+        medium.capacity_bytes = machine.capacity_bytes
 
 
 @fault(2)
