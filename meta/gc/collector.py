@@ -163,10 +163,12 @@ class Collector:
 
 
 def chains_with_chunks(inode: pb.Inode) -> list[int]:
-    """The chains that may hold a chunk of a file whose length is exact. Chunks lie round-robin: a short file has some on the first chains only."""
+    """The chains that may hold a chunk of a file. Chunks lie round-robin: a short one whose length is exact has some on the first chains only."""
     chain_ids = list(inode.layout.chain_ids)
     if not chain_ids or not inode.chunks_possible:
         return []
+    if inode.more_possible:
+        return list(dict.fromkeys(chain_ids))
     count = -(-min(inode.length, LENGTH_MAX) // inode.layout.chunk_size)
     return list(dict.fromkeys(chain_ids[: max(1, min(count, len(chain_ids)))]))
 

@@ -102,7 +102,7 @@ def close_for_dead(step: Step, number: int, name: bytes, *, write: bool, measure
     if inode is None or inode.type != pb.FILE:
         return
     if write:
-        inode.chunks_possible = True
+        inode.chunks_possible = inode.more_possible = True
         if inode.nlink == 0:
             inode.length = LENGTH_MAX  # nobody measures it any more: look for its chunks everywhere
         elif measured is not None and measured > inode.length:

@@ -110,12 +110,13 @@ def truncate(step: Step, inode: pb.Inode, length: int) -> None:
     """Set the length; what lies behind it is to be cut off the chains if anything can be there. The caller stores the inode."""
     number = inode.inode
     # What an open writer has not reported yet may lie anywhere, also behind the length that is known.
-    if (inode.chunks_possible and length < inode.length) or step.has_sessions(number):
+    if (inode.chunks_possible and (length < inode.length or inode.more_possible)) or step.has_sessions(number):
         pending = step.txn.get(keys.cut(number))
         cut_to = min(length, records.decode_cut(pending).length) if pending is not None else length
         inode.truncate_version += 1
         step.txn.set(keys.cut(number), records.encode_cut(Cut(cut_to, inode.truncate_version)))
         step.cuts.append(number)
+        inode.more_possible = False
         inode.chunks_possible = True  # the cut leaves the boundary chunk with the new length, also where there was none
     elif length < inode.length:
         inode.truncate_version += 1

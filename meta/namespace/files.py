@@ -140,6 +140,8 @@ def close(step: Step, request: pb.CloseRequest, *, measured: int | None = None) 
         inode.ctime_ns = step.now_ns
         inode.data_version += 1
         inode.chunks_possible = True
+        if request.uncertain:
+            inode.more_possible = True  # a replica that comes back later may carry out what failed: it was not measured
         if step.user.uid != 0:
             inode.mode = access.without_privileges(inode)
         changed = True

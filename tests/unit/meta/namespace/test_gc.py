@@ -61,6 +61,7 @@ def test_chains_that_may_hold_chunks() -> None:
     layout = pb.Layout(chunk_size=SIZE, chain_ids=[4, 2, 3, 2])
     for length, expected in ((0, [4]), (1, [4]), (SIZE + 1, [4, 2]), (3 * SIZE, [4, 2, 3]), ((1 << 63) - 1, [4, 2, 3])):
         assert chains_with_chunks(pb.Inode(layout=layout, length=length, chunks_possible=True)) == expected
+        assert chains_with_chunks(pb.Inode(layout=layout, length=length, chunks_possible=True, more_possible=True)) == [4, 2, 3]
     assert chains_with_chunks(pb.Inode(layout=layout, length=SIZE)) == []
 
 

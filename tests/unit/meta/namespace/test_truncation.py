@@ -264,6 +264,34 @@ def test_a_dead_clients_file_is_measured_when_its_truncation_was_carried_out() -
     run(main)
 
 
+@pytest.mark.parametrize("how", ["a report", "the end of a dead client"])
+def test_what_a_failed_write_leaves_later_is_cut_off_by_the_next_truncate(how: str) -> None:
+    """A replica had it, was away when the length was measured, and carries it out when it is back. The file grew over it, and showed it."""
+
+    async def main() -> None:
+        service = await Service().start()
+        made = await service.create(b"f", write=True, session=S1)
+        if how == "a report":
+            await service.call("close", pb.CloseRequest(inode=made.inode, session=S1, wrote=True, uncertain=True))
+        else:
+            await make_pruner(service.meta, _nobody, grace_s=0).round()
+        assert (await service.stat(made.inode)).length == 0
+        service.chunks.write(made, 3 * SIZE)
+        opened = (await service.call("open", pb.OpenRequest(inode=made.inode, write=True, truncate=True, session=S2))).inode
+        assert service.chunks.of(made.inode) == {}
+        await service.write(opened, 10, session=S2)
+        service.chunks.calls.clear()
+        await service.call("set_attr", pb.SetAttrRequest(inode=made.inode, length=3 * SIZE))
+        assert not service.chunks.calls  # nothing can be there any more
+        await service.check()
+
+    run(main)
+
+
+async def _nobody() -> set[bytes]:
+    return set()
+
+
 async def _two_services() -> tuple[Service, Service, pb.Inode]:
     """On one store, with a file of three chunks."""
     first = await Service().start()
