@@ -27,6 +27,8 @@ from tokenizers import Tokenizer
 
 micro = partial(oracles.checkpoint, "micro")
 LIMIT_S = 60
+ROW_BYTES = 3 * 48 * 4
+"""Of a token: layers, values, bytes of each."""
 
 
 @dataclass
@@ -90,10 +92,10 @@ class Served:
             and all(worker["serving"] for worker in httpx.get(f"{self.url}/server_info").json()["workers"])
         )
 
-    def metric(self, name: str) -> float:
-        """The sum over all workers."""
+    def metric(self, name: str, role: str = "") -> float:
+        """The sum over all workers, or those of a role."""
         text = httpx.get(f"{self.url}/metrics").text
-        return sum(float(value) for value in re.findall(rf"^kvfs:{name}_total{{.*}} (\S+)$", text, re.MULTILINE))
+        return sum(float(value) for value in re.findall(rf"^kvfs:{name}_total{{.*{role}.*}} (\S+)$", text, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +134,22 @@ def test_a_prompt_is_handed_over_through_the_store(served: Served) -> None:
     text, usage = served.stream(prompt, 24)
     assert text == expected(prompt, 24)
     assert usage.prompt_tokens == 200 and usage.prompt_tokens_details.cached_tokens == 0
-    assert served.metric("kv_bytes_read") - read >= 4 * 3 * 64 * 48 * 4, "the one that answers reads three full pages and the unfinished one"
+    assert served.metric("kv_bytes_read") - read >= 4 * 64 * ROW_BYTES, "the one that answers reads three full pages and the unfinished one"
 
 
 def test_a_worker_killed_while_it_answers(served: Served) -> None:
     """The other one goes on with the tokens that were seen, and with what is on disk."""
     prompt = oracles.tokens(333, seed=12)
-    failed = served.metric("kv_reads_failed")
-    text, _ = served.stream(prompt, 150, lambda count: served.kill("decode") if count == 30 else None)
-    assert text == expected(prompt, 150)
+    failed, read = served.metric("kv_reads_failed"), served.metric("kv_bytes_read", "prefill")
+
+    def kill(count: int) -> None:
+        if count == 120:
+            assert httpx.post(f"{served.url}/reset_prefix_cache").status_code == 200  # or the other one had the prompt in its memory
+            served.kill("decode")
+
+    text, _ = served.stream(prompt, 250, kill)
+    assert text == expected(prompt, 250)
+    assert served.metric("kv_bytes_read", "prefill") - read >= 6 * 64 * ROW_BYTES, "five pages of the prompt, and one at least of the answer"
     served.wait(served.all_serve)
     assert served.metric("kv_reads_failed") == failed
 

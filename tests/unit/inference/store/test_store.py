@@ -305,6 +305,25 @@ def test_two_models_never_share_a_space() -> None:
     run(test, 60)
 
 
+def test_workers_that_start_together_make_one_space_and_find_each_others_pages() -> None:
+    async def test() -> None:
+        async with whole(storage=2, replicas=1) as made, made.client() as one, made.client() as two:
+            stores: list[tuple[KvStore, PagePool]] = []
+
+            async def start(cache: AsyncKVCache) -> None:
+                stores.append(await other(cache))
+
+            async with trio.open_nursery() as nursery:
+                for client in (one, two) * 4:
+                    nursery.start_soon(start, AsyncKVCache(client))
+            assert len({store.space for store, _ in stores}) == 1 and len(await AsyncKVCache(one).list()) == 1
+            await stores[0][0].save(KEYS, [0, 1, 2, 3, 4], b"", [])
+            for store, _ in stores:
+                assert (await store.match(KEYS, b"", []))[0] == 5
+
+    run(test, 60)
+
+
 def test_an_unfinished_page_has_a_key_of_its_own() -> None:
     full = TOKENS[:PAGE_TOKENS]
     keys = {
