@@ -194,6 +194,11 @@ def states(link: ManagerLink, chain_id: int) -> list[tuple[int, int]]:
     return [(routing.target(member.target_id).node_id, member.state) for member in routing.chain(chain_id).targets]
 
 
+def all_born(link: ManagerLink) -> bool:
+    """All are known here, and there."""
+    return bool(link.routing.chains) and all(target.born for target in link.routing.targets)
+
+
 def all_serve(link: ManagerLink) -> bool:
     return bool(link.routing.message.chains) and all(member.state == pb.SERVING for chain in link.routing.chains for member in chain.targets)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from tests.unit.meta.cluster.manager_world import HEARTBEAT, LEASE_S, World, all_serve, create, run, states, until
+from tests.unit.meta.cluster.manager_world import HEARTBEAT, LEASE_S, World, all_born, all_serve, create, run, states, until
 
 from kvfs.common.boundary.random import SeededRandom
 from kvfs.common.errors import (
@@ -227,7 +227,7 @@ def test_an_uptodate_report_from_an_earlier_shape_of_the_chain_does_not_count() 
         nodes = await world.nodes(2)
         async with world.link() as link:
             chain_id = (await create(link, replicas=2, expected_nodes=2)).table.chain_ids[0]
-            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all_born(link))
             nodes[1].kill()
             back = await world.node("uuid-1", own=nodes[1].own, complete=False)
             await until(lambda: states(link, chain_id)[-1][1] == pb.SYNCING)
@@ -251,7 +251,7 @@ def test_random_faults_end_with_everyone_serving(seed: int) -> None:
         alive = {node.uuid: node for node in nodes}
         async with world.link() as link:
             await create(link, expected_nodes=4)
-            await until(lambda: len(nodes[3].own) > 0 and all(target.born for target in link.routing.targets))
+            await until(lambda: len(nodes[3].own) > 0 and all_born(link))
             unsound: list[str] = []
             link.on_routing(lambda routing: unsound.extend(p for c in routing.chains for p in problems(chain_from_wire(c))))
             own = {node.uuid: node.own for node in nodes}
@@ -290,7 +290,7 @@ def test_a_node_whose_disk_was_replaced_waits_for_its_own_death_and_is_filled() 
         nodes = await world.nodes(2)
         async with world.link() as link:
             await create(link, replicas=2, expected_nodes=2)
-            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all_born(link))
             nodes[1].kill()
             began = trio.current_time()
             new = await world.node("another-uuid", node_id=nodes[1].link.node_id)

@@ -15,6 +15,7 @@ from tests.unit.meta.cluster.manager_world import (
     Node,
     RunningManager,
     World,
+    all_born,
     all_serve,
     create,
     run,
@@ -139,7 +140,7 @@ def test_everyone_restarts_and_all_serve_again_with_the_heads_spread() -> None:
         nodes = await world.nodes(3)
         async with world.link() as link:
             await create(link, expected_nodes=3, targets_per_disk=6)
-            await until(lambda: all(len(node.own) == 6 for node in nodes) and all(target.born for target in link.routing.targets))
+            await until(lambda: all(len(node.own) == 6 for node in nodes) and all_born(link))
             assert sorted(heads(link).values()) == [2, 2, 2]
         await restart_everyone(world, manager, nodes)
         async with world.link() as link:
@@ -156,7 +157,7 @@ def test_nodes_that_leave_together_leave_the_heads_spread() -> None:
         nodes = await world.nodes(3)
         async with world.link() as link:
             await create(link, expected_nodes=3, targets_per_disk=6)
-            await until(lambda: all_serve(link) and all(target.born for target in link.routing.targets))
+            await until(lambda: all_serve(link) and all_born(link))
             for node in nodes:
                 node.leave()
                 await trio.sleep(0.02)
@@ -180,7 +181,7 @@ def test_nodes_that_restart_do_not_wait_for_one_that_stays_away() -> None:
         nodes = await world.nodes(3)
         async with world.link() as link:
             await create(link, expected_nodes=3)
-            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all_born(link))
         before_s = trio.current_time()
         again = await restart_everyone(world, manager, nodes, missing=1)
         assert trio.current_time() - before_s < LEASE_S
@@ -202,7 +203,7 @@ def test_every_chain_tells_of_a_loss_of_power_everywhere(boot: str, loss: int) -
         nodes = await world.nodes(3)
         async with world.link() as link:
             await create(link, expected_nodes=3)
-            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all_born(link))
             assert not any(chain.loss for chain in link.routing.chains)
         await restart_everyone(world, manager, nodes, boot=boot)
         async with world.link() as link:
@@ -219,7 +220,7 @@ def test_no_chain_tells_of_a_loss_of_power_while_another_replica_goes_on() -> No
         nodes = await world.nodes(3)
         async with world.link() as link:
             await create(link, expected_nodes=3)
-            await until(lambda: all(len(node.own) == 4 for node in nodes) and all(target.born for target in link.routing.targets))
+            await until(lambda: all(len(node.own) == 4 for node in nodes) and all_born(link))
             for turn in range(3):  # one after the other, each back before it is missed, and brought up to date
                 nodes[turn].kill()
                 nodes[turn] = await world.node(nodes[turn].uuid, own=nodes[turn].own, boot="another")
