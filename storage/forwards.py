@@ -101,6 +101,9 @@ class Forwarder:
                     for effect in group:
                         try:
                             await self._pack(parcel, effect, until)
+                        except ChecksumMismatch as error:
+                            log.warning("forwarding %r: %s", effect.flight, error.message)
+                            effects += self._owners[effect.flight].target.replica.spoiled(effect.flight)
                         except KvfsError as error:
                             effects += self._fail(effect, error)
                     if parcel.effects:

@@ -372,6 +372,20 @@ class Replica:
             return self._advance(flight)
         return self._wait(flight, refresh=False)
 
+    def spoiled(self, flight: Flight) -> list[FlightEffect]:
+        """Nothing was sent: the pending version here does not have its checksums any more. Whoever has the bytes must not be kept out by the lock."""
+        flight.forwarding = False
+        if not flight.recovery:
+            # What came is still at hand: it is prepared once more. The number stays bound by what was prepared before.
+            flight.local, flight.clean = Local.NONE, False
+        elif self.predecessor and self.takes_part:
+            # The predecessor has it too, and sends it again.
+            what = f"version {flight.update_version} of chunk {flight.chunk_id.hex()} does not have its checksums"
+            return self._finish(flight, refusal(errors.ForwardFailed, self.version, what))
+        # A head must not leave the chain for it: a successor that it filled meanwhile may have kept the update's tag without the update, and would
+        # answer the client's retry.
+        return self._wait(flight, refresh=False)
+
     def committed(self, flight: Flight) -> list[FlightEffect]:
         return self._finish(flight, Result(0, flight.update_version, self.version, flight.length, flight.checksum))
 

@@ -45,6 +45,8 @@ class Pending:
     removes: bool
     data: bytes
     tag: TagKey | None
+    spoiled: bool = False
+    """Its bytes do not have their checksum any more."""
 
 
 class ModelDisk:
@@ -331,6 +333,7 @@ class World:
 
     def restart(self, name: str) -> None:
         old = self.nodes[name]
+        old.disk.pending = {chunk: pending for chunk, pending in old.disk.pending.items() if not pending.spoiled}  # engine/recovery.py
         self.nodes[name] = Node(name, old.target_id, old.disk, Replica(old.target_id, fresh=False))
         if self.view is not None:
             self._show(self.nodes[name], self.view)
@@ -471,6 +474,10 @@ class World:
     def _forward(self, node: Node, effect: m.Forward, job: Job) -> None:
         flight, change = effect.flight, job.change
         if effect.kind is UpdateKind.REPLACE:
+            if node.disk.pending[flight.chunk_id].spoiled:
+                self.say(f"{node.name}: {flight.chunk_id.decode()} v{flight.update_version} is spoiled")
+                self._effects(node, node.replica.spoiled(flight))
+                return
             change = Change(UpdateKind.REPLACE, node.disk.pending[flight.chunk_id].data, 0, change.tag)
         incoming = Incoming(
             flight.chunk_id, effect.kind, effect.chain_version, len(change.data), change.tag, node.target_id, flight.update_version, effect.sequence

@@ -6,6 +6,7 @@
     > run / deliver N / lose N / again N        messages: all; the Nth under way (from 1); lost; delivered, and once more later
     > hold A / release A        A's disk works no more / does what has come up
     > fail A NoSpace / flip A   A's next write to disk fails so, or goes wrong unnoticed
+    > spoil A c1               a bit turns in the pending version that A has of c1
     > kill A / restart A / break A B / resume / give-up
     > show                      what is on the disks
 
@@ -87,6 +88,8 @@ def do(world: World, line: str) -> None:
         world.nodes[words[0]].disk.fail_next = getattr(errors, words[1])("planted")
     elif command == "flip":
         world.nodes[words[0]].disk.flip_next = True
+    elif command == "spoil":
+        world.nodes[words[0]].disk.pending[words[1].encode()].spoiled = True
     elif command == "kill":
         world.kill(words[0])
     elif command == "restart":

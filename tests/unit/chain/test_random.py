@@ -163,6 +163,8 @@ class Run:
                 node.disk.fail_next = NoSpace("full") if rnd.random() < 0.8 else InputOutput("bad")
         elif what < 0.91:
             self.give_up()
+        elif what < 0.914:
+            self.spoil()
         elif what < 0.925 and world.asked:
             asker, asked, _ = rnd.choice(world.asked)
             world.break_connection(asker, asked)
@@ -221,11 +223,20 @@ class Run:
             if node.alive and node.waiting:
                 self.world.give_up(node, node.waiting[0])
 
+    def spoil(self) -> None:
+        """A bit turns in a pending version. (It turns back in the end: a head that found its own so waits until it is opened again.)"""
+        for node in self.world.nodes.values():
+            for pending in node.disk.pending.values():
+                if not pending.removes and not self.random.randrange(3):
+                    pending.spoiled = True
+
     def heal(self) -> None:
         """No more faults: everything must come to rest with all replicas serving and equal, and all clients answered."""
         world = self.world
         for node in world.nodes.values():
             node.disk.fail_next = None
+            for pending in node.disk.pending.values():
+                pending.spoiled = False
             world.release(node.name)
         for _ in range(300):
             for _ in range(500):  # a resync of a dead target asks again and again

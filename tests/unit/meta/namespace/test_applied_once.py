@@ -169,6 +169,23 @@ def test_a_retry_is_known_to_another_service_whose_clock_is_wrong(step_s: int) -
     run(main)
 
 
+def test_an_append_tried_again_at_another_service_takes_no_more_room() -> None:
+    """Simulation, seed 373: the clocks of two services were 646 s apart, and the client's connection to the first one broke."""
+
+    async def main() -> None:
+        first = await Service().start()
+        number = (await first.create(b"log")).inode
+        request = pb.AppendRequest(inode=number, length=100)
+        second = Service(first.engine, first.chunks)
+        second.clock.wrong_s = -646
+        await second.start()
+        replies = [await service.call("append", request, request_id=b"r" * 16) for service in (first, second, first)]
+        assert [reply.offset for reply in replies] == [0, 0, 0]
+        assert (await second.stat(number)).length == 100
+
+    run(main)
+
+
 def test_request_records_last_long_enough_and_are_swept() -> None:
     async def main() -> None:
         service = await Service().start()
