@@ -58,7 +58,7 @@ def answer_times(path: Path, title: str, runs: Sequence[tuple[str, Sequence[floa
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for place, (axes, what) in enumerate(zip(panels, ("time to first token, ms", "time per token after it, ms"), strict=True)):
@@ -67,6 +67,9 @@ def answer_times(path: Path, title: str, runs: Sequence[tuple[str, Sequence[floa
             shares = [100 * (number + 1) / len(ordered) for number in range(len(ordered))]
             axes.plot(ordered, shares, label=label, drawstyle="steps-post")
         axes.set(xlabel=what, xscale="log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3, which="both")
     panels[0].set(ylabel="requests, %", ylim=(0, 100))
     panels[0].legend(loc="upper left")

@@ -134,7 +134,8 @@ def test_a_prompt_is_handed_over_through_the_store(served: Served) -> None:
     text, usage = served.stream(prompt, 24)
     assert text == expected(prompt, 24)
     assert usage.prompt_tokens == 200 and usage.prompt_tokens_details.cached_tokens == 0
-    assert served.metric("kv_bytes_read") - read >= 4 * 64 * ROW_BYTES, "the one that answers reads three full pages and the unfinished one"
+    # The one that answers reads three full pages and the unfinished one; what a worker has counted is heard of with its next status.
+    served.wait(lambda: served.metric("kv_bytes_read") - read >= 4 * 64 * ROW_BYTES)
 
 
 def test_a_worker_killed_while_it_answers(served: Served) -> None:
@@ -149,7 +150,8 @@ def test_a_worker_killed_while_it_answers(served: Served) -> None:
 
     text, _ = served.stream(prompt, 250, kill)
     assert text == expected(prompt, 250)
-    assert served.metric("kv_bytes_read", "prefill") - read >= 6 * 64 * ROW_BYTES, "five pages of the prompt, and one at least of the answer"
+    # Five pages of the prompt, and one at least of the answer.
+    served.wait(lambda: served.metric("kv_bytes_read", "prefill") - read >= 6 * 64 * ROW_BYTES)
     served.wait(served.all_serve)
     assert served.metric("kv_reads_failed") == failed
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import trio
 from tests.sim.many import Tally, run_seeds
 from tests.sim.run import TEST_SEEDS, run_seed
 
@@ -42,6 +45,30 @@ def test_a_seed_is_the_same_run_in_any_process() -> None:
         traces.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
     [trace] = {"\n".join(line for line in trace.splitlines() if "processor" not in line) for trace in traces}
     assert "every target serves" in trace
+
+
+def test_a_seed_is_the_same_run_beside_another_trio_thread() -> None:
+    """A client that a test left open goes on in its own, and trio has one generator for all."""
+    over = False
+
+    async def busy() -> None:
+        while not over:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            time.sleep(0.001)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(busy)
+
+    alone = run_seed(3).digest
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    try:
+        assert run_seed(3).digest == alone
+    finally:
+        over = True
+        thread.join()
 
 
 def test_seeds_differ() -> None:
