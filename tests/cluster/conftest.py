@@ -28,9 +28,9 @@ def new_cluster(tmp_path: Path) -> Iterator[Callable[[], RealCluster]]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+def cluster(module_path: Path) -> Iterator[RealCluster]:
     """One running cluster with three replicas for all tests of a module: each leaves it whole."""
-    running = RealCluster(tmp_path_factory.mktemp("shared") / "cluster")
+    running = RealCluster(module_path / "cluster")
     try:
         running.up("--storage", "3", "--replicas", "3", "--no-restart")
         yield running

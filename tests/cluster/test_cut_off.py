@@ -54,11 +54,11 @@ CHUNK = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
+def cluster(module_path: Path) -> Iterator[ProcessCluster]:
     if why_not():
         pytest.skip(why_not())
     with Network(names(3)) as network:
-        running = ProcessCluster(tmp_path_factory.mktemp("cut") / "cluster", network)
+        running = ProcessCluster(module_path / "cluster", network)
         try:
             running.create(lease_ms=int(LEASE_S * 1000))
             yield running

@@ -19,9 +19,9 @@ for _engine in ("sglang", "lmcache", "vllm"):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+def cluster(module_path: Path) -> Iterator[RealCluster]:
     """One running cluster for all tests of a module; each uses spaces of its own."""
-    running = RealCluster(tmp_path_factory.mktemp("connectors") / "cluster")
+    running = RealCluster(module_path / "cluster")
     try:
         running.up("--storage", "2", "--replicas", "1", "--no-restart")
         yield running

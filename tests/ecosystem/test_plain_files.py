@@ -22,10 +22,10 @@ pytestmark = [pytest.mark.ecosystem, pytest.mark.mount]
 
 
 @pytest.fixture(scope="module")
-def mount_point(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def mount_point(module_path: Path) -> Iterator[Path]:
     if not os.path.exists("/dev/fuse"):
         pytest.skip("there is no /dev/fuse")
-    folder = tmp_path_factory.mktemp("files")
+    folder = module_path
     (folder / "mnt").mkdir()
     running = RealCluster(folder / "cluster")
     try:

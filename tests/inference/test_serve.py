@@ -99,8 +99,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("serve")
+def served(module_path: Path) -> Iterator[Served]:
+    folder = module_path
     cluster = RealCluster(folder / "cluster")
     log = folder / "serve.log"
     try:

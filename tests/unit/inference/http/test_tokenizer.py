@@ -63,15 +63,14 @@ def test_a_character_that_never_ends_is_not_lost(tokenizer: Tokenizer) -> None:
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def sentencepiece_like(module_path: Path) -> Tokenizer:
     """Byte fallback and a mark for spaces, as Llama 2's: not byte-level."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁squid", "s", "é"]
     made = tokenizers.Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    directory = tmp_path_factory.mktemp("sentencepiece")
-    made.save(str(directory / "tokenizer.json"))
-    return Tokenizer.load(directory)
+    made.save(str(module_path / "tokenizer.json"))
+    return Tokenizer.load(module_path)
 
 
 def test_another_kind_of_tokenizer_one_by_one(sentencepiece_like: Tokenizer) -> None:

@@ -45,8 +45,8 @@ def test_an_absent_file_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("sample")
+def sample(module_path: Path) -> bytes:
+    path = module_path
     choose = random.Random(7)
     environment = lmdb.open(str(path), map_size=1 << 30)
     for _ in range(3):

@@ -249,17 +249,16 @@ def test_opening_gives_back_what_no_chunk_holds() -> None:
     assert not reopened.check(read_data=True).problems
 
 
-def test_threads_on_their_own_chunks(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_threads_on_their_own_chunks(tmp_path: Path) -> None:
     """Real disk, background upkeep, four threads with a chunk each and readers of all: no torn read, fsck clean, all there after a kill."""
     from kvfs.common.boundary.clock import SystemClock
     from kvfs.common.boundary.real_disk import RealDisk
     from kvfs.storage.engine.engine import ChunkEngine
 
-    path = tmp_path_factory.mktemp("target")
     config = replace(SMALL, background=True, group_bytes=1 << 20)
     from engine_world import IDENTITY
 
-    engine = ChunkEngine(RealDisk(path), SystemClock(), IDENTITY, config)
+    engine = ChunkEngine(RealDisk(tmp_path), SystemClock(), IDENTITY, config)
     errors: list[BaseException] = []
     finals: dict[int, bytes] = {}
 
@@ -306,7 +305,7 @@ def test_threads_on_their_own_chunks(tmp_path_factory: pytest.TempPathFactory) -
     engine._upkeep.stop()
     engine._disk.close()  # killed: no checkpoint
     engine._ledger.index.close()
-    again = ChunkEngine(RealDisk(path), SystemClock(), IDENTITY, config)
+    again = ChunkEngine(RealDisk(tmp_path), SystemClock(), IDENTITY, config)
     assert {number: content_of(again, cid(number))[: len(data)] for number, data in finals.items()} == finals
     assert not again.check(read_data=True).problems
     again.close()
