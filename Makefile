@@ -23,7 +23,7 @@ demo-inference:  ## a small DeepSeek-V3 model over HTTP, its KV cache on kvfs: c
 
 test: setup check  ## everything but the tests marked slow
 	@deploy/bootstrap.sh plots,inference,oracle
-	@$(BIN)/pytest -m "not slow and not ecosystem" -n $(WORKERS) --dist loadfile
+	@$(BIN)/pytest -m "not slow and not ecosystem" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	@$(BIN)/pytest -m slow

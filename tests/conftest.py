@@ -29,6 +29,25 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(f"{base} has {free / 1e9:.1f} GB free and the tests need {ROOM_BYTES / 1e9:.1f}: remove files, or set TMPDIR to a larger disk", 2)
 
 
+# Whole files go to a worker (--dist loadfile), in this order: one that takes minutes and begins last would be waited for by all others.
+FIRST = (
+    "tests/mount/test_random_io.py",
+    "tests/sim/",
+    "tests/crash/",
+    "tests/cluster/test_kvcache.py",
+    "tests/cluster/",
+    "tests/inference/",
+    "tests/mount/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((number for number, start in enumerate(FIRST) if item.nodeid.startswith(f"tests/{start}")), len(FIRST))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="module")
 def module_path(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
     """`tmp_path` for what all tests of a module share: kept only if one of them failed."""
