@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,8 +52,11 @@ def no_map_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
     [(TargetLife(5, steps=12), no_file_syncs), (StoreLife(5, steps=12), no_directory_syncs), (TargetLife(6, steps=12), no_map_syncs)],
     ids=("files", "directories", "maps"),
 )
-def test_a_program_that_does_not_sync_is_found(life: Life, fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_does_not_sync_is_found(
+    life: Life, fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The states are worth something."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what is found wrong is kept there, to be looked at
     fault(monkeypatch)
     assert replay(life, lives=2, failures_max=1).failures
 
