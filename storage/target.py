@@ -15,8 +15,9 @@ import trio
 from kvfs.common.errors import ChunkLost, ChunkNotFound, KvfsError, TargetOffline
 from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.common.wire import storage_pb2 as pb
+from kvfs.storage.chain.member import Phase
 from kvfs.storage.chain.messages import ABSENT, Stored, TagKey, newer, record_of
-from kvfs.storage.chain.replica import Phase, Replica
+from kvfs.storage.chain.replica import Replica
 from kvfs.storage.chain.view import LocalState, PublicState
 from kvfs.storage.engine.engine import ChunkEngine
 from kvfs.storage.engine.requests import Space, Tag, UpdateKind

@@ -1,4 +1,5 @@
-"""The CRAQ replica: one target's part in its chain. A state machine without I/O; the service (storage/server.py) drives exactly this.
+"""The CRAQ replica: one target's part in its chain. A state machine without I/O; the service (storage/server.py) drives exactly this. Its place in
+the chain is `member.py`; here are reads and updates.
 
 For each chunk the driver holds a FIFO lock around receive() ... Reply, so at most one flight per chunk is under way. An update gets version
 u = v + 1 at the head, is prepared at every replica (a replica may pass it on before its own copy is written), and is committed from the tail back.
@@ -9,36 +10,30 @@ Invariants, for the serving targets t1 (head) ... tn (tail) of a chain and any c
   stays bound to one update. Only a clean refusal of the successor (it holds nothing, nor does anyone after it) frees the number;
 - a replica commits what its successor acknowledged only when both have the same checksum of the whole chunk. One that finds itself different from a
   serving successor takes itself out of the chain ("ejects" itself), and comes back through resync: never silently wrong;
-- a message of another chain version changes nothing; of one chunk, a forward overtaken by a later one of the same predecessor changes nothing;
-- `view.version` never goes back.
+- a message of another chain version changes nothing; of one chunk, a forward overtaken by a later one of the same predecessor changes nothing.
 Must never: reply success before everyone after this target in the chain has committed; serve reads when not serving.
 """
 
 from __future__ import annotations
 
-import enum
 from dataclasses import replace
 
 from kvfs.common import errors
 from kvfs.common.ids import chunk_inode
 from kvfs.storage.chain.fence import Fence, Turns
 from kvfs.storage.chain.flight import Flight, Local
+from kvfs.storage.chain.member import Member, Phase
 from kvfs.storage.chain.messages import (
     Apply,
     Commit,
     Drop,
-    DropLeftovers,
-    Exit,
     FlightEffect,
     Forward,
     Incoming,
     Prepare,
     Reply,
     Report,
-    ResolveLeftovers,
     Result,
-    StartResync,
-    StopResync,
     Stored,
     TargetEffect,
     Wait,
@@ -46,160 +41,29 @@ from kvfs.storage.chain.messages import (
     newer,
     refusal,
 )
-from kvfs.storage.chain.view import ChainView, LocalState, PublicState, Successor
+from kvfs.storage.chain.view import ChainView, Successor
 from kvfs.storage.engine.requests import UpdateKind
 
-
-class Phase(enum.Enum):
-    """What the target thinks of itself."""
-
-    RETURNING = "returning"
-    """Started with data of an earlier run: takes no part until the routing shows that the cluster knows it was away."""
-    ONLINE = "online"
-    """Alive, not up to date."""
-    UPTODATE = "uptodate"
-    EJECTED = "ejected"
-    """Found itself different from its successor: out, until the routing shows it."""
-    FAILED = "failed"
-    """The disk failed: out for good."""
-    RETIRED = "retired"
-    """Its place in the chain is another's: out, until it is asked back."""
-
-
-_AWAY = frozenset((PublicState.OFFLINE, PublicState.WAITING, PublicState.LASTSRV))
 _HEAL_BY_REPLACE = frozenset((errors.MissingUpdate.code, errors.ChecksumMismatch.code))
 
 
 BEHIND = -1
+"""Of `ask_whom`."""
 
 
-class Replica:
+class Replica(Member):
     def __init__(self, target_id: int, *, fresh: bool) -> None:
-        """`fresh`: made for a chain that has never held anything, so it lacks nothing."""
-        self.target_id = target_id
-        self.phase = Phase.UPTODATE if fresh else Phase.RETURNING
-        self.problem = ""
-        self.view: ChainView | None = None
-        self.public = PublicState.INVALID
-        self.successor: Successor | None = None
-        self.predecessor = 0
+        super().__init__(target_id, fresh=fresh)
         self.flights: dict[bytes, Flight] = {}
-        self._resyncing = False
         self._fence = Fence()
         self._turns = Turns()
         self._sequence = 0
 
-    # --- the target ------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def version(self) -> int:
-        return self.view.version if self.view is not None else 0
-
-    @property
-    def local_state(self) -> LocalState:
-        if self.phase is Phase.UPTODATE:
-            return LocalState.UPTODATE
-        return LocalState.ONLINE if self.phase is Phase.ONLINE else LocalState.OFFLINE
-
-    @property
-    def serving(self) -> bool:
-        return self.public is PublicState.SERVING and self.phase is Phase.UPTODATE
-
-    @property
-    def syncing(self) -> bool:
-        return self.public is PublicState.SYNCING and self.phase in (Phase.ONLINE, Phase.UPTODATE)
-
-    @property
-    def takes_part(self) -> bool:
-        return self.serving or self.syncing
-
     def on_chain(self, view: ChainView) -> list[TargetEffect]:
-        """The routing shows this chain. Flights that wait are resumed by the driver afterwards."""
-        if self.view is not None and view.version <= self.view.version:
-            return []
-        self.view = view
-        self.public = view.state_of(self.target_id)
-        self.successor = view.successor_of(self.target_id)
-        self.predecessor = view.predecessor_of(self.target_id)
-        self._fence.clear()
-        effects = self._on_public_state()
-        if self.serving and self.successor is not None and self.successor.syncing:
-            self._resyncing = True
-            effects.append(StartResync(self.successor.target_id, view.version))
-        elif self._resyncing:
-            self._resyncing = False
-            effects.append(StopResync())
-        if self.serving and (self.successor is None or self.predecessor == 0):
-            # A tail's pending versions are all that is left of their updates: it commits them. A head carries them down the chain. Between the
-            # two, the head's recovery passes through.
-            effects.append(ResolveLeftovers())
-        return effects
-
-    def _on_public_state(self) -> list[TargetEffect]:
-        if self.phase in (Phase.RETURNING, Phase.EJECTED) and self.public in _AWAY:
-            self.phase = Phase.ONLINE
-            return [Report()]
-        if self.phase is Phase.ONLINE and self.public is PublicState.SERVING:
-            # It was the last one serving: whatever it has is what the chain has.
-            self.phase = Phase.UPTODATE
-            return [Report()]
-        if self.phase is Phase.UPTODATE:
-            if self.public in (PublicState.OFFLINE, PublicState.LASTSRV):
-                listed = f"the cluster has it {self.public.name.lower()} at chain version {self.version}"
-                return [Exit(f"target {self.target_id} thinks it serves, {listed}")]
-            if self.public in (PublicState.WAITING, PublicState.SYNCING):
-                # The chain changed before anyone took notice of "up to date": whoever is before us now starts again.
-                self.phase = Phase.ONLINE
-                return [Report()]
-        return []
-
-    def fail(self, problem: str) -> list[TargetEffect]:
-        """The disk failed."""
-        self.phase, self.problem = Phase.FAILED, problem
-        return [Report()]
-
-    def retire(self) -> list[TargetEffect]:
-        """Asked to leave the chain, since another target is to take its place."""
-        if self.phase in (Phase.FAILED, Phase.RETIRED):
-            return []
-        self.phase = Phase.RETIRED
-        return [Report()]
-
-    def return_to_work(self) -> list[TargetEffect]:
-        """Asked back: it may have missed updates, so it returns as one that was away."""
-        if self.phase is not Phase.RETIRED:
-            return []
-        self.phase = Phase.RETURNING
-        return [*self._on_public_state(), Report()]
-
-    def eject(self, problem: str) -> list[TargetEffect]:
-        if self.phase in (Phase.FAILED, Phase.RETIRED):
-            return []
-        self.phase, self.problem = Phase.EJECTED, problem
-        return [Report()]
-
-    def sync_start(self, chain_version: int, from_target: int) -> tuple[Result, list[TargetEffect]]:
-        """The predecessor begins to bring this target up to date."""
-        refused = self.screen_sync(chain_version, from_target)
-        if refused is not None:
-            return refused, []
-        self.phase = Phase.ONLINE
-        return Result(chain_version=self.version), [DropLeftovers()]
-
-    def sync_done(self, chain_version: int, from_target: int) -> tuple[Result, list[TargetEffect]]:
-        refused = self.screen_sync(chain_version, from_target)
-        if refused is not None:
-            return refused, []
-        self.phase, self.problem = Phase.UPTODATE, ""
-        return Result(chain_version=self.version), [Report()]
-
-    def screen_sync(self, chain_version: int, from_target: int) -> Result | None:
-        """Why a message of a resync is not taken; None: it is. What comes with it is taken only then."""
-        if chain_version != self.version:
-            return refusal(errors.ChainVersionMismatch, self.version)
-        if not self.syncing or from_target != self.predecessor:
-            return refusal(errors.TargetNotServing, self.version, f"target {self.target_id} is {self.public.name.lower()}, {self.phase.value}")
-        return None
+        """As Member's. Flights that wait are resumed by the driver afterwards."""
+        if view.version > self.version:
+            self._fence.clear()
+        return super().on_chain(view)
 
     # --- reads -----------------------------------------------------------------------------------------------------------------------
 
