@@ -17,9 +17,11 @@ import trio
 from kvfs.common.errors import (
     BadRequest,
     ChainVersionMismatch,
+    DeadlineExceeded,
     InternalError,
     InvalidArgument,
     KvfsError,
+    NoSpace,
     NotPermitted,
     TargetNotServing,
     from_wire,
@@ -37,7 +39,7 @@ from kvfs.storage.forwards import MAX_CHUNK_BYTES
 from kvfs.storage.host import MARGIN_S, Host
 from kvfs.storage.reads import Reader, Wanted
 from kvfs.storage.retention.calls import RetentionCalls, check_block, note_blocks
-from kvfs.storage.retention.evict import BATCH
+from kvfs.storage.retention.evict import BATCH, make_room
 from kvfs.storage.returning import ReturnCalls
 from kvfs.storage.scrub.scrubber import Scrubber
 from kvfs.storage.target import Target
@@ -174,11 +176,29 @@ class StorageService:
         if taken != len(views):
             raise BadRequest(f"{len(views)} spans came, {taken} updates have bytes")
         for members in rounds:
-            await self._know_chains([item for _, item in members.values()])
-            await Round(self._host, [item for _, item in members.values()], deadline).run()
+            items = [item for _, item in members.values()]
+            await self._know_chains(items)
+            await Round(self._host, items, deadline).run()
+            if from_client:
+                await self._make_room(items, deadline)
             for place, item in members.values():
                 results[place] = item.result
         return [result if result is not None else refusal(InternalError, 0) for result in results]
+
+    async def _make_room(self, items: Sequence[Item], deadline: float) -> None:
+        """Updates of files that found the chain full are tried again as long as KV-cache blocks make way."""
+        while True:
+            refused = [item for item in items if item.result is not None and item.result.status == NoSpace.code and not is_block(item.chunk_id)]
+            made = [target for target in {item.target for item in refused} if await make_room(self._host, target, deadline)]
+            again = [item for item in refused if item.target in made]
+            if not again:
+                if self._host.clock.monotonic() >= deadline:  # blocks are still going: whoever asks again may find room
+                    for item in refused:
+                        item.result = refusal(DeadlineExceeded, item.target.replica.version, "room was still being made when its time was over")
+                return
+            for item in again:
+                item.result = None
+            await Round(self._host, again, deadline).run()
 
     def _item(self, io: pb.WriteIO, view: memoryview | None, span: Span | None, from_client: bool) -> Item:
         target = self._host.usable(io.target_id)

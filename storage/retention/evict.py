@@ -1,8 +1,13 @@
-"""Removing blocks: ordinary REMOVE updates at the head, so that all replicas agree, in bounded batches between which others get their turn."""
+"""Removing blocks: ordinary REMOVE updates at the head, so that all replicas agree, in bounded batches between which others get their turn.
+
+What people save goes before a cache: a write of a file that finds no room waits here while blocks can go (`make_room`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import trio
 
 from kvfs.common.errors import KvfsError
 from kvfs.common.ids import block_id
@@ -40,3 +45,23 @@ async def remove(host: Host, target: Target, victims: Sequence[Victim]) -> int:
     finally:
         target.retention.spare(victims)
     return sum(item.result is not None and item.result.status == 0 for item in items)
+
+
+async def make_room(host: Host, target: Target, until: float) -> bool:
+    """For an update of a file that found no room: returns when blocks have gone since. False: none will by then. Whether the room is enough and where
+    it is needed, the update finds out by being tried again."""
+    retention = target.retention
+    before, asked = retention.evicted, False
+    while retention.evicted == before:
+        if not may_evict(host, target) or not any(map(len, retention.tables.values())):
+            return False
+        if not retention.evicting:
+            if asked:
+                return False  # it had its turn, and nothing went: the chain is changing
+            asked = True
+            retention.press()
+        with trio.move_on_after(until - host.clock.monotonic()) as waiting:
+            await retention.progress()
+        if waiting.cancelled_caught:
+            return False
+    return True

@@ -186,11 +186,15 @@ class Keeper:
             retention.wake = trio.Event()
             if not may_evict(self._host, target):
                 continue
+            retention.evicting = True
             try:
                 await self._burst(target)
             except KvfsError as error:
                 self._host.note_error(target, error)
                 log.info("target %d: eviction stopped: %s", target.target_id, error.message)
+            finally:
+                retention.evicting = False
+                retention.progressed()
 
     async def _burst(self, target: Target) -> None:
         """Remove what has to go, a batch at a time, until nothing has to."""
@@ -204,6 +208,9 @@ class Keeper:
                 break
             gone = await remove(self._host, target, victims)
             removed += gone
+            if gone:
+                retention.evicted += gone
+                retention.progressed()
             if gone < len(victims):
                 break  # the chain is changing: the next tick goes on
             freed = sum(victim.space_bytes for victim in victims)

@@ -57,7 +57,11 @@ class Retention:
         """It has to be written anew from the tables."""
         self._news = News()
         self.pressed = False
-        """A put was refused for lack of space."""
+        """An update was refused for lack of space."""
+        self.evicting = False
+        self.evicted = 0
+        """Since the target was opened."""
+        self._progress = trio.Event()
         self.grown_bytes = 0
         """Taken by new blocks since the fullness of the target was looked at."""
         self.grown_limit_bytes = 0
@@ -99,6 +103,19 @@ class Retention:
         if told.problem is not None:
             self._log.rewrite(records.snapshot(self._snapshot()))
 
+    def press(self) -> None:
+        """Blocks have to go though the high watermark may not be reached."""
+        self.pressed = True
+        self.wake.set()
+
+    def progressed(self) -> None:
+        """A batch of blocks went, or an eviction ended."""
+        self._progress.set()
+        self._progress = trio.Event()
+
+    async def progress(self) -> None:
+        await self._progress.wait()
+
     def now_ms(self) -> int:
         """Never falls."""
         self._now_ms = max(self._now_ms, self._clock.wall_ns() // 1_000_000)
@@ -132,8 +149,7 @@ class Retention:
             self.table(inode).counts.present += 1
             self._news.spaces.add(inode)
         elif status == NoSpace.code:
-            self.pressed = True
-            self.wake.set()
+            self.press()
 
     def _look(self, inode: int, digest: bytes, chunk_id: bytes, at_head: bool, reason: Reason | None) -> None:
         assert self._engine is not None

@@ -10,9 +10,9 @@ import trio
 from block_world import BLOCK_BYTES, INODE, Blocks, block_world, content, digest
 
 from kvfs.client.storage_blocks import Touch
-from kvfs.client.storage_writes import WriteDone
-from kvfs.common.errors import NotChainHead
-from kvfs.common.ids import block_id
+from kvfs.client.storage_writes import ChunkWrite, WriteDone
+from kvfs.common.errors import NoSpace, NotChainHead
+from kvfs.common.ids import block_id, chunk_id
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.common.wire.service import method
 
@@ -145,6 +145,33 @@ def test_a_full_target_makes_room_before_it_refuses(tmp_path: Path) -> None:
             assert there[0] and all(there[-80:]) and not any(there[1:200])
             assert stats[0].block_space >= 0.8 * (32 << 20), "no more than has to"
             assert await blocks.world.assert_identical(blocks.chain) == sum(there)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_file_is_not_refused_while_blocks_can_go(tmp_path: Path, replicas: int) -> None:
+    """A cache must not keep out what people save: faster than the eviction of every tick, too."""
+
+    async def main() -> None:
+        settings: dict[str, object] = {"target_capacity_bytes": 64 << 20}
+        async with block_world(tmp_path, replicas=replicas, settings=settings) as blocks:
+            data = b"b" * 250_000
+            blocks.sizes(len(data))
+            for key in range(300):
+                assert isinstance((await blocks.put([key], [data]))[0], WriteDone)
+            chunk = b"f" * (1 << 20)
+            saved = 0
+            while saved < 56:
+                writes = [ChunkWrite(blocks.chain, chunk_id(5, saved + more), 0, len(chunk), len(chunk), chunk) for more in range(8)]
+                for done in await blocks.client.write_each(writes):
+                    assert isinstance(done, WriteDone), f"after {saved} MiB: {done}"
+                saved += 8
+            more = [ChunkWrite(blocks.chain, chunk_id(6, place), 0, len(chunk), len(chunk), chunk) for place in range(16)]
+            refused = [done for done in await blocks.client.write_each(more) if not isinstance(done, WriteDone)]
+            assert refused and all(isinstance(error, NoSpace) for error in refused), refused
+            assert not any(await blocks.present(range(300))), "refused though a block could have gone"
+            assert await blocks.world.assert_identical(blocks.chain) >= 56
 
     trio.run(main)
 
