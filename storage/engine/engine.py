@@ -317,6 +317,11 @@ class ChunkEngine:
         self._ledger.check_serving()
         self._ledger.release_removed()
 
+    def give_back(self) -> None:
+        """Blocks that are free, or were freed before this call, go back to the disk, for others on it."""
+        self._ledger.check_serving()
+        self._ledger.give_back_all()
+
     def close(self, *, abandon: bool = False) -> None:
         """Sync, move the journal into the index, let go of the directory. `abandon`: write nothing, what is there is given up."""
         if self._closed:

@@ -340,9 +340,13 @@ class Ledger:
         back to the disk. What was kept for the next writes is of no use to them any more."""
         with self._in_the_background():
             if self.failed is None and seen == self.journal.next_sequence:
-                self.sync()
-                self._give_back(everything=True)
+                self.give_back_all()
         return self.journal.next_sequence
+
+    def give_back_all(self) -> None:
+        """Not locked. What nothing is in goes back to the disk."""
+        self.sync()
+        self._give_back(everything=True)
 
     @contextmanager
     def _in_the_background(self) -> Iterator[None]:

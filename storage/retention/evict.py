@@ -50,11 +50,34 @@ async def remove(host: Host, target: Target, victims: Sequence[Victim]) -> int:
 async def make_room(host: Host, target: Target, until: float) -> bool:
     """For an update of a file that found no room: returns when blocks have gone since. False: none will by then. Whether the room is enough and where
     it is needed, the update finds out by being tried again."""
+    for giver in _givers(host, target):
+        if await _evicted(host, giver, until):
+            if giver is not target:
+                try:
+                    await host.workers.run(giver.engine.give_back)
+                except KvfsError as error:
+                    host.note_error(giver, error)
+            return True
+    return False
+
+
+def _givers(host: Host, target: Target) -> list[Target]:
+    """Whose blocks are to go: the target's own, and when it has none those of others on its disk, unless it may not take their space."""
+    if _has_blocks(host, target):
+        return [target]
+    if host.config.target_capacity_bytes:
+        return []
+    return [other for other in host.targets.values() if other.disk == target.disk and _has_blocks(host, other)]
+
+
+def _has_blocks(host: Host, target: Target) -> bool:
+    return may_evict(host, target) and any(map(len, target.retention.tables.values()))
+
+
+async def _evicted(host: Host, target: Target, until: float) -> bool:
     retention = target.retention
     before, asked = retention.evicted, False
     while retention.evicted == before:
-        if not may_evict(host, target) or not any(map(len, retention.tables.values())):
-            return False
         if not retention.evicting:
             if asked:
                 return False  # it had its turn, and nothing went: the chain is changing

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import pytest
 
 from kvfs.cli import cluster_dir
 from kvfs.client import Client
+from kvfs.kvcache import KVCache, SpaceParams
 
 if TYPE_CHECKING:
     from tests.real_cluster import RealCluster
@@ -174,3 +176,32 @@ def test_a_full_disk_refuses_at_once_and_harms_no_other_chain(new_cluster: Calla
             if on_small_disk(path):
                 client.unlink(path)
         until(lambda: not any(write(f"/again{number}") for number in range(8)), 60, "space comes back")
+
+
+def test_files_go_before_the_cache_on_a_disk_that_chains_share(new_cluster: Callable[[], RealCluster], small_disk: Path) -> None:
+    """No file is refused while KV-cache blocks lie on its disk, of whichever chain."""
+    cluster = new_cluster()
+    cluster_dir.create(cluster.path, storage=1, replicas=1, mount=None, chunk_size_bytes=1 << 20, lease_ms=2000, base_port=None)
+    (cluster.path / "storage-1").rmdir()
+    os.symlink(small_disk, cluster.path / "storage-1")
+    assert len(cluster.up()["chains"]) > 1
+    with Client(str(cluster.path)) as client:
+        free_bytes = client.statfs().free_bytes
+        block = os.urandom(1 << 20)
+        space = KVCache(client).create("m", SpaceParams(block_tokens=16, block_bytes=len(block), model="m"))
+        for number in range(free_bytes * 85 // 100 // len(block)):
+            space.put([number.to_bytes(16, "big")], [block])
+        assert space.stats().blocks * len(block) > free_bytes * 7 // 10
+        chain, saved = 0, 0
+        for number in count():  # all in one chain, whose own blocks are not enough
+            path = f"/{number}"
+            with client.open(path, "wb") as file:
+                mine = client.stat(path).layout.chain_ids[0]
+                chain = chain or mine
+                if mine == chain:
+                    file.write(block)
+                    saved += len(block)
+            if mine == chain:
+                assert read(client, path) == block
+                if saved > free_bytes * 75 // 100:
+                    break
