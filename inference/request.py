@@ -14,6 +14,8 @@ from math import isfinite
 from kvfs.common.errors import InvalidArgument
 
 SEED_MAX = (1 << 63) - 1
+PENALTY_MIN, PENALTY_MAX = 0.01, 100.0
+"""Beyond them logits would leave what fp32 can tell apart."""
 
 
 class Finish(StrEnum):
@@ -56,8 +58,8 @@ class Sampling:
             raise InvalidArgument(f"top_k is {self.top_k}: at least 1, or 0 for all tokens")
         if not 0 <= self.seed <= SEED_MAX:
             raise InvalidArgument(f"seed is {self.seed}: 0 to {SEED_MAX}")
-        if not (isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InvalidArgument(f"repetition_penalty is {self.repetition_penalty}: above 0")
+        if not PENALTY_MIN <= self.repetition_penalty <= PENALTY_MAX:
+            raise InvalidArgument(f"repetition_penalty is {self.repetition_penalty}: {PENALTY_MIN:g} to {PENALTY_MAX:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

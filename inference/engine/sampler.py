@@ -71,9 +71,9 @@ def _penalised(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
 
 def _scaled(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """[R, vocab] fp64"""
+    """[R, vocab] fp64, the largest of a row 0: however low the temperature, none becomes an infinity that hides which it was."""
     temperatures = torch.tensor([[draw.sampling.temperature] for draw in draws], dtype=torch.float64, device=logits.device)
-    return logits.double() / temperatures
+    return (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperatures
 
 
 def _uniforms(draws: Sequence[Draw], device: torch.device) -> torch.Tensor:

@@ -111,6 +111,8 @@ class Api:
     async def chat(self, request: HttpRequest) -> Response:
         fields = await self._fields(request)
         call = self._call(fields)
+        if fields.flag("echo"):
+            raise Refusal(400, "echo is offered by /v1/completions only", param="echo", code="unsupported_parameter")
         tokens = await self._chat_tokens(fields)
         identity = self._identity("chatcmpl")
         return self._completion(request, self._requests(tokens, call, None, identity, "messages"), call, ChatShape(), identity)

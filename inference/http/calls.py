@@ -12,13 +12,12 @@ from typing import Any
 
 from kvfs.inference.http.fields import Fields
 from kvfs.inference.http.refusals import Refusal, bad_parameter
-from kvfs.inference.request import SEED_MAX, Sampling
+from kvfs.inference.request import PENALTY_MAX, PENALTY_MIN, SEED_MAX, Sampling
 
 STOPS_MAX = 16
 STOP_CHARACTERS_MAX = 256
 STOP_TOKENS_MAX = 64
 SALT_CHARACTERS_MAX = 256
-PENALTY_MAX = 100.0
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
@@ -27,6 +26,8 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "chat_template": (),
     "continue_final_message": (False,),
+    "documents": ([],),
+    "ebnf": (),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -34,20 +35,29 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "json_schema": (),
     "length_penalty": (1,),
     "logit_bias": ({},),
+    "logits_processors": ([],),
     "logprobs": (False,),
     "min_p": (0,),
+    "min_new_tokens": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
+    "no_stop_trim": (False,),
     "presence_penalty": (0,),
+    "prompt_embeds": (),
     "prompt_logprobs": (),
+    "regex": (),
     "response_format": ({"type": "text"},),
+    "stop_regex": ([],),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 """Field: values that change nothing."""
@@ -93,7 +103,7 @@ class Call:
             top_p=fields.number("top_p", 1.0, 0.0, 1.0, above_low=True),
             top_k=max(0, fields.integer("top_k", 0, -1, vocabulary)),
             seed=None if fields.get("seed") is None else seed & SEED_MAX,
-            repetition_penalty=fields.number("repetition_penalty", 1.0, 0.0, PENALTY_MAX, above_low=True),
+            repetition_penalty=fields.number("repetition_penalty", 1.0, PENALTY_MIN, PENALTY_MAX),
             ignore_eos=fields.flag("ignore_eos"),
             stops=_stops(fields),
             stop_tokens=_stop_tokens(fields, vocabulary),
@@ -124,7 +134,7 @@ def _max_tokens(fields: Fields) -> int | None:
 
 def _stops(fields: Fields) -> tuple[str, ...]:
     value = fields.get("stop")
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     good = isinstance(stops, list) and len(stops) <= STOPS_MAX
     if not good or not all(isinstance(stop, str) and 0 < len(stop) <= STOP_CHARACTERS_MAX for stop in stops):
         raise fields.refuse("stop", f"a string or a list of up to {STOPS_MAX}, of 1 to {STOP_CHARACTERS_MAX} characters")
@@ -132,7 +142,9 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 
 def _stop_tokens(fields: Fields, vocabulary: int) -> tuple[int, ...]:
-    value = fields.get("stop_token_ids") or []
+    value = fields.get("stop_token_ids")
+    if value is None:
+        return ()
     if not (isinstance(value, list) and len(value) <= STOP_TOKENS_MAX and all(is_token(each, vocabulary) for each in value)):
         raise fields.refuse("stop_token_ids", f"a list of up to {STOP_TOKENS_MAX} token ids below {vocabulary}")
     return tuple(value)

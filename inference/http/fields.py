@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
 
 from kvfs.inference.http.refusals import Refusal, bad_parameter
@@ -54,7 +53,7 @@ class Fields:
         value = self.get(name)
         if value is None:
             return default
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and low <= value <= high
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high  # which NaN is not
         if not fits or (above_low and value == low):
             raise self.refuse(name, f"a number {'above' if above_low else 'from'} {low:g}, up to {high:g}")
         return float(value)

@@ -110,3 +110,11 @@ def test_a_token_that_cannot_be_is_never_drawn() -> None:
     logits[:, 4] = logits[:, 5] = 0.0
     for fields in ({}, {"top_k": 10}, {"top_p": 0.999999}):
         assert set(sample(logits.clone(), [draw(place, **fields) for place in range(50)])) == {4, 5}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3}])
+def test_a_temperature_near_zero_is_greedy(temperature: float, filters: dict[str, float]) -> None:
+    """Not an infinity over an infinity: the step would fail, and with it all requests that are in it."""
+    logits = torch.tensor([[-30.0, 900.0, 899.0, 3.0], [5.0, -inf, 0.0, 4.0]])
+    assert sample(logits, [draw(place, temperature=temperature, **filters) for place in range(2)]) == [1, 0]

@@ -38,6 +38,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": True}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_k": -2}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
@@ -48,9 +49,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3}, "best_of"),
     ({"seed": 1 << 70}, "seed"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-45}, "repetition_penalty"),
     ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": [1]}, "stop"),
+    ({"stop": 0}, "stop"),
+    ({"stop_token_ids": {}}, "stop_token_ids"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ({"truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+    ({"regex": "a+"}, "regex"),
+    ({"documents": [{"text": "a"}]}, "documents"),
     ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": []}, "stream_options"),
@@ -91,6 +99,7 @@ def test_every_parameter_is_checked_and_named(served: Served) -> None:
             refused("/v1/completions", {"prompt": prompt}, "prompt")
         for messages, param in BAD_MESSAGES:
             refused("/v1/chat/completions", {"messages": messages}, param)
+        refused("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "echo": True}, "echo")
         refused("/v1/completions", {"prompt": ["a"] * 100, "n": 2}, "prompt")
         refused("/v1/completions", {"prompt": "", "add_special_tokens": False}, "prompt")
     assert served.backend.asked == []
