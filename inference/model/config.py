@@ -27,7 +27,8 @@ class Rope:
     original_context: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
+    mscale: float = 0.0
+    """0: not stated, and the same for the next one."""
     mscale_all_dim: float = 0.0
 
 
@@ -65,16 +66,26 @@ class ModelConfig:
     @classmethod
     def load(cls, directory: str | Path) -> ModelConfig:
         """Of a checkpoint's directory. NotFound without one, InvalidArgument for a model that this is not the code for."""
-        path = Path(directory) / "config.json"
+        path, generation = Path(directory) / "config.json", Path(directory) / "generation_config.json"
+        if not path.exists():
+            raise NotFound(f"{path} is not there: a checkpoint is a directory with config.json, tokenizer.json and *.safetensors")
+        raw = _read(path)
+        # Where both say how answers end, transformers takes the one for generation: a model for chat ends its turns with another token.
+        eos = _read(generation).get("eos_token_id") if generation.exists() else None
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise NotFound(f"{path} is not there: a checkpoint is a directory with config.json, tokenizer.json and *.safetensors") from None
-        except (ValueError, OSError) as error:
-            raise InvalidArgument(f"{path} cannot be read: {error}") from None
-        if not isinstance(raw, dict):
-            raise InvalidArgument(f"{path} is no JSON object")
-        return _parse(raw, str(path))
+            return _parse(raw if eos is None else {**raw, "eos_token_id": eos}, str(path))
+        except (TypeError, ValueError, AttributeError) as error:  # what every checkpoint has as a number is something else
+            raise InvalidArgument(f"{path} has a field of another type than any checkpoint: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InvalidArgument(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise InvalidArgument(f"{path} is no JSON object")
+    return raw
 
 
 def _parse(raw: Mapping[str, Any], path: str) -> ModelConfig:
@@ -126,7 +137,7 @@ def _parse(raw: Mapping[str, Any], path: str) -> ModelConfig:
         context=number("max_position_embeddings"),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope=_rope(raw, path),
-        eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        eos=() if eos is None else tuple(int(token) for token in (eos if isinstance(eos, list) else [eos])),
         bos=raw.get("bos_token_id"),
         fp8_block=_fp8_block(raw, path),
     )
@@ -143,6 +154,9 @@ def _rope(raw: Mapping[str, Any], path: str) -> Rope:
         return Rope(theta=theta)
     if kind != "yarn":
         raise InvalidArgument(f"{path}: rope_type is {kind!r}, and this code computes yarn and default only")
+    for name, only in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1.0)):
+        if stated.get(name, only) != only:
+            raise InvalidArgument(f"{path}: rope has a {name} of {stated[name]!r}, and this code computes yarn without one only")
     try:
         return Rope(
             theta=theta,
@@ -150,8 +164,8 @@ def _rope(raw: Mapping[str, Any], path: str) -> Rope:
             original_context=int(stated["original_max_position_embeddings"]),
             beta_fast=float(stated.get("beta_fast", 32)),
             beta_slow=float(stated.get("beta_slow", 1)),
-            mscale=float(stated.get("mscale", 1.0)),
-            mscale_all_dim=float(stated.get("mscale_all_dim", 0.0)),
+            mscale=float(stated.get("mscale") or 0.0),
+            mscale_all_dim=float(stated.get("mscale_all_dim") or 0.0),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(f"{path}: the parameters of yarn are not complete: {error}") from None

@@ -14,6 +14,7 @@ from tests.inference import oracles
 
 from kvfs.common.errors import InvalidArgument, KvfsError, NotFound
 from kvfs.inference.cache.pool import PagePool
+from kvfs.inference.model import sample
 from kvfs.inference.model.batch import Piece
 from kvfs.inference.model.config import ModelConfig
 from kvfs.inference.model.deepseek import DeepseekV3, batch_of
@@ -126,14 +127,19 @@ def test_what_is_missing_or_wrong_is_named(copy: Path) -> None:
         {"num_key_value_heads": 2},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        {"rope_parameters": {**sample.ROPE, "attention_factor": 1.3}},
+        {"rope_parameters": {**sample.ROPE, "truncate": False}},
+        {"rope_parameters": "yarn"},
+        {"rms_norm_eps": "small"},
         {"n_group": 3},
         {"kv_lora_rank": "many"},
         {"quantization_config": {"quant_method": "awq"}},
+        {"quantization_config": ["fp8"]},
     ],
 )
 def test_another_architecture_is_refused_by_the_name_of_the_field(copy: Path, fields: dict[str, Any]) -> None:
     change(copy, **fields)
-    with pytest.raises(InvalidArgument, match="|".join([*fields, "rope_type", "yarn", "equal groups"])):
+    with pytest.raises(InvalidArgument, match="|".join([*fields, "rope_type", "yarn", "equal groups", "of another type"])):
         ModelConfig.load(copy)
 
 
@@ -145,6 +151,21 @@ def test_the_older_spelling_of_rope_is_read(copy: Path) -> None:
     del raw["rope_scaling"]["rope_type"]
     (copy / "config.json").write_text(json.dumps(raw))
     assert ModelConfig.load(copy) == expected
+
+
+def test_answers_end_as_generation_config_says(copy: Path) -> None:
+    """As transformers' generate does: the turns of some models for chat end with another token than their texts."""
+    change(copy, eos_token_id=5)
+    (copy / "generation_config.json").unlink()
+    assert ModelConfig.load(copy).eos == (5,)
+    (copy / "generation_config.json").write_text("{}")
+    assert ModelConfig.load(copy).eos == (5,)
+    (copy / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert ModelConfig.load(copy).eos == (7, 9)
+    for damaged, match in (("[", "generation_config"), ('{"eos_token_id": ["<eos>"]}', "of another type")):
+        (copy / "generation_config.json").write_text(damaged)
+        with pytest.raises(InvalidArgument, match=match):
+            ModelConfig.load(copy)
 
 
 def test_the_digest_tells_models_apart(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,16 @@ def test_queries_without_a_low_rank_and_a_plain_rope(tmp_path: Path) -> None:
     assert (found[0] - oracles.logits(tmp_path, prompt)[-1]).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("left_out", [("mscale",), ("mscale_all_dim",), ("mscale", "mscale_all_dim")])
+def test_a_yarn_that_leaves_out_its_scales(left_out: tuple[str, ...], tmp_path: Path) -> None:
+    stated = {**sample.SHAPES["tiny-yarn64"]["rope_parameters"], "mscale": 0.7}
+    sample.make("micro", tmp_path, rope_parameters={name: value for name, value in stated.items() if name not in left_out})
+    model = DeepseekV3.load(tmp_path)
+    prompt = oracles.tokens(100)
+    found = run(model, PagePool(model.page_format("fp32"), 8), prompt, [100], pages(100))
+    assert (found[0] - oracles.logits(tmp_path, prompt)[-1]).abs().max() < TOLERANCE
+
+
 def test_layers_are_announced_in_order() -> None:
     """So that their pages may be waited for."""
     model = DeepseekV3.load(oracles.checkpoint("micro"))
