@@ -41,7 +41,9 @@ READY_S = 30.0
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option("--api-key", "api_keys", multiple=True, envvar="KVFS_API_KEY", help="Asked of clients; again for more. Default: $KVFS_API_KEY.")
 @click.option("--name", default="", help="What clients call the model. Default: the directory's name.")
-@click.option("--log-dir", type=click.Path(file_okay=False), default=None, help="For the workers' logs. Default: a temporary one.")
+@click.option(
+    "--log-dir", type=click.Path(file_okay=False), default=None, help="For the workers' logs. Default: a temporary one, kept after a failure."
+)
 @click.option("--no-disk-cache", is_flag=True, help="Keep no pages on kvfs.")
 @engine_options
 @common_options
@@ -80,11 +82,13 @@ def serve(
     # A socket's path is short (unix(7)), and people may want their logs anywhere.
     sockets = Path(tempfile.mkdtemp(prefix="kvfs-serve-", dir=None if len(tempfile.gettempdir()) < SOCKET_PATH_MAX - 30 else "/tmp"))
     logs = Path(log_dir) if log_dir else sockets
+    status = process.EXIT_FAULT
     try:
         logs.mkdir(parents=True, exist_ok=True)
         status = process.run_process(partial(_main, Path(model), name, WorkerProcesses(sockets, logs, roles, arguments), remote, http))
     finally:
-        shutil.rmtree(sockets, ignore_errors=True)
+        if status == 0 or not any(sockets.glob("*.log")):  # what was said of a failure names a log there
+            shutil.rmtree(sockets, ignore_errors=True)
     sys.exit(status)
 
 

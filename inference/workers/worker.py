@@ -8,6 +8,7 @@ loaded, and every step computed, in a thread: the service answers meanwhile.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -57,7 +58,7 @@ async def _cancelled(stop: trio.Event) -> None:
 async def _serve(
     config: WorkerConfig, world: Boundaries, digest: bytes, model: DeepseekV3, stop: trio.Event, task_status: trio.TaskStatus[dict[str, Any]]
 ) -> None:
-    pool = PagePool(model.page_format(config.cache_dtype), config.cache_pages, device=config.device, compute=DTYPES[config.dtype])
+    pool = _pool(config, model)
     try:
         async with _store(config, world, digest, pool) as store:
             service = WorkerService(
@@ -89,9 +90,21 @@ async def _serve(
         pool.close()
 
 
+def _pool(config: WorkerConfig, model: DeepseekV3) -> PagePool:
+    format = model.page_format(config.cache_dtype)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if model.device.type == "cpu" and config.cache_pages * format.page_bytes > memory:  # the kernel would give it, and end somebody later
+        raise SetupError(f"{config.cache_pages} pages of {format.page_bytes} bytes are more than this machine's memory: use fewer --cache-pages")
+    return PagePool(format, config.cache_pages, device=config.device, compute=DTYPES[config.dtype])
+
+
 def _load(config: WorkerConfig) -> tuple[bytes, DeepseekV3]:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise SetupError(f"device is {config.device}, and torch finds no GPU: use --device cpu, or a build of torch for this GPU")
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by the kind of device and the build of torch
+        raise SetupError(f"torch has no device {config.device} here: {str(error).splitlines()[0]}") from None
     try:
         return model_digest(config.model), DeepseekV3.load(config.model, device=config.device, dtype=config.dtype)
     except (NotFound, InvalidArgument) as error:  # no fault of the program's: another directory, or another model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,20 @@ def test_a_model_that_cannot_be_served_is_said_in_a_line(command: tuple[str, ...
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer.json").write_bytes((micro() / "tokenizer.json").read_bytes())
     assert refused(*command, str(tmp_path)) == f"kvfs: error: {tmp_path}/config.json: model_type is 'llama', and this code computes deepseek_v3 only"
+
+
+def test_a_worker_that_cannot_be_set_up_is_said_and_its_log_stays() -> None:
+    """The log that the words name is there to be read, although it lay in a temporary directory."""
+    for options, words in (
+        (("--device", "abacus"), "torch has no device abacus"),
+        (("--cache-pages", "1000000000"), "1000000000 pages of 36864 bytes are more than this machine's memory"),
+    ):
+        said = refused("serve", "--no-disk-cache", "--port", "0", *options, str(micro()))
+        found = re.search(r"worker both-1 did not start: (.*) \(log: (\S+)\)$", said)
+        assert found is not None and words in found[1], said
+        log = Path(found[2])
+        assert found[1] in log.read_text()
+        shutil.rmtree(log.parent)
 
 
 @pytest.mark.slow  # half a minute of waiting
