@@ -56,11 +56,11 @@ def assert_there(space: Space, *numbers: int) -> None:
 
 def test_it_is_stored_without_the_clients_thread(made: Space, registered: BlockBuffers, crossings: list[str]) -> None:
     made.put([key(0)], [registered[0]])
-    crossings.clear()  # the first one after something happened to the space asks whether it is still there
+    crossings.clear()
     for number in range(1, 8):
         assert made.put([key(number)], [registered[number]]) == [STORED]
     assert made.put([key(3)], [registered[5]]) == [PRESENT], "the first writer wins"
-    assert not crossings
+    assert len(crossings) <= 1, "the first one after something happened to the space, news of which may be late, asks whether it is still there"
     counters = made.counters
     assert (counters.puts, counters.stored, counters.present, counters.stored_bytes) == (9, 8, 1, 8 * BLOCK)
     assert_there(made, *range(8))
