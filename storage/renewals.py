@@ -14,7 +14,7 @@ from functools import partial
 
 import trio
 
-from kvfs.common.errors import KvfsError
+from kvfs.common.errors import KvfsError, TargetOffline
 from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.common.wire.service import method
 from kvfs.storage.disks import TARGETS, DataDirectory, Disks
@@ -149,4 +149,5 @@ class Renewals:
         await host.workers.settle()
         if engine is not None:
             await host.workers.run(target.retention.close)
-            await host.workers.run(partial(engine.close, abandon=True))
+            engine.abandon(TargetOffline("the target was given up"))
+            await host.workers.run(engine.close)

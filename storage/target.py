@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
-from kvfs.common.errors import ChunkLost, ChunkNotFound, KvfsError, TargetOffline
+from kvfs.common.errors import ChunkLost, ChunkNotFound, IndexCorrupt, KvfsError, TargetOffline
 from kvfs.common.wire import cluster_pb2 as cluster
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.storage.chain.member import Phase
@@ -173,6 +173,9 @@ class Target:
     def fail(self, error: KvfsError) -> None:
         """The disk failed. The others of this process go on."""
         self.failed = True
+        if isinstance(error, IndexCorrupt) and self._engine is not None:
+            # What is committed into a damaged map is lost with it, and the journal that has it would be gone: with the last copy, for good.
+            self._engine.abandon(error)
         if self.replica.phase is not Phase.FAILED:
             log.error("target %d (%s) is out of service: %s", self.target_id, self.path, error.message)
             self.replica.fail(error.message)

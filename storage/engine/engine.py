@@ -17,7 +17,7 @@ from typing import Any
 
 from kvfs.common.boundary.clock import Clock
 from kvfs.common.boundary.disk import Disk
-from kvfs.common.errors import Busy, ChunkNotFound, InvalidArgument, KvfsError, MissingUpdate, NoSpace, TargetOffline
+from kvfs.common.errors import Busy, ChunkNotFound, InvalidArgument, KvfsError, MissingUpdate, NoSpace
 from kvfs.common.ids import chunk_id as chunk_id_of
 from kvfs.common.ids import chunk_index
 from kvfs.storage.engine import inspect, own_files, superblock
@@ -322,14 +322,16 @@ class ChunkEngine:
         self._ledger.check_serving()
         self._ledger.give_back_all()
 
-    def close(self, *, abandon: bool = False) -> None:
-        """Sync, move the journal into the index, let go of the directory. `abandon`: write nothing, what is there is given up."""
+    def abandon(self, error: KvfsError) -> None:
+        """Write nothing any more, neither now nor at the end: what is there cannot be trusted, or is given up."""
+        self._ledger.failed = self._ledger.failed or error
+
+    def close(self) -> None:
+        """Sync, move the journal into the index, let go of the directory."""
         if self._closed:
             return
         self._closed = True
         self._upkeep.stop()
-        if abandon:
-            self._ledger.failed = self._ledger.failed or TargetOffline("the target was given up")
         try:
             self._ledger.close()
         finally:

@@ -275,3 +275,61 @@ def damage(page: Path) -> None:
         data[at + 10] ^= 2
     with open(page, "r+b") as file:
         file.write(data)
+
+
+def test_the_only_copy_with_a_damaged_index_is_left_as_it_is_and_told(tmp_path: Path) -> None:
+    """Found while it serves: it ends to, says what is wrong and what to do, and nobody touches its files, however often the process is started; the
+    other chain of the disk goes on. When its data is given up, the chain goes on empty."""
+
+    async def main() -> None:
+        async with mini_cluster(tmp_path, lease_ms=1000) as world:
+            world.settings = {"node_id": 100}
+            await world.start(1)
+            await world.create(1, 1, targets_per_disk=2)
+            chain, other = (each.chain_id for each in world.routing.chains)
+            for each in (chain, other):
+                for index in range(300):
+                    await world.write(each, chunk_id(9, index), b"old" * 1000)
+            (target,) = world.routing.serving(chain)
+            world.stop(1)
+            await world.over[1].wait()
+            await world.start(1)  # what the journal had is in the index now
+            await world.settled(1)
+            await world.write(chain, chunk_id(9, 0), b"in the journal")
+            page = directory(world, target) / "index" / "data.mdb"
+            damage(page)
+            files = contents(directory(world, target))
+            addresses = world.routing.addresses_of_target(target)
+            request = pb.ScrubRequest(target_id=target, at_once=True)
+            await world.pool.call(addresses, method("Storage", "Scrub"), request, timeout_s=5)
+            with trio.fail_after(20):
+                while world.routing.serving(chain):
+                    await trio.sleep(0.01)
+            for _ in range(2):
+                await trio.sleep(1)
+                status = await world.pool.call(world.routing.addresses_of_target(target), method("Storage", "Status"), base.Empty(), timeout_s=5)
+                (problem,) = [each.problem for each in status.targets if each.target_id == target]
+                assert "is damaged" in problem and "Restore" in problem and str(page) in problem
+                assert world.routing.serving(chain) == [] and not world.routing.target(target).blank
+                now = contents(directory(world, target))
+                assert {path for path in {*now, *files} if now.get(path) != files.get(path)} == set()
+                assert not (directory(world, target) / "aside").exists()
+                assert await world.read(other, chunk_id(9, 0), 0, 3000) == b"old" * 1000
+                world.stop(1)
+                await world.over[1].wait()
+                await world.start(1)
+                with trio.fail_after(20):
+                    while not world.routing.serving(other):
+                        await trio.sleep(0.05)
+            accept = cluster.AcceptLossRequest(chain_id=chain, chain_version=world.routing.chain(chain).version, lost_below=10)
+            await world.link.call(ACCEPT_LOSS, accept, timeout_s=5)
+            await world.write(chain, chunk_id(10, 0), b"new")
+            with pytest.raises(ChunkLost):
+                await world.read(chain, chunk_id(9, 0), 0, 10)
+
+    trio.run(main)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of what a target cannot do without."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in ("scrub", "lock.mdb", "LOCK")}

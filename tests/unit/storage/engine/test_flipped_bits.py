@@ -18,7 +18,7 @@ from engine_world import SMALL, ManualClock, cid, noise, truncate, write
 
 from kvfs.common.boundary.random import SeededRandom
 from kvfs.common.checksum import verify
-from kvfs.common.errors import ChecksumMismatch, IndexCorrupt
+from kvfs.common.errors import ChecksumMismatch, IndexCorrupt, TargetOffline
 from kvfs.common.ids import SPACE_BIT, chunk_id
 from kvfs.common.wire import storage_pb2 as pb
 from kvfs.storage.config import StorageConfig
@@ -52,7 +52,8 @@ class Opened:
             raise
 
     def close(self) -> None:
-        self.engine.close(abandon=True)
+        self.engine.abandon(TargetOffline("it is killed"))
+        self.engine.close()
         self.disks.close()
 
 
