@@ -117,9 +117,9 @@ class Engine:
         readings = {work.sequence: self._readings[work.sequence] for work in works if work.sequence.fetch is not None}
         try:
             outcome = await trio.to_thread.run_sync(self._runner.run, works, readings, limiter=self._thread)
-        except Exception as error:  # torch and the model raise whatever they like
+        except Exception:  # torch and the model raise whatever they like
             log.exception("a step with %d requests failed", len(works))
-            self._scheduler.failed(works, f"the model failed: {type(error).__name__}: {error}")
+            self._scheduler.failed(works, "the model failed to compute this request: its worker's log says why")
             return
         if outcome.postponed:
             self._scheduler.postponed(works)
