@@ -1,10 +1,10 @@
 """Which worker a request goes to: a core without I/O.
 
-Owns `Candidate`, `Prefixes` and `choose`. A prompt goes where its answer begins soonest (Mooncake, FAST '25, algorithm 1): what waits there already,
-and what is left to compute of it there. Costs are in tokens of linear layers; attention to a context of KEYS_PER_TOKEN keys costs as much as the
-linear layers of one token (reference/inference.md 10.2: 73.2 GFLOP against 5.0 MFLOP a pair). An answer goes where the fewest pages are used, then
-where the fewest requests are. Invariants: a worker that is full or drains is never chosen; equal candidates are chosen in turn by their names' order
-and load, so that the same state gives the same choice.
+Owns `Candidate`, `Prefixes`, `Sent`, `choose_prefill` and `choose_decode`. A prompt goes where its answer begins soonest (Mooncake, FAST '25,
+algorithm 1): what waits there already, and what is left to compute of it there. Costs are in tokens of linear layers; attention to a context of
+KEYS_PER_TOKEN keys costs as much as the linear layers of one token (reference/inference.md 10.2: 73.2 GFLOP against 5.0 MFLOP a pair). An answer
+goes where the fewest pages are used, then where the fewest requests are. Invariants: a worker that is full or drains is never chosen; equal
+candidates are chosen in turn by their names' order and load, so that the same state gives the same choice.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from kvfs.inference.cache.format import PAGE_TOKENS
 
@@ -78,3 +79,49 @@ class Prefixes:
 
     def clear(self) -> None:
         self._keys.clear()
+
+
+@dataclass(slots=True)
+class _Load:
+    tokens: int
+    pages: int
+    taken_s: float = inf
+    """When the worker said that it had the request."""
+
+
+class Sent:
+    """What a worker was sent and has not told of yet: its status is some tenths of a second old, and a burst is over by then."""
+
+    def __init__(self) -> None:
+        self._loads: dict[str, _Load] = {}
+
+    def add(self, request: str, tokens: int, pages: int) -> None:
+        """`tokens`: of its prompt that are not in the worker's memory."""
+        self._loads[request] = _Load(tokens, pages)
+
+    def taken(self, request: str, now_s: float) -> None:
+        if request in self._loads:
+            self._loads[request].taken_s = now_s
+
+    def begun(self, request: str) -> None:
+        """Its first token is there: nothing of its prompt waits."""
+        if request in self._loads:
+            self._loads[request].tokens = 0
+
+    def forget(self, request: str) -> None:
+        self._loads.pop(request, None)
+
+    def told(self, asked_s: float) -> None:
+        """A status, asked for then, has told of what was taken before."""
+        self._loads = {request: load for request, load in self._loads.items() if load.taken_s >= asked_s}
+
+    def clear(self) -> None:
+        self._loads.clear()
+
+    @property
+    def tokens(self) -> int:
+        return sum(load.tokens for load in self._loads.values())
+
+    @property
+    def pages(self) -> int:
+        return sum(load.pages for load in self._loads.values())

@@ -20,9 +20,10 @@ from kvfs.common.wire import base_pb2 as base
 from kvfs.common.wire import inference_pb2 as pb
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.service import method
+from kvfs.inference.cache.format import PAGE_TOKENS
 from kvfs.inference.request import Request, TokenEvent
 from kvfs.inference.workers.messages import event_from_wire, request_to_wire
-from kvfs.inference.workers.placement import Prefixes
+from kvfs.inference.workers.placement import Prefixes, Sent
 
 log = logging.getLogger("kvfs.inference.router")
 
@@ -50,6 +51,7 @@ class RemoteWorker:
         self.name = name
         self.addresses = tuple(addresses)
         self.prefixes = Prefixes()
+        self.sent = Sent()
         self.status = pb.WorkerStatusReply()
         self.changed = trio.Event()
         """Set, and replaced, when its status is new."""
@@ -78,15 +80,17 @@ class RemoteWorker:
 
     # --- requests --------------------------------------------------------------------------------------------------------------------------
 
-    async def submit(self, request: Request) -> trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]:
+    async def submit(self, request: Request, new_tokens: int = 0) -> trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]:
         """Its events, each with whether the worker has done its part; the channel ends early when the worker is lost. Raises what the worker
-        says (Overloaded, InvalidArgument, ServiceStopping), or WorkerLost."""
+        says (Overloaded, InvalidArgument, ServiceStopping), or WorkerLost. `new_tokens`: of its prompt that are probably not in the worker's memory.
+        """
         if not self._up:
             raise WorkerLost(f"worker {self.name} does not answer")
         session, incarnation = self._session, self.status.incarnation
         # As large as the answer: the loop that fills it never waits for who reads it.
         send, receive = trio.open_memory_channel[tuple[TokenEvent, bool]](inf)
         self._answers[request.id] = send
+        self.sent.add(request.id, new_tokens, -(-(len(request.prompt) + len(request.answered)) // PAGE_TOKENS))
         message = pb.SubmitRequest(session=session, incarnation=incarnation, request=request_to_wire(request), begin=not self._begun)
         try:
             while True:
@@ -104,9 +108,11 @@ class RemoteWorker:
                         raise WorkerLost(f"worker {self.name} does not answer") from None
                     await self._clock.sleep(RETRY_S)  # the same id again is the same request
         except BaseException:
+            self.sent.forget(request.id)
             if self._answers.pop(request.id, None) is not None:
                 self._cancel(session, request.id)
             raise
+        self.sent.taken(request.id, self._clock.monotonic())
         if self._session == session:
             self._begun = True
             self._asked.set()
@@ -114,6 +120,7 @@ class RemoteWorker:
 
     def give_up(self, request: str) -> None:
         """Nobody wants the rest of its answer. Nothing if it has ended."""
+        self.sent.forget(request)
         if self._answers.pop(request, None) is not None:
             self._cancel(self._session, request)
 
@@ -157,7 +164,9 @@ class RemoteWorker:
             answer = self._answers.get(message.request)
             if answer is not None:
                 answer.send_nowait((event_from_wire(message), message.over))
+                self.sent.begun(message.request)
                 if message.over:
+                    self.sent.forget(message.request)
                     del self._answers[message.request]
                     answer.close()
 
@@ -180,6 +189,7 @@ class RemoteWorker:
 
     async def _watch(self) -> None:
         while True:
+            asked_s = self._clock.monotonic()
             try:
                 status = await self._pool.call(self.addresses, STATUS, base.Empty(), timeout_s=CALL_S)
             except KvfsError as error:
@@ -192,6 +202,7 @@ class RemoteWorker:
             if self._up and status.incarnation != self.status.incarnation:
                 self._lost("was started anew")
             self.status = status
+            self.sent.told(asked_s)
             if not self._up:
                 self._session, self._begun, self._after, self._up = self._random.bytes(16), False, 0, True
                 log.info("worker %s (%s) serves at %s", self.name, status.role, self.addresses[-1])
@@ -208,6 +219,7 @@ class RemoteWorker:
         log.warning("worker %s is lost (%s); %d requests go on elsewhere", self.name, why, len(self._answers))
         self._up = self._begun = False
         self.prefixes.clear()
+        self.sent.clear()
         answers, self._answers = self._answers, {}
         for request, answer in answers.items():
             answer.close()

@@ -161,8 +161,9 @@ class Router:
             while (choice := self._choose(request, keys, refused)) is not None:
                 worker, hand_over = choice
                 asked = replace(request, hand_over=hand_over)
+                new = max(1, len(request.prompt) - worker.prefixes.tokens(keys))
                 try:
-                    return worker, asked, await worker.submit(asked)
+                    return worker, asked, await worker.submit(asked, new)
                 except (WorkerLost, ServiceStopping):
                     refused.add(worker.name)
                 except Overloaded as error:
@@ -196,9 +197,9 @@ def _candidate(worker: RemoteWorker, here: int = 0) -> Candidate:
     status = worker.status
     return Candidate(
         name=worker.name,
-        waiting_tokens=status.waiting_tokens,
+        waiting_tokens=status.waiting_tokens + worker.sent.tokens,
         requests=max(worker.requests, status.waiting + status.running),
         pages=max(1, status.pages),
-        pages_used=status.pages_used,
+        pages_used=status.pages_used + worker.sent.pages,
         here=here,
     )

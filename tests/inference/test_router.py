@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -42,6 +43,30 @@ def test_answers_of_two_workers_are_those_of_transformers() -> None:
             assert again[0].cached_tokens == 128, "the same prompt goes where it is in memory"
             await router.flush()
             assert (await answer(router, ask("flushed", prompts[5], 3)))[0].cached_tokens == 0
+
+    trio.run(main)
+
+
+def test_a_burst_is_spread_although_one_worker_has_the_prefix() -> None:
+    """All of it comes before the worker can tell how much waits."""
+
+    async def main() -> None:
+        shared = oracles.tokens(256, seed=3)
+        async with workers(micro(), ["both", "both"], cache_pages=200) as (router, _):
+            await answer(router, ask("first", shared, 1))
+            places: list[str] = []
+            choose = router._choose
+
+            def noted(*arguments: Any) -> Any:
+                choice = choose(*arguments)
+                places.append(choice[0].name if choice else "")
+                return choice
+
+            router._choose = noted  # type: ignore[method-assign]
+            async with trio.open_nursery() as nursery:
+                for number in range(20):
+                    nursery.start_soon(answer, router, ask(f"r{number}", shared + oracles.tokens(150, seed=number + 10), 2))
+            assert 6 <= places.count("w1") <= 14 and len(places) == 20, places
 
     trio.run(main)
 
@@ -177,8 +202,8 @@ def test_an_answer_is_whole_although_the_worker_forgot_the_session(under_way: bo
 def test_a_request_is_given_up_after_three_losses_without_a_token_between(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Request] = []
 
-    def losing(tokens_first: int) -> Callable[[RemoteWorker, Request], Awaitable[trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]]]:
-        async def submit(worker: RemoteWorker, request: Request) -> trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]:
+    def losing(tokens_first: int) -> Callable[[RemoteWorker, Request, int], Awaitable[trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]]]:
+        async def submit(worker: RemoteWorker, request: Request, new_tokens: int) -> trio.MemoryReceiveChannel[tuple[TokenEvent, bool]]:
             asked.append(request)
             send, receive = trio.open_memory_channel[tuple[TokenEvent, bool]](10)
             for index in range(len(request.answered), len(request.answered) + tokens_first):

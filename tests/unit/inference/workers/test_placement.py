@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvfs.inference.workers.placement import Candidate, Prefixes, choose_decode, choose_prefill, prefill_cost
+from kvfs.inference.workers.placement import Candidate, Prefixes, Sent, choose_decode, choose_prefill, prefill_cost
 
 
 def chosen(*candidates: Candidate, prompt: int = 10_000, anywhere: int = 0) -> str:
@@ -58,3 +58,20 @@ def test_prefixes_forget_tails_first() -> None:
     assert prefixes.tokens([keys[5]]) == 64
     prefixes.clear()
     assert prefixes.tokens(keys) == 0
+
+
+def test_what_was_sent_counts_until_the_worker_tells_of_it() -> None:
+    sent = Sent()
+    sent.add("a", 300, 5)
+    sent.add("b", 200, 4)
+    sent.taken("a", 10.0)
+    sent.told(9.9)
+    assert (sent.tokens, sent.pages) == (500, 9), "the status may have been made before the worker had it"
+    sent.told(10.1)
+    assert (sent.tokens, sent.pages) == (200, 4), "b is still under way to the worker"
+    sent.taken("b", 10.2)
+    sent.begun("b")
+    assert (sent.tokens, sent.pages) == (0, 4)
+    sent.forget("b")
+    sent.begun("b")
+    assert (sent.tokens, sent.pages) == (0, 0)
