@@ -18,6 +18,8 @@ STOPS_MAX = 16
 STOP_CHARACTERS_MAX = 256
 STOP_TOKENS_MAX = 64
 SALT_CHARACTERS_MAX = 256
+TOP_K_MAX = (1 << 31) - 1
+"""SGLang's clients write 1 << 30 for all tokens."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
@@ -101,7 +103,7 @@ class Call:
             max_tokens=_max_tokens(fields),
             temperature=fields.number("temperature", 1.0, 0.0, 2.0),
             top_p=fields.number("top_p", 1.0, 0.0, 1.0, above_low=True),
-            top_k=max(0, fields.integer("top_k", 0, -1, vocabulary)),
+            top_k=min(max(0, fields.integer("top_k", 0, -1, TOP_K_MAX)), vocabulary),
             seed=None if fields.get("seed") is None else seed & SEED_MAX,
             repetition_penalty=fields.number("repetition_penalty", 1.0, PENALTY_MIN, PENALTY_MAX),
             ignore_eos=fields.flag("ignore_eos"),

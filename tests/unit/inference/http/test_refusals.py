@@ -106,7 +106,16 @@ def test_every_parameter_is_checked_and_named(served: Served) -> None:
 
 
 def test_values_that_change_nothing_are_taken(served: Served) -> None:
-    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "logit_bias": {}, "tools": [], "suffix": "", "top_k": 0, "n": 1.0}
+    neutral = {
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logprobs": False,
+        "logit_bias": {},
+        "tools": [],
+        "suffix": "",
+        "top_k": 1 << 30,
+        "n": 1.0,
+    }
     answer = httpx.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 1, "tool_choice": "none"} | neutral)
     assert answer.status_code == 200, answer.text
 
