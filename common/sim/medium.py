@@ -95,6 +95,16 @@ def _apply(names: dict[str, Any], change: dict[str, Any | None]) -> None:
             names[name] = entry
 
 
+def _has_bytes(entry: Any) -> bool:
+    return bool(entry.pages) if isinstance(entry, Content) else isinstance(entry, MapContent) and any(entry.rows.values())
+
+
+def _flipped(data: bytes, bit: int) -> bytes:
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
 class MapContent:
     def __init__(self) -> None:
         self.rows: Any = SortedDict()
@@ -115,21 +125,25 @@ class Medium:
         self.life = 0
 
     def flip(self, folder: str, random: Random) -> str:
-        """Turn one bit of a file in that folder; which file, empty when there is nothing to turn."""
+        """Turn one bit of a file, or of a value of a map, in that folder; where, empty when there is nothing to turn."""
         found: Any = self.root
         for part in folder.split("/"):
             found = found.names.get(part) if isinstance(found, Folder) else None
-        files = [(name, entry) for name, entry in sorted(found.names.items()) if entry.pages] if isinstance(found, Folder) else []
+        entries = sorted(found.names.items()) if isinstance(found, Folder) else []
+        files = [(name, entry) for name, entry in entries if _has_bytes(entry)]
         if not files:
             return ""
         name, content = random.choice(files)
+        if isinstance(content, MapContent):
+            key = random.choice([key for key, value in content.rows.items() if value])
+            bit = random.randrange(8 * len(content.rows[key]))
+            content.rows[key] = _flipped(content.rows[key], bit)
+            return f"{folder}/{name}, row {key.hex()} at {bit // 8}"
         page = random.choice(sorted(content.pages))
         bit = random.randrange(8 * PAGE_BYTES)
         for pages in (content.pages, content.durable_pages):
             if page in pages:
-                damaged = bytearray(pages[page])
-                damaged[bit // 8] ^= 1 << bit % 8
-                pages[page] = bytes(damaged)
+                pages[page] = _flipped(pages[page], bit)
         return f"{folder}/{name} at {page * PAGE_BYTES + bit // 8}"
 
     def used_bytes(self) -> int:

@@ -264,7 +264,8 @@ async def empty_disks(world: World, random: Random, hold_s: float) -> None:
 
 @fault(2)
 async def bit_flip(world: World, random: Random, hold_s: float) -> None:
-    """Bits of one machine's data files turn; reads must not show it, and the scrubber mends them from the chain."""
+    """Bits of one machine's data files turn, and of its indexes, journals, superblocks and logs; reads must not show it, and the scrubber mends them,
+    or the chain fills the target anew."""
     async with alone(world) as well:
         machine = random.choice(world.of_kind("s"))
         if not well:
@@ -273,6 +274,9 @@ async def bit_flip(world: World, random: Random, hold_s: float) -> None:
             _, top, inside = path.split("/", 2)
             for _ in range(random.randrange(6)):
                 if where := machine.media[top].flip(f"{inside}/data", random):
+                    say(world, f"a bit turns on {machine.name}: {where}")
+            for folder in ("", "/index", "/journal"):  # the first: superblock, log of touches, state of the scrub
+                if random.randrange(4) == 0 and (where := machine.media[top].flip(inside + folder, random)):
                     say(world, f"a bit turns on {machine.name}: {where}")
         await trio.sleep(hold_s)
         await scrub(world, machine)
