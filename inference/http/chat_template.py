@@ -22,6 +22,10 @@ from kvfs.common.errors import InvalidArgument, SetupError
 TEMPLATE_FILE = "chat_template.jinja"
 
 
+_NEVER_GIVEN = {"tools": None, "documents": None}
+"""As transformers passes them: templates ask whether they are none, not whether they are there."""
+
+
 class _Generation(jinja2.ext.Extension):  # type: ignore[misc]
     """{% generation %} marks what the assistant said, for training; here it only stands for its content."""
 
@@ -68,7 +72,13 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> str:
         """`variables`: more of what the template may ask for (`chat_template_kwargs`)."""
-        given = {**self._special_tokens, **(variables or {}), "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        given = {
+            **_NEVER_GIVEN,
+            **self._special_tokens,
+            **(variables or {}),
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             return str(self._template.render(given))
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:

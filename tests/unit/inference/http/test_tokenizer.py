@@ -105,6 +105,21 @@ def test_the_chat_template_says_what_transformers_says(checkpoint: Path, tokeniz
     assert tokenizer.encode(text, add_special_tokens=False) == list(theirs(text, add_special_tokens=False)["input_ids"])
 
 
+def test_a_template_that_asks_for_tools_is_told_of_none(checkpoint: Path, tmp_path: Path) -> None:
+    """Mistral's and others ask `tools is not none`, which what is not there at all is not."""
+    transformers = pytest.importorskip("transformers")
+    directory = shutil.copytree(checkpoint, tmp_path / "copy")
+    asked = "".join(f"{{% if {name} is not none %}}{name}{{% endif %}}" for name in ("tools", "documents"))
+    source = asked + "{{ messages[1].content }}{{ thinking is defined }}"
+    (directory / "chat_template.jinja").write_text(source)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    made = Tokenizer.load(directory).chat_template
+    assert made is not None
+    for variables in ({}, {"thinking": True}):
+        expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True, **variables)
+        assert made.render(MESSAGES, variables=variables) == expected
+
+
 def test_a_template_file_goes_first_and_named_ones_are_found(checkpoint: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(checkpoint, tmp_path / "copy")
     config = json.loads((directory / "tokenizer_config.json").read_text())
