@@ -18,7 +18,7 @@ import trio
 from kvfs.cli.bench_serve import DEFAULT_VOCABULARY, Plan, ServeRun, Source, make_plan, measure
 from kvfs.cli.bench_trace import space_name
 from kvfs.cli.context import Options, console, human_bytes, print_json, table
-from kvfs.cli.engine_options import as_arguments
+from kvfs.cli.engine_options import as_arguments, model_config
 from kvfs.cli.measure import steps_bar
 from kvfs.cli.own_cluster import place_to_measure, work_directory
 from kvfs.cli.own_server import own_server
@@ -45,6 +45,7 @@ def run(options: Options, target: str, storage: int, directory: Path | None, set
     if target.startswith(("http://", "https://")):
         results = [bench(target, target)]
     else:
+        model_config(Path(target))
         results = list(_own(options, target, storage, directory, settings, bench))
     plan = results[0][1]
     _report(options, [result for result, _ in results], plan, settings)

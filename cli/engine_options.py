@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from kvfs.cli.arguments import Size
-from kvfs.common.errors import SetupError
+from kvfs.common.errors import InvalidArgument, NotFound, SetupError
 from kvfs.inference.config import CACHE_DTYPES, DTYPES
+
+if TYPE_CHECKING:
+    from kvfs.inference.model.config import ModelConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +58,16 @@ def as_arguments(values: Mapping[str, Any]) -> list[str]:
         if value != "":
             found += [name, str(value)]
     return found
+
+
+def model_config(directory: Path) -> ModelConfig:
+    """Of a checkpoint. SetupError for one that cannot be served: said before anything is started for it."""
+    from kvfs.inference.model.config import ModelConfig
+
+    try:
+        return ModelConfig.load(directory)
+    except (NotFound, InvalidArgument) as error:
+        raise SetupError(error.message) from None
 
 
 def needs_inference() -> None:

@@ -19,11 +19,11 @@ import trio
 from kvfs.cli import process
 from kvfs.cli.cluster_dir import SOCKET_PATH_MAX
 from kvfs.cli.context import Options, common_options, console
-from kvfs.cli.engine_options import as_arguments, engine_options, needs_inference
+from kvfs.cli.engine_options import as_arguments, engine_options, model_config, needs_inference
 from kvfs.cli.worker_processes import WorkerProcesses
 from kvfs.client.locate import locate
 from kvfs.common.boundary.world import Boundaries
-from kvfs.common.errors import InvalidArgument, NotFound, SetupError
+from kvfs.common.errors import SetupError
 from kvfs.common.wire.channel import ChannelPool
 from kvfs.common.wire.identity import Identity
 
@@ -98,14 +98,10 @@ async def _main(model: Path, name: str, processes: WorkerProcesses, remote: tupl
     from kvfs.inference.http.server import listen
     from kvfs.inference.http.server import serve as serve_http
     from kvfs.inference.http.tokenizer import Tokenizer
-    from kvfs.inference.model.config import ModelConfig
     from kvfs.inference.workers.router import Router
 
     world = Boundaries()
-    try:
-        config = ModelConfig.load(model)
-    except (NotFound, InvalidArgument) as error:
-        raise SetupError(error.message) from None
+    config = model_config(model)
     tokenizer = await trio.to_thread.run_sync(Tokenizer.load, model)
     listen(http).close()  # a port that is taken, too
     stop, serving = trio.Event(), False

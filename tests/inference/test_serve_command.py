@@ -30,7 +30,7 @@ def refused(*arguments: str) -> str:
     return done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", [("worker", "--no-disk-cache"), ("serve", "--no-disk-cache", "--port", "0")])
+@pytest.mark.parametrize("command", [("worker", "--no-disk-cache"), ("serve", "--no-disk-cache", "--port", "0"), ("bench", "serve")])
 def test_a_model_that_cannot_be_served_is_said_in_a_line(command: tuple[str, ...], tmp_path: Path) -> None:
     assert refused(*command, str(tmp_path / "no")).startswith(
         f"kvfs: error: {tmp_path}/no/config.json is not there: a checkpoint is a directory with"
