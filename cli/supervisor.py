@@ -7,6 +7,7 @@ stops, so that what it buffers still finds its servers. The supervisor holds no 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from kvfs.common.errors import DirectoryInUse, KvfsError, SetupError
 log = logging.getLogger("kvfs.supervisor")
 
 READY_TIMEOUT_S = 60.0
+LOCK_TIMEOUT_S = 30.0
 RESTART_DELAY_S = {"manager": 0.5, "meta": 0.5, "mount": 1.0, "storage": 5.0}
 """Metadata has one process each here, and everyone waits for it. A storage service is given time to be missed: chains go on without it, and an
 immediate start would only meet its own recovery."""
@@ -67,8 +69,9 @@ class Supervisor:
     async def run(self) -> None:
         """Serve until asked to shut down. Raises DirectoryInUse when another supervisor has the directory."""
         self.cluster.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        listener = await self._listen()
+        lock = await self._lock()
         try:
+            listener = await self._listen()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.serve_listeners, self._answer, [listener])
                 try:
@@ -80,6 +83,7 @@ class Supervisor:
                 nursery.cancel_scope.cancel()
         finally:
             self.cluster.control_socket.unlink(missing_ok=True)
+            os.close(lock)
         if self.error:
             raise SetupError(f"{self.error} (logs: {self.cluster.path / 'log'})")
 
@@ -161,9 +165,24 @@ class Supervisor:
 
     # --- the control socket ---
 
-    async def _listen(self) -> trio.SocketListener:
-        if is_running(self.cluster.control_socket):
+    async def _lock(self) -> int:
+        """The descriptor that holds the directory. Of supervisors that start at once one gets it; the control socket cannot decide that: it is bound
+        before it listens, and looks dead then."""
+        lock = os.open(self.cluster.run_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with trio.move_on_after(LOCK_TIMEOUT_S):
+                while not is_running(self.cluster.control_socket):
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        return lock
+                    except BlockingIOError:
+                        await trio.sleep(0.05)  # the other one ends, or will listen in a moment
             raise DirectoryInUse(f"{self.cluster.path} is already running: `kvfs status`, or `kvfs down` first")
+        except BaseException:
+            os.close(lock)
+            raise
+
+    async def _listen(self) -> trio.SocketListener:
         self.cluster.control_socket.unlink(missing_ok=True)
         listening = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
         await listening.bind(str(self.cluster.control_socket))

@@ -21,7 +21,7 @@ from kvfs.common.wire import base_pb2, cluster_pb2, storage_pb2
 from kvfs.common.wire.service import method
 
 Fault = Callable[[World, Random, float], Awaitable[None]]
-STATUS, SCRUB = method("Storage", "Status"), method("Storage", "Scrub")
+STATUS, SCRUB, SYNC = method("Storage", "Status"), method("Storage", "Scrub"), method("Storage", "Sync")
 AFTERMATH_S = 3.0
 """After a fault: a service whose heartbeats were held up is declared dead a lease later."""
 FAULTS: dict[str, tuple[Fault, int]] = {}
@@ -283,7 +283,8 @@ async def bit_flip(world: World, random: Random, hold_s: float) -> None:
 
 
 async def scrub(world: World, machine: Machine) -> None:
-    """Ask for a pass over every target of the machine, and wait for its end."""
+    """Ask for a pass over every target of the machine, and wait for its end. Then sync: the scrubber does not look at older bytes of a chunk, which a
+    loss of power would bring back, and when power goes from all replicas nobody else has them."""
     addresses = (f"tcp://{machine.name}:7003",)
     passes: dict[int, int] = {}
     with trio.move_on_after(60):
@@ -297,6 +298,7 @@ async def scrub(world: World, machine: Machine) -> None:
                         )
                         passes[target.target_id] = reply.number
                 if all(target.scrub.passes >= passes[target.target_id] for target in status.targets):
+                    await world.pool.call(addresses, SYNC, storage_pb2.SyncRequest(target_ids=list(passes)), timeout_s=5)
                     return
             except KvfsError:
                 pass  # its connection is of an earlier life, say
