@@ -90,7 +90,7 @@ class Index:
         """Move the frozen rows into the map, synced: the journal's records below `floor` are not needed then. In slices: a half-moved overlay is
         whole again by the journal, which is still there."""
         items: list[Change] = list((self._frozen or {}).items())
-        if floor != self.floor:
+        if floor != self.floor or not self.floor_is_intact():
             items.append((_FLOOR_KEY, _floor_row(floor)))
         for at in range(0, len(items), _SLICE_ROWS):
             self._base.commit(dict(items[at : at + _SLICE_ROWS]))
@@ -104,6 +104,14 @@ class Index:
     def check(self) -> Iterator[int]:
         """Read the map as it is on the disk; how many bytes, step by step. IndexCorrupt."""
         return self._base.check()
+
+    def floor_is_intact(self) -> bool:
+        """Whether the next opening will find it in the map."""
+        row = self._base.get(_FLOOR_KEY)
+        try:
+            return self.floor == 1 if row is None else _floor_of(row) > 0
+        except IndexCorrupt:
+            return False
 
     def close(self) -> None:
         self._base.close()

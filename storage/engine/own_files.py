@@ -1,5 +1,5 @@
 """The target's own files while it is open: superblock and journal, read again and written anew from memory when they are damaged; and its index,
-which can only be looked at.
+which can only be looked at, but for the one row that leads to the journal.
 
 All that the first two hold is known to the open target, so nobody else is asked. Invariants: a damaged superblock is replaced by the identity with
 which the target was opened; a damaged journal is left behind by a checkpoint, which brings what it held into the index from memory. Runs beside the
@@ -25,6 +25,9 @@ def repair(ledger: Ledger, identity: Superblock) -> list[str]:
     if not superblock.intact(ledger.disk, identity):
         superblock.write(ledger.disk, identity)
         found.append("the superblock was damaged")
+    if not ledger.index.floor_is_intact():
+        ledger.checkpoint()
+        found.append("the index did not say with which record of the journal it goes on")
     sequence = _damaged_record(ledger)
     if sequence:
         ledger.checkpoint()
