@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from kvfs.common.errors import IndexCorrupt, NotFound
+from kvfs.common.errors import NotFound
 from kvfs.storage.engine import superblock, tags
 from kvfs.storage.engine.journal import decode_record, segment_name
 from kvfs.storage.engine.ledger import Ledger
@@ -21,11 +21,12 @@ _PAGE_ROWS = 500
 
 
 def repair(ledger: Ledger, identity: Superblock) -> list[str]:
+    """What was written anew. After `check_index`: it is written through the index."""
     found = []
     if not superblock.intact(ledger.disk, identity):
         superblock.write(ledger.disk, identity)
         found.append("the superblock was damaged")
-    if not _leads_to_the_journal(ledger):
+    if not ledger.index.floor_is_intact():
         ledger.checkpoint()
         found.append("the index did not say with which record of the journal it goes on")
     sequence = _damaged_record(ledger)
@@ -49,13 +50,6 @@ def check_index(ledger: Ledger) -> Iterator[int]:
         if len(page) < _PAGE_ROWS:
             return
         begin = page[-1][0] + b"\0"
-
-
-def _leads_to_the_journal(ledger: Ledger) -> bool:
-    try:
-        return ledger.index.floor_is_intact()
-    except IndexCorrupt:
-        return True  # not this row but the map: nothing is written into it, and `check_index` says where it is damaged
 
 
 def _damaged_record(ledger: Ledger) -> int:

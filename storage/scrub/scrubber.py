@@ -93,8 +93,8 @@ class Scrubber:
         host, scrub = self._host, target.scrub
         if not scrub.record.running:
             scrub.begin()
-        if not scrub.record.position:
-            await self._own_files(target)
+        if not scrub.record.position and not await self._own_files(target):
+            return
         saved_s, turn = host.clock.monotonic(), scrub.turn
         more = True
         while more and self._may(target) and self._next(target.disk) is target:
@@ -118,8 +118,18 @@ class Scrubber:
             scrub.end()
             log.info("target %d: scrubbed: %s", target.target_id, _summary(target))
 
-    async def _own_files(self, target: Target) -> None:
+    async def _own_files(self, target: Target) -> bool:
+        """Whether it came to its end. The index first: what is damaged elsewhere is written anew through it, and only a whole one may be written
+        into."""
         record = target.scrub.record
+        steps = target.engine.check_index()
+        count = 1
+        while count and self._may(target):
+            began_s = self._host.clock.monotonic()
+            count = await self._host.workers.run(lambda: _steps(steps))
+            await self._rest(target, count, self._host.clock.monotonic() - began_s)
+        if count:
+            return False  # the target left its chain
         found = await self._host.workers.run(target.engine.repair_own_files)
         found += await self._host.workers.run(target.retention.check_log)
         found += await self._host.workers.run(self._repair_node_files)
@@ -127,12 +137,7 @@ class Scrubber:
             log.warning("target %d: %s and was written anew", target.target_id, problem)
         record.found += len(found)
         record.repaired += len(found)
-        steps = target.engine.check_index()
-        count = 1
-        while count and self._may(target):
-            began_s = self._host.clock.monotonic()
-            count = await self._host.workers.run(lambda: _steps(steps))
-            await self._rest(target, count, self._host.clock.monotonic() - began_s)
+        return True
 
     async def _judge(self, target: Target, inspection: Inspection) -> None:
         record, chunk_id = target.scrub.record, inspection.chunk_id

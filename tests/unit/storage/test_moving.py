@@ -277,7 +277,8 @@ def damage(page: Path) -> None:
         file.write(data)
 
 
-def test_the_only_copy_with_a_damaged_index_is_left_as_it_is_and_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("journal", [False, True], ids=["index", "index and journal"])
+def test_the_only_copy_with_a_damaged_index_is_left_as_it_is_and_told(tmp_path: Path, journal: bool) -> None:
     """Found while it serves: it ends to, says what is wrong and what to do, and nobody touches its files, however often the process is started; the
     other chain of the disk goes on. When its data is given up, the chain goes on empty."""
 
@@ -298,6 +299,11 @@ def test_the_only_copy_with_a_damaged_index_is_left_as_it_is_and_told(tmp_path: 
             await world.write(chain, chunk_id(9, 0), b"in the journal")
             page = directory(world, target) / "index" / "data.mdb"
             damage(page)
+            if journal:  # what would be written anew from memory, through that index
+                (segment,) = (directory(world, target) / "journal").iterdir()
+                with open(segment, "r+b") as file:
+                    file.seek(20)
+                    file.write(b"?")
             files = contents(directory(world, target))
             addresses = world.routing.addresses_of_target(target)
             request = pb.ScrubRequest(target_id=target, at_once=True)
