@@ -184,11 +184,10 @@ class Keeper:
         while True:
             await retention.wake.wait()
             retention.wake = trio.Event()
-            if not may_evict(self._host, target):
-                continue
             retention.evicting = True
             try:
-                await self._burst(target)
+                if may_evict(self._host, target):
+                    await self._burst(target)
             except KvfsError as error:
                 self._host.note_error(target, error)
                 log.info("target %d: eviction stopped: %s", target.target_id, error.message)
