@@ -7,7 +7,6 @@ stops, so that what it buffers still finds its servers. The supervisor holds no 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -22,12 +21,14 @@ from kvfs.cli import process
 from kvfs.cli.children import Child, Lifeline, kvfs_argv, stop
 from kvfs.cli.cluster_dir import ClusterDir
 from kvfs.cli.control import LINE_BYTES_MAX, is_running
+from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.errors import DirectoryInUse, KvfsError, SetupError
 
 log = logging.getLogger("kvfs.supervisor")
 
 READY_TIMEOUT_S = 60.0
 LOCK_TIMEOUT_S = 30.0
+"""For another supervisor of the directory to end, or to listen."""
 RESTART_DELAY_S = {"manager": 0.5, "meta": 0.5, "mount": 1.0, "storage": 5.0}
 """Metadata has one process each here, and everyone waits for it. A storage service is given time to be missed: chains go on without it, and an
 immediate start would only meet its own recovery."""
@@ -69,7 +70,7 @@ class Supervisor:
     async def run(self) -> None:
         """Serve until asked to shut down. Raises DirectoryInUse when another supervisor has the directory."""
         self.cluster.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = await self._lock()
+        held = await self._locked()
         try:
             listener = await self._listen()
             async with trio.open_nursery() as nursery:
@@ -83,7 +84,7 @@ class Supervisor:
                 nursery.cancel_scope.cancel()
         finally:
             self.cluster.control_socket.unlink(missing_ok=True)
-            os.close(lock)
+            held.close()
         if self.error:
             raise SetupError(f"{self.error} (logs: {self.cluster.path / 'log'})")
 
@@ -165,22 +166,20 @@ class Supervisor:
 
     # --- the control socket ---
 
-    async def _lock(self) -> int:
-        """The descriptor that holds the directory. Of supervisors that start at once one gets it; the control socket cannot decide that: it is bound
+    async def _locked(self) -> RealDisk:
+        """Holds the directory until it is closed. Of supervisors that start at once one gets it; the control socket cannot decide that: it is bound
         before it listens, and looks dead then."""
-        lock = os.open(self.cluster.run_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            with trio.move_on_after(LOCK_TIMEOUT_S):
-                while not is_running(self.cluster.control_socket):
-                    try:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        return lock
-                    except BlockingIOError:
-                        await trio.sleep(0.05)  # the other one ends, or will listen in a moment
-            raise DirectoryInUse(f"{self.cluster.path} is already running: `kvfs status`, or `kvfs down` first")
-        except BaseException:
-            os.close(lock)
-            raise
+        held = RealDisk(self.cluster.run_dir)
+        until = trio.current_time() + LOCK_TIMEOUT_S
+        while not is_running(self.cluster.control_socket):
+            try:
+                held.lock()
+                return held
+            except DirectoryInUse:
+                if trio.current_time() > until:
+                    raise
+                await trio.sleep(0.05)  # the other one ends, or will listen in a moment
+        raise DirectoryInUse(f"{self.cluster.path} is already running: `kvfs status`, or `kvfs down` first")
 
     async def _listen(self) -> trio.SocketListener:
         self.cluster.control_socket.unlink(missing_ok=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import trio
 
 from kvfs.cli import cluster_dir
 from kvfs.cli.supervisor import Supervisor
+from kvfs.common.boundary.real_disk import RealDisk
 from kvfs.common.errors import DirectoryInUse
 
 
@@ -21,8 +22,8 @@ def test_one_that_has_bound_its_socket_and_does_not_listen_yet_is_not_taken_for_
     second = Supervisor(cluster, restart=False, bring_up=lambda: None, stay_when_failed=False)
 
     async def main() -> None:
-        with socket.socket(socket.AF_UNIX) as first, open(cluster.run_dir / "supervisor.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with socket.socket(socket.AF_UNIX) as first, closing(RealDisk(cluster.run_dir)) as held:
+            held.lock()
             first.bind(str(cluster.control_socket))
             inode = os.stat(cluster.control_socket).st_ino
 
