@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ def directory(world: MiniCluster, target: int) -> Path:
 
 def number_of(world: MiniCluster, target: int) -> int:
     return int(directory(world, target).relative_to(world.path).parts[0].removeprefix("storage-"))
+
+
+@asynccontextmanager
+async def single_copies(path: Path) -> AsyncIterator[tuple[MiniCluster, int, int]]:
+    """One service, and two chains of one replica on its disk."""
+    async with mini_cluster(path, lease_ms=1000) as world:
+        world.settings = {"node_id": 100}
+        await world.start(1)
+        await world.create(1, 1, targets_per_disk=2)
+        chain, other = (each.chain_id for each in world.routing.chains)
+        yield world, chain, other
 
 
 async def until_drained(world: MiniCluster) -> None:
@@ -102,11 +115,7 @@ def test_a_chain_whose_only_copy_is_gone_waits_and_goes_on_empty_when_told_to(tm
     """Its disk was replaced: nothing is made in its place before. Afterwards what was there reads as an error, what is new as what it is."""
 
     async def main() -> None:
-        async with mini_cluster(tmp_path, lease_ms=1000) as world:
-            world.settings = {"node_id": 100}
-            await world.start(1)
-            await world.create(1, 1, targets_per_disk=2)
-            chain, other = (each.chain_id for each in world.routing.chains)
+        async with single_copies(tmp_path) as (world, chain, other):
             for each in (chain, other):
                 await world.write(each, chunk_id(9, 0), b"old" * 1000)
             (target,) = world.routing.serving(chain)
@@ -283,11 +292,7 @@ def test_the_only_copy_with_a_damaged_index_is_left_as_it_is_and_told(tmp_path: 
     other chain of the disk goes on. When its data is given up, the chain goes on empty."""
 
     async def main() -> None:
-        async with mini_cluster(tmp_path, lease_ms=1000) as world:
-            world.settings = {"node_id": 100}
-            await world.start(1)
-            await world.create(1, 1, targets_per_disk=2)
-            chain, other = (each.chain_id for each in world.routing.chains)
+        async with single_copies(tmp_path) as (world, chain, other):
             for each in (chain, other):
                 for index in range(300):
                     await world.write(each, chunk_id(9, index), b"old" * 1000)
