@@ -46,9 +46,8 @@ from kvfs.storage.engine.requests import UpdateKind
 
 _HEAL_BY_REPLACE = frozenset((errors.MissingUpdate.code, errors.ChecksumMismatch.code))
 
-
 BEHIND = -1
-"""Of `ask_whom`."""
+"""No target: see `ask_whom`."""
 
 
 class Replica(Member):
